@@ -1,3 +1,43 @@
 """From scores to choices: softmax and its relatives, exact and differentiable in JAX."""
 
+from softjax.dense import log_softmax, softmax
+from softjax.entropies import entropy, kl_divergence, log_prob
+from softjax.reductions import logmeanexp, logsumexp, mellowmax
+from softjax.scores import (
+    min_p_filter,
+    scalable_scores,
+    sigsoftmax_scores,
+    soft_cap,
+    taylor_scores,
+    top_k_filter,
+    top_p_filter,
+    typical_filter,
+)
+from softjax.segments import segment_softmax
+from softjax.sparse import entmax, entmax15, soft_top_k, sparsemax
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "entmax",
+    "entmax15",
+    "entropy",
+    "kl_divergence",
+    "log_prob",
+    "log_softmax",
+    "logmeanexp",
+    "logsumexp",
+    "mellowmax",
+    "min_p_filter",
+    "scalable_scores",
+    "segment_softmax",
+    "sigsoftmax_scores",
+    "soft_cap",
+    "soft_top_k",
+    "softmax",
+    "sparsemax",
+    "taylor_scores",
+    "top_k_filter",
+    "top_p_filter",
+    "typical_filter",
+]

@@ -1,0 +1,175 @@
+"""Arithmetic that keeps what rounding drops.
+
+A rounded difference or quotient comes with its error, so that `exp` of it can be mended:
+exp(s + e) = exp(s) (1 + e) for |e| of the order of eps. Long sums run over short blocks.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+FAR = 1000.0  # this far below the peak a score has no weight: exp is 0 in float64 too
+BLOCK = 256  # terms that one running sum may take: its error grows with their number
+
+
+class Scores(NamedTuple):
+    """Centred scores: (x - peak) / temperature = values + errors where not dead."""
+
+    values: Array  # at most 0; -inf where dropped
+    near: Array  # values, but 0 where dead
+    errors: Array  # what rounding took from `near`
+    dead: Array  # dropped, or further than `FAR` below the peak
+
+    def exp(self) -> Array:
+        """exp(values), to within the error of `exp` itself."""
+        weights = jnp.exp(self.near)
+        return jnp.where(self.dead, 0, weights + weights * self.errors)
+
+
+def centre(
+    x: Array, peak: Array, temperature: Array | None, spread: Callable[[Array], Array]
+) -> Scores:
+    """Scores below the peak of their slice, divided by its temperature after that.
+
+    Infinite entries, if there are any, are the peak alone; so are the largest entries at
+    temperature 0. At an infinite temperature all scores that are not dropped are 0.
+    """
+    anchor = where_finite(peak)
+    if temperature is None:
+        reach: Array | float = FAR
+    else:
+        reach = FAR * temperature
+    lowest = jnp.maximum(peak - reach, jnp.finfo(x.dtype).min)
+    dead = x < spread(jnp.where(jnp.isinf(peak), jnp.inf, lowest))
+    at_anchor = dead | (x == spread(peak))
+    if temperature is not None:
+        at_anchor |= spread(jnp.isinf(temperature))
+    near, errors = two_difference(jnp.where(at_anchor, spread(anchor), x), spread(anchor))
+    values = jnp.where(spread(peak == jnp.inf), -jnp.inf, x) - spread(anchor)
+    if temperature is not None:
+        divisor = jnp.where((temperature == 0) | jnp.isinf(temperature), 1, temperature)
+        divisor = spread(jnp.where(temperature < 0, jnp.nan, divisor))
+        near, remainder = two_quotient(near, divisor)
+        errors = remainder + errors / divisor
+        values = jnp.where(spread(temperature == 0), -jnp.inf, values / divisor)
+    return Scores(jnp.where(dead, values, near), near, errors, dead)
+
+
+def centre_at(
+    x: Array, anchor: Array, temperature: Array | None, spread: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """(x - anchor) / temperature and its rounding error, held within 4 `FAR` of 0."""
+    far = 4 * FAR
+    low, high = jnp.finfo(x.dtype).min, jnp.finfo(x.dtype).max
+    anchor = spread(jnp.clip(anchor, low, high))
+    values = jnp.clip(x, low, high) / 2 - anchor / 2
+    divisor: Array | float = 1.0
+    if temperature is not None:
+        flat = jnp.isinf(temperature)
+        divisor = jnp.where((temperature == 0) | flat, 1, temperature)
+        divisor = spread(jnp.where(temperature < 0, jnp.nan, divisor))
+        values = jnp.where(spread(temperature == 0), jnp.sign(values) * high, values)
+        values = jnp.where(spread(flat), 0, values)
+    usual = jnp.abs(values) < far / 2 * divisor
+    near, errors = two_difference(jnp.where(usual & (values != 0), x, anchor), anchor)
+    if temperature is not None:
+        near, remainder = two_quotient(near, divisor)
+        errors = remainder + errors / divisor
+    return jnp.where(usual | jnp.isnan(x), near, jnp.sign(values) * far), errors
+
+
+def two_difference(a: Array, b: Array) -> tuple[Array, Array]:
+    """fl(a - b) and its rounding error, exactly (Knuth's TwoSum; finite arguments)."""
+    difference = a - b
+    b_virtual = difference - a
+    return difference, (a - (difference - b_virtual)) - (b + b_virtual)
+
+
+def two_quotient(a: Array, b: Array) -> tuple[Array, Array]:
+    """fl(a / b) and what is missing from it, to first order (finite, b not 0)."""
+    quotient = a / b
+    q_high, b_high = _high_half(quotient), _high_half(b)
+    q_low, b_low = quotient - q_high, b - b_high
+    # Each product is exact, so a compiler that contracts them to fused multiply-adds
+    # changes nothing.
+    remainder = ((a - q_high * b_high) - q_high * b_low - q_low * b_high) - q_low * b_low
+    return quotient, remainder / b
+
+
+def _high_half(x: Array) -> Array:
+    """The leading half of the significant bits, by clearing the rest."""
+    integer, mask = (
+        (jnp.uint64, ~0x7FFFFFF & (2**64 - 1))
+        if x.dtype == jnp.float64
+        else (jnp.uint32, ~0xFFF & (2**32 - 1))
+    )
+    bits = lax.bitcast_convert_type(x, integer)
+    return lax.bitcast_convert_type(bits & jnp.array(mask, integer), x.dtype)
+
+
+def long_sum(x: Array, axes: tuple[int, ...]) -> Array:
+    """Sums over `axes`, kept with size 1, with an error that does not grow with the length.
+
+    Partial sums of at most `BLOCK` terms are summed in their turn, level by level.
+    """
+    for axis in axes:
+        while x.shape[axis] > BLOCK:
+            x = _partial_sums(x, axis)
+        x = jnp.sum(x, axis, keepdims=True)
+    return x
+
+
+def _partial_sums(x: Array, axis: int) -> Array:
+    length = x.shape[axis]
+    whole = length - length % BLOCK
+    head = lax.slice_in_dim(x, 0, whole, axis=axis)
+    shape = (*x.shape[:axis], whole // BLOCK, BLOCK, *x.shape[axis + 1 :])
+    sums = jnp.sum(head.reshape(shape), axis + 1)
+    if whole == length:
+        return sums
+    tail = jnp.sum(lax.slice_in_dim(x, whole, length, axis=axis), axis, keepdims=True)
+    return jnp.concatenate([sums, tail], axis)
+
+
+def expm1_over(x: Array) -> Array:
+    """(exp(x) - 1) / x, and 1 at 0, with its derivatives."""
+    near = jnp.abs(x) < 0.1
+    far = jnp.where(near, 1.0, x)
+    return jnp.where(near, _series(x, near, _EXPM1_OVER), jnp.expm1(far) / far)
+
+
+def log1p_over(x: Array) -> Array:
+    """log(1 + x) / x, and 1 at 0, with its derivatives."""
+    near = jnp.abs(x) < 0.01
+    far = jnp.where(near, 1.0, x)
+    return jnp.where(near, _series(x, near, _LOG1P_OVER), jnp.log1p(far) / far)
+
+
+def expm1_over_twice(x: Array) -> Array:
+    """(exp(x) - 1 - x) / x^2, and 1/2 at 0, with its derivatives."""
+    near = jnp.abs(x) < 0.5
+    far = jnp.where(near, 1.0, x)
+    return jnp.where(
+        near, _series(x, near, _EXPM1_OVER_TWICE), (jnp.expm1(far) / far - 1) / far
+    )
+
+
+_EXPM1_OVER_TWICE = [1.0 / math.factorial(i + 2) for i in range(16)]
+_EXPM1_OVER = [1.0 / math.factorial(i + 1) for i in range(12)]
+_LOG1P_OVER = [(-1.0) ** i / (i + 1) for i in range(9)]
+
+
+def _series(x: Array, near: Array, coefficients: list[float]) -> Array:
+    return jnp.polyval(jnp.array(coefficients[::-1], x.dtype), jnp.where(near, x, 0))
+
+
+def where_finite(row: Array, other: float = 0.0) -> Array:
+    """`row` where it is finite.
+
+    Applied to statistics of slices. (As a select it also ends XLA's fused reduction at the
+    size of the slices: without it the CPU backend writes the statistic out once an element.)
+    """
+    return jnp.where(jnp.isfinite(row), row, other)

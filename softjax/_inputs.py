@@ -1,0 +1,182 @@
+"""Where inputs are refused: axes, dtypes, broadcasting and masks.
+
+Everything public passes through here first, so that an error names the argument, what
+came and what was wanted, and so that one dtype policy and one mask policy hold.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+Axis = int | tuple[int, ...] | None
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def public(
+    *static: str,
+    refuse: Callable[[dict[str, Any]], None] | None = None,
+    **ranges: tuple[float, float],
+) -> Callable[[Function], Function]:
+    """Jits a public function, with some arguments static, and refuses bad numbers first.
+
+    Only the caller's side of `jit` sees Python numbers: those for the arguments that
+    `ranges` names are refused outside of theirs, and `refuse` may look at all arguments.
+    (What an array holds cannot be checked; what comes of it is in the docstrings.)
+    """
+
+    def decorate(function: Function) -> Function:
+        jitted = jax.jit(function, static_argnames=static)
+        names = list(inspect.signature(function).parameters)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            for name, (low, high) in ranges.items():
+                value = given.get(name)
+                if isinstance(value, (int, float)) and not low <= value <= high:
+                    raise ValueError(f"`{name}` must be in [{low:g}, {high:g}], got {value}.")
+            if isinstance(given.get("axis"), list):
+                raise TypeError(f"`axis` must be an int, a tuple or None, got {given['axis']}.")
+            if refuse is not None:
+                refuse(given)
+            return jitted(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate
+
+
+NONNEGATIVE = (0.0, math.inf)
+PROBABILITY = (0.0, 1.0)
+
+
+class Problem(NamedTuple):
+    """Logits in their computing dtype, what of them is kept, and along which axes."""
+
+    logits: Array  # [*shape]; -inf where dropped
+    axes: tuple[int, ...]  # the axes of a slice, sorted and not negative
+    temperature: Array | None  # broadcasts against [*shape]; None stands for 1
+    dtype: jnp.dtype  # of the result
+
+
+def prepare(
+    logits: ArrayLike,
+    *,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
+    name: str = "logits",
+) -> Problem:
+    """Checks and promotes the arguments that every map shares."""
+    logits, out_dtype = to_float(logits, name=name)
+    axes = resolve_axes(axis, logits.ndim)
+    if where is not None:
+        logits = jnp.where(mask(where, logits.shape, name=name), logits, -jnp.inf)
+    if is_one(temperature):
+        temperature = None
+    if temperature is not None:
+        temperature = per_slice(temperature, logits, axes, name="temperature")
+    return Problem(logits, axes, temperature, out_dtype)
+
+
+def is_one(temperature: ArrayLike | None) -> bool:
+    """Whether it is the default, which `jit` leaves as a Python number."""
+    return temperature is None or (isinstance(temperature, float) and temperature == 1)
+
+
+def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
+    """The array in its computing dtype, float32 or wider, and the dtype of the result."""
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float)):
+        raise TypeError(f"`{name}` must be an array or a number, got {type(x).__name__}.")
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(f"`{name}` must be real, got {x.dtype}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        if not (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_):
+            raise TypeError(f"`{name}` must hold numbers, got {x.dtype}.")
+        x = x.astype(jnp.float_)
+    wide = computing_dtype(x.dtype)
+    return x.astype(wide), x.dtype
+
+
+def computing_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """float32 for everything narrower; float64 stays."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def resolve_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
+    """`axis` as sorted, distinct axes in [0, ndim)."""
+    if axis is None:
+        return tuple(range(ndim))
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    for a in axes:
+        if not isinstance(a, (int, np.integer)) or isinstance(a, bool):
+            raise TypeError(f"`axis` must be an int, a tuple of ints or None, got {axis!r}.")
+        if not -ndim <= a < ndim:
+            raise ValueError(
+                f"`axis` {axis} is out of range for an array of {ndim} dimensions."
+            )
+    resolved = sorted(int(a) % ndim for a in axes)
+    if len(set(resolved)) < len(resolved):
+        raise ValueError(f"`axis` {axis} names an axis twice (array of {ndim} dimensions).")
+    return tuple(resolved)
+
+
+def resolve_one_axis(axis: int, ndim: int) -> int:
+    """`axis` in [0, ndim), where only one can be meant."""
+    if axis is None or isinstance(axis, tuple):
+        raise TypeError(f"`axis` must be one int, got {axis!r}.")
+    return resolve_axes(axis, ndim)[0]
+
+
+def mask(where: ArrayLike, shape: tuple[int, ...], *, name: str = "logits") -> Array:
+    """`where` as a bool array of the given shape."""
+    where = jnp.asarray(where)
+    if where.dtype != jnp.bool_:
+        raise TypeError(f"`where` must be bool (True keeps an entry), got {where.dtype}.")
+    return broadcast(where, shape, name="where", target=name)
+
+
+def broadcast(x: Array, shape: tuple[int, ...], *, name: str, target: str = "logits") -> Array:
+    """`x` broadcast to `shape`, which it may not enlarge."""
+    try:
+        return jnp.broadcast_to(x, shape)
+    except ValueError:
+        raise ValueError(
+            f"`{name}` of shape {x.shape} does not broadcast to the shape {shape} of `{target}`."
+        ) from None
+
+
+def per_slice(value: ArrayLike, logits: Array, axes: tuple[int, ...], *, name: str) -> Array:
+    """An option, one number a slice, in the dtype and rank of `logits`: axes of size 1."""
+    value = jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jnp.complexfloating):
+        raise TypeError(f"`{name}` must be real, got {value.dtype}.")
+    value = value.astype(logits.dtype)
+    wanted = tuple(1 if i in axes else n for i, n in enumerate(logits.shape))
+    full = (1,) * (logits.ndim - value.ndim) + value.shape
+    for i in axes:
+        if value.ndim <= logits.ndim and full[i] != 1:
+            raise ValueError(
+                f"`{name}` of shape {value.shape} varies along the normalised axis {i} of"
+                f" `logits` {logits.shape}; give one value a slice, in the shape {wanted}."
+            )
+    broadcast(value, wanted, name=name, target=f"slices of logits {logits.shape}")
+    return value.reshape(full)
+
+
+def check_labels(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
+    """Integer labels, one a slice along `axis` of an array of the given shape."""
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
+    wanted = shape[:axis] + shape[axis + 1 :]
+    return broadcast(labels, wanted, name="labels", target="logits without the class axis")

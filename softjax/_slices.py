@@ -1,0 +1,52 @@
+"""Which entries are normalised together: the slices of an array.
+
+A slice runs along axes, or gathers the entries of one segment. Either kind knows how to
+reduce entries to one number a slice and how to spread such numbers over the entries again;
+all the mathematics above is written in these words alone.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from softjax._exact import long_sum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AlongAxes:
+    """Slices along axes, which reductions keep with size 1."""
+
+    axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    def sum(self, x: Array) -> Array:
+        return long_sum(x, self.axes)
+
+    def max(self, x: Array) -> Array:
+        return jnp.max(x, self.axes, keepdims=True, initial=-jnp.inf)
+
+    def spread(self, row: Array) -> Array:
+        return row  # Broadcasts by itself.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BySegment:
+    """Slices made of the entries along axis 0 that share an id in [0, num)."""
+
+    ids: Array  # [n], int
+    num: int = dataclasses.field(metadata={"static": True})
+
+    def sum(self, x: Array) -> Array:
+        return jax.ops.segment_sum(x, self.ids, self.num)
+
+    def max(self, x: Array) -> Array:
+        return jax.ops.segment_max(x, self.ids, self.num)
+
+    def spread(self, row: Array) -> Array:
+        return row[self.ids]
+
+
+Slices = AlongAxes | BySegment

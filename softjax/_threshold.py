@@ -1,0 +1,168 @@
+"""Threshold maps: p = f(s - tau), where tau(s) makes the weights of a slice sum to k.
+
+Softmax, entmax, the capped simplex and their kin differ in f alone. A `Family` says what f
+is: how its threshold is found, and its slope w = f' in terms of the weights themselves. The
+derivative is the same for all. With q = w / sum(w):
+
+    tau' = <q, s'>,   (s - tau)' = s' - tau',   p' = w (s' - tau'),
+
+and terms alike for the entropic index, the budget k and a sink. It is linear in the
+tangents, so that its transpose is the VJP; differentiated again it gives the second order.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+
+from softjax._slices import Slices
+
+
+class Solution(NamedTuple):
+    """What a threshold map finds for scores s = (logits - peak) / temperature."""
+
+    probs: Array  # f(s - tau), one an entry
+    margins: Array  # s - tau, one an entry; -inf where dropped
+    threshold: Array  # tau, one a slice
+    complement: Array | None = None  # 1 - q of the peak, where the subtraction would cancel
+    leak: Array | None = None  # the weight of the sink, one a slice
+
+
+class Family(NamedTuple):
+    """A threshold map (static): what follows is all that differs between two of them."""
+
+    solve: Callable[..., Solution]  # of (slices, logits, temperature, index, budget, sink)
+    slope: Callable[..., Array] | None = None  # f' from (probs, index); None if f' = f
+    bend: Callable[..., Array] | None = None  # df/dindex at a fixed margin, likewise
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def solve(
+    family: Family,
+    slices: Slices,
+    logits: Array,
+    temperature: Array | None = None,
+    index: Array | None = None,
+    budget: Array | None = None,
+    sink: Array | None = None,
+) -> Solution:
+    """Finds the threshold. Each argument after `logits` is one number a slice, or None."""
+    return family.solve(slices, logits, temperature, index, budget, sink)
+
+
+def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, Solution]:
+    # One rule for every map; see the module. It exists because the search for tau must not
+    # be differentiated, a dropped entry must have derivative 0 whatever stands there, and
+    # one array is enough to remember: each tangent is checkpointed upon its own output.
+    slices, _, temperature, index, _, _ = primals
+    solution = solve(family, *primals)
+    probs, margins, _, complement, leak = solution
+    dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents[1:])
+    rows = (temperature, index, complement, leak)
+    remember = functools.partial(jax.checkpoint, prevent_cse=False)
+
+    @remember
+    def from_probs(slices, probs, margins, rows, dots):
+        return _tangents(family, slices, probs, probs != 0, margins, rows, dots)
+
+    @remember
+    def from_margins(slices, probs, margins, rows, dots):
+        if probs is None:
+            probs = jnp.exp(margins)
+        return _tangents(family, slices, probs, margins != -jnp.inf, margins, rows, dots)
+
+    heated = None if dots[1] is None else margins
+    moved = from_probs(slices, probs, heated, rows, dots)
+    shape = None if family.slope is None else probs
+    margins_dot = from_margins(slices, shape, margins, rows, dots).margins
+    return solution, moved._replace(margins=margins_dot)
+
+
+solve.defjvp(_solve_jvp, symbolic_zeros=True)
+
+
+def _tangents(
+    family: Family,
+    slices: Slices,
+    probs: Array,
+    live: Array,
+    margins: Array | None,
+    rows: tuple[Array | None, ...],
+    dots: tuple[Array | None, ...],
+) -> Solution:
+    temperature, index, complement, leak = rows
+    logits_dot, temperature_dot, index_dot, budget_dot, sink_dot = dots
+    spread = slices.spread
+    rate = None if temperature is None else reciprocal(temperature)
+    if family.slope is None:
+        slopes = q = probs
+        per_mass = 1.0
+    else:
+        slopes = family.slope(probs, index)
+        per_mass = reciprocal(slices.sum(slopes))
+        q = slopes * spread(per_mass)
+
+    scores_dot = jnp.zeros_like(probs)
+    if logits_dot is not None:
+        scores_dot = logits_dot if rate is None else logits_dot * spread(rate)
+        scores_dot = jnp.where(live, scores_dot, 0)
+    if temperature_dot is not None:
+        # s' = -s T'/T; a shift of s is free, so the margins stand for the scores.
+        scores_dot -= jnp.where(live, margins, 0) * spread(temperature_dot * rate)
+
+    pulled = q * scores_dot
+    threshold_dot = slices.sum(pulled)
+    bend_dot = None
+    if index_dot is not None:
+        bend_dot = family.bend(probs, index) * spread(index_dot)
+        threshold_dot += slices.sum(bend_dot) * per_mass
+    if budget_dot is not None:
+        threshold_dot -= budget_dot * per_mass
+    leak_dot = None
+    if leak is not None:
+        sink_score_dot = jnp.zeros_like(leak)
+        if sink_dot is not None:
+            sink_score_dot += sink_dot if rate is None else sink_dot * rate
+        if temperature_dot is not None:
+            sink_margin = jnp.log(jnp.where(leak > 0, leak, 1))
+            sink_score_dot -= sink_margin * temperature_dot * rate
+        sink_score_dot = jnp.where(leak > 0, sink_score_dot, 0)
+        threshold_dot += leak * sink_score_dot
+        leak_dot = leak * (sink_score_dot - threshold_dot)
+
+    # s' - tau' as (1 - q) s' - (tau' - q s'): nothing cancels where q is nearly 1.
+    rest = 1 - q
+    complement_dot = None
+    if complement is not None:
+        # (Selecting by slice also keeps XLA from fusing the sum with what comes after it.)
+        threshold_dot = jnp.where(jnp.isnan(complement), jnp.nan, threshold_dot)
+        rest = _one_minus(q, spread(complement))
+        complement_dot = jnp.zeros_like(complement)
+    margins_dot = rest * scores_dot - (spread(threshold_dot) - pulled)
+    probs_dot = slopes * margins_dot
+    if bend_dot is not None:
+        probs_dot += bend_dot
+    margins_dot = jnp.where(live, margins_dot, 0)
+    return Solution(probs_dot, margins_dot, threshold_dot, complement_dot, leak_dot)
+
+
+@jax.custom_jvp
+def _one_minus(q: Array, complement: Array) -> Array:
+    """1 - q, read from `complement` where the subtraction would cancel."""
+    return jnp.where(q > 0.5, complement, 1 - q)
+
+
+@_one_minus.defjvp
+def _one_minus_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    # The complement is the same number, not another variable.
+    return _one_minus(*primals), -tangents[0]
+
+
+def reciprocal(x: Array) -> Array:
+    """1 / x, and 0 where x is 0 or infinite: no derivative goes that way."""
+    usable = (x != 0) & jnp.isfinite(x)
+    return jnp.where(usable, 1 / jnp.where(usable, x, 1), 0)

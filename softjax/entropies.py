@@ -1,0 +1,97 @@
+"""Information in nats, from logits: entropies, divergences and log-probabilities.
+
+Dropped entries (masked by `where`, or equal to -inf) have probability 0 and count as
+0 log 0 = 0, in values and in derivatives.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from softjax._exponential import SOFTMAX
+from softjax._inputs import Axis, check_labels, prepare, public, resolve_one_axis
+from softjax._slices import AlongAxes
+from softjax._threshold import Solution, solve
+
+__all__ = ["entropy", "kl_divergence", "log_prob"]
+
+
+@public("axis")
+def entropy(logits: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+    problem = prepare(logits, axis=axis, where=where)
+    slices = AlongAxes(problem.axes)
+    solution = solve(SOFTMAX, slices, problem.logits)
+    row = -slices.sum(solution.probs * _finite_margins(solution))
+    return jnp.squeeze(row, problem.axes).astype(problem.dtype)
+
+
+@public("axis")
+def kl_divergence(
+    p_logits: ArrayLike,
+    q_logits: ArrayLike,
+    *,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits")
+    q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits")
+    slices = AlongAxes(p_problem.axes)
+    p = solve(SOFTMAX, slices, p_problem.logits)
+    q = solve(SOFTMAX, slices, q_problem.logits)
+    ratio = _log_ratio(p_problem.logits, q_problem.logits, p, q, slices)
+    # Bregman's form, p log(p/q) + q - p, has terms that are never negative, and keeps its
+    # digits where p and q are close; over a slice it adds up to the same.
+    near = jnp.abs(ratio) < 1
+    close = jnp.where(near, ratio, 0)
+    known = jnp.where(near | (p.probs == 0), 0, ratio)
+    terms = jnp.where(
+        near, p.probs * (jnp.expm1(-close) + close), p.probs * known + (q.probs - p.probs)
+    )
+    row = jnp.squeeze(slices.sum(terms), p_problem.axes)
+    return row.astype(jnp.promote_types(p_problem.dtype, q_problem.dtype))
+
+
+def _log_ratio(p_logits: Array, q_logits: Array, p: Solution, q: Solution, slices) -> Array:
+    """log(p / q), where neither is dropped to many digits also where they are close."""
+    both = (p_logits != -jnp.inf) & (q_logits != -jnp.inf)
+    usual = both & jnp.isfinite(p_logits) & jnp.isfinite(q_logits)
+    apart = jnp.where(usual, p_logits, 0) - jnp.where(usual, q_logits, 0)
+    apart -= jax.lax.stop_gradient(slices.sum(p.probs * apart))
+    close = slices.max(jnp.where(p_logits == q_logits, 0, jnp.abs(apart))) < 1
+    close &= slices.max((p_logits == -jnp.inf) != (q_logits == -jnp.inf)) < 1
+    shift = jnp.log1p(slices.sum(q.probs * jnp.expm1(jnp.where(close, apart, 0))))
+    far = jnp.where(both, p.margins, 0) - jnp.where(both, q.margins, 0)
+    far = jnp.where(both, far, jnp.where(q_logits == -jnp.inf, jnp.inf, 0))
+    return jnp.where(close, apart - shift, far)
+
+
+@public("axis")
+def log_prob(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    problem = prepare(logits, axis=axis, where=where)
+    axis = resolve_one_axis(axis, problem.logits.ndim)
+    labels = check_labels(labels, problem.logits.shape, axis)
+    solution = solve(SOFTMAX, AlongAxes((axis,)), problem.logits)
+    return pick(solution.margins, labels, axis).astype(problem.dtype)
+
+
+def _finite_margins(solution: Solution) -> Array:
+    """Log-probabilities, 0 where dropped."""
+    return jnp.where(solution.margins == -jnp.inf, 0, solution.margins)
+
+
+def pick(x: Array, labels: Array, axis: int) -> Array:
+    """The entry of each slice that its label names; NaN where there is none."""
+    num_classes = x.shape[axis]
+    known = (labels >= 0) & (labels < num_classes)
+    if num_classes == 0:
+        return jnp.full(labels.shape, jnp.nan, x.dtype)
+    index = jnp.expand_dims(jnp.where(known, labels, 0), axis)
+    chosen = jnp.squeeze(jnp.take_along_axis(x, index, axis), axis)
+    return jnp.where(known, chosen, jnp.nan)

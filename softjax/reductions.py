@@ -1,0 +1,109 @@
+"""Reductions of logits: soft maxima and means, one number a slice.
+
+Dropped entries (masked by `where`, or equal to -inf) do not count, and have derivative
+exactly zero. A slice that keeps nothing gives -inf; a kept NaN gives NaN.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from softjax._exact import expm1_over, log1p_over, where_finite
+from softjax._exponential import SOFTMAX
+from softjax._inputs import Axis, broadcast, per_slice, prepare, public, to_float
+from softjax._slices import AlongAxes
+from softjax._threshold import solve
+
+__all__ = ["logmeanexp", "logsumexp", "mellowmax"]
+
+
+@public("axis", "keepdims")
+def logsumexp(
+    logits: ArrayLike,
+    *,
+    axis: Axis = None,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    keepdims: bool = False,
+) -> Array:
+    problem = prepare(logits, axis=axis, where=where)
+    if weights is None:
+        row = _logsumexp(problem.logits, problem.axes)
+    else:
+        row = _weighted(problem.logits, weights, problem.axes)
+    return _finish(row, problem.axes, keepdims, problem.dtype)
+
+
+def _logsumexp(logits: Array, axes: tuple[int, ...]) -> Array:
+    slices = AlongAxes(axes)
+    peak = slices.max(jax.lax.stop_gradient(logits))
+    threshold = solve(SOFTMAX, slices, logits).threshold
+    return peak + threshold
+
+
+def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> Array:
+    # Plain differentiation serves: the sum is linear in the weights, also where they are 0.
+    weights, _ = to_float(weights, name="weights")
+    weights = broadcast(weights.astype(logits.dtype), logits.shape, name="weights")
+    slices = AlongAxes(axes)
+    kept = logits != -jnp.inf
+    counted = jax.lax.stop_gradient(jnp.where(weights != 0, logits, -jnp.inf))
+    peak = slices.max(counted)
+    anchor = where_finite(peak)
+    # An entry of weight 0 may stand far above the others; its exponential must not overflow.
+    scores = jnp.where(kept, jnp.where(logits == jnp.inf, anchor, logits), anchor) - anchor
+    highest = jnp.log(jnp.finfo(logits.dtype).max) / 2
+    terms = weights * jnp.exp(jnp.minimum(scores, highest))
+    total = slices.sum(jnp.where(kept, terms, 0))
+    empty = peak == -jnp.inf
+    row = anchor + jnp.log(jnp.where(empty, 1, total))
+    row = jnp.where(peak == jnp.inf, jnp.inf, row)
+    return jnp.where(empty, -jnp.inf, row)
+
+
+@public("axis", "keepdims")
+def logmeanexp(
+    logits: ArrayLike,
+    *,
+    axis: Axis = None,
+    where: ArrayLike | None = None,
+    keepdims: bool = False,
+) -> Array:
+    problem = prepare(logits, axis=axis, where=where)
+    slices = AlongAxes(problem.axes)
+    kept = (problem.logits != -jnp.inf).astype(problem.logits.dtype)
+    count = jnp.maximum(slices.sum(kept), 1)
+    row = _logsumexp(problem.logits, problem.axes) - jnp.log(count)
+    return _finish(row, problem.axes, keepdims, problem.dtype)
+
+
+@public("axis")
+def mellowmax(
+    values: ArrayLike, *, omega: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+) -> Array:
+    problem = prepare(values, axis=axis, where=where, name="values")
+    x, slices = problem.logits, AlongAxes(problem.axes)
+    omega = per_slice(omega, x, problem.axes, name="omega")
+    kept = x != -jnp.inf
+    fixed = jax.lax.stop_gradient(x)
+    top, bottom = slices.max(fixed), -slices.max(jnp.where(kept, -fixed, -jnp.inf))
+    # From the extreme that dominates, every exponent is at most 0. With phi(v) =
+    # (e^v - 1)/v and psi(v) = log(1 + v)/v nothing is divided by omega, which may be 0.
+    extreme = jnp.where(omega < 0, bottom, top)
+    anchor = where_finite(extreme)
+    unlimited = jnp.isinf(omega)
+    rate = jnp.where(unlimited, 0, omega)
+    usual = kept & jnp.isfinite(anchor)
+    below = jnp.where(usual & (x != jnp.inf), x, anchor) - anchor
+    count = jnp.maximum(slices.sum(kept.astype(x.dtype)), 1)
+    mean = slices.sum(jnp.where(kept, below * expm1_over(rate * below), 0)) / count
+    row = anchor + mean * log1p_over(rate * mean)
+    limit = jnp.where(omega < 0, -slices.max(jnp.where(kept, -x, -jnp.inf)), slices.max(x))
+    row = jnp.where(unlimited, limit, row)
+    row = jnp.where(jnp.isinf(extreme), extreme, row)
+    return _finish(row, problem.axes, False, problem.dtype)
+
+
+def _finish(row: Array, axes: tuple[int, ...], keepdims: bool, dtype: jnp.dtype) -> Array:
+    return (row if keepdims else jnp.squeeze(row, axes)).astype(dtype)

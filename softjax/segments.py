@@ -1,0 +1,52 @@
+"""Softmax over ragged groups: the edges of a graph's nodes, packed documents.
+
+Entries that share a segment id are normalised together. Ids outside [0, num_segments) are
+dropped, as are entries masked by `where` or equal to -inf: their probability, and its
+derivative, are exactly zero.
+"""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from softjax._exponential import SOFTMAX
+from softjax._inputs import NONNEGATIVE, broadcast, is_one, prepare, public
+from softjax._slices import BySegment
+from softjax._threshold import solve
+
+__all__ = ["segment_softmax"]
+
+
+@public("num_segments", temperature=NONNEGATIVE)
+def segment_softmax(
+    logits: ArrayLike,
+    segment_ids: ArrayLike,
+    *,
+    num_segments: int,
+    where: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+) -> Array:
+    if not isinstance(num_segments, int) or num_segments < 0:
+        raise ValueError(f"`num_segments` must be an int >= 0, got {num_segments!r}.")
+    problem = prepare(logits, axis=0, where=where)
+    ids = jnp.asarray(segment_ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"`segment_ids` must be integers, got {ids.dtype}.")
+    if ids.shape != problem.logits.shape[:1]:
+        raise ValueError(
+            f"`segment_ids` of shape {ids.shape} must have the shape"
+            f" {problem.logits.shape[:1]}: one id for each of the rows of `logits`."
+        )
+    inside = (ids >= 0) & (ids < num_segments)
+    shape = (-1,) + (1,) * (problem.logits.ndim - 1)
+    kept = jnp.where(inside.reshape(shape), problem.logits, -jnp.inf)
+    # What is outside goes to one more segment, where nothing is kept.
+    slices = BySegment(jnp.where(inside, ids, num_segments), num_segments + 1)
+    if not is_one(temperature):
+        rows = (num_segments, *problem.logits.shape[1:])
+        row = jnp.asarray(temperature).astype(problem.logits.dtype)
+        row = broadcast(row, rows, name="temperature", target="segments")
+        row = jnp.concatenate([row, jnp.ones((1, *rows[1:]), row.dtype)])
+        problem = problem._replace(temperature=row)
+    solution = solve(SOFTMAX, slices, kept, problem.temperature)
+    return solution.probs.astype(problem.dtype)
