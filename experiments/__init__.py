@@ -1,0 +1,1 @@
+"""Experiments: one script a question; `python -m experiments` lists them."""

@@ -1,0 +1,225 @@
+"""Images with labels: scikit-learn's digits, or MNIST, CIFAR and .npz files of your own.
+
+Nothing is downloaded. A folder given as `--data-dir` is searched for the files of each data set
+in turn, under the names that they are published by; when no set is complete, one line says what
+was looked for, and the digits are used. A file that is there but malformed is an error.
+"""
+
+import gzip
+import struct
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from experiments._types import NDArray
+
+__all__ = ["Dataset", "digits", "load", "read_cifar", "read_idx", "read_npz"]
+
+Examples = tuple[
+    NDArray, NDArray
+]  # images, [n, height, width, channels] or as read; labels, [n]
+
+
+class Dataset(NamedTuple):
+    """Images `[n, height, width, channels]`, float32, and labels `[n]`, int32."""
+
+    name: str
+    images: NDArray
+    labels: NDArray
+    num_classes: int
+    num_train: int
+    is_split: bool  # Whether the first `num_train` rows, and no others, are for training.
+
+
+class _Source(NamedTuple):
+    name: str
+    files: tuple[str, ...]
+    read: Callable[..., Dataset]
+
+
+def load(data_dir: Path | None = None) -> Dataset:
+    """The first data set that is complete in the folder; the digits when there is none."""
+    if data_dir is None:
+        return digits()
+    for source in _SOURCES:
+        paths = [_find(data_dir, name) for name in source.files]
+        if all(path is not None for path in paths):
+            return source.read(*paths)
+    wanted = "; ".join(f"{source.name}: {', '.join(source.files)}" for source in _SOURCES)
+    print(f"Using scikit-learn's digits: {data_dir} lacks {wanted}.", file=sys.stderr)
+    return digits()
+
+
+def digits() -> Dataset:
+    """1797 handwritten digits, 8 x 8; a fifth of them, any fifth, is for testing."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    return Dataset("digits", images, labels.astype(np.int32), 10, 1437, is_split=False)
+
+
+def read_idx(path: Path) -> NDArray:
+    """The array in an IDX file, plain or compressed (.gz).
+
+    Two zero bytes, a byte for the dtype and one for the rank; then the shape, as big-endian
+    32-bit integers; then the entries, big-endian, in row-major order.
+
+    Raises:
+        ValueError: the magic number or the size is wrong; the message names the file.
+    """
+    data = _read_bytes(path)
+    _require(len(data) >= 4, path, f"{len(data)} bytes are too few for an IDX file")
+    zeros, code, rank = struct.unpack(">HBB", data[:4])
+    _require(
+        zeros == 0 and code in _IDX_DTYPES and rank > 0,
+        path,
+        f"0x{data[:4].hex()} is not the magic number of an IDX file",
+    )
+    start = 4 + 4 * rank
+    _require(len(data) >= start, path, f"the file ends within its shape of {rank} sizes")
+    shape = struct.unpack(f">{rank}I", data[4:start])
+    dtype = np.dtype(_IDX_DTYPES[code])
+    wanted, got = int(np.prod(shape, dtype=object)) * dtype.itemsize, len(data) - start
+    _require(wanted == got, path, f"shape {shape} takes {wanted} bytes of entries, not {got}")
+    return (
+        np.frombuffer(data, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
+    )
+
+
+def read_cifar(path: Path, num_classes: int) -> Examples:
+    """Images `[n, 32, 32, 3]` and labels `[n]` of one file of CIFAR-10 or CIFAR-100 (binary).
+
+    A row has one byte for the label (CIFAR-100: one for the coarse label before it, which is
+    left out), and then the red, green and blue planes of the image.
+
+    Raises:
+        ValueError: the size is wrong or a label is too large; the message names the file.
+    """
+    data = _read_bytes(path)
+    num_labels = 1 if num_classes == 10 else 2
+    row_size = num_labels + 3 * 32 * 32
+    _require(
+        len(data) > 0 and len(data) % row_size == 0,
+        path,
+        f"{len(data)} bytes are not a whole number of rows of {row_size}",
+    )
+    rows = np.frombuffer(data, np.uint8).reshape(-1, row_size)
+    labels = rows[:, num_labels - 1]
+    _check_labels(path, labels, num_classes)
+    return rows[:, num_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+
+
+def read_npz(path: Path) -> dict[str, NDArray]:
+    """The arrays x_train, y_train, x_test and y_test of an .npz file, as Keras names them.
+
+    Raises:
+        ValueError: the file cannot be read or lacks one of them; the message names the file.
+    """
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in _NPZ_NAMES if name in archive}
+    except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: cannot be read as an .npz file ({error}).") from error
+    missing = [name for name in _NPZ_NAMES if name not in arrays]
+    _require(not missing, path, f"there is no {', '.join(missing)}")
+    return arrays
+
+
+def _mnist(*paths: Path) -> Dataset:
+    arrays = [read_idx(path) for path in paths]
+    for path, array, rank in zip(paths, arrays, (3, 1, 3, 1), strict=True):
+        got = f"{array.dtype} of rank {array.ndim}"
+        is_wanted = array.dtype == np.uint8 and array.ndim == rank
+        _require(is_wanted, path, f"wanted uint8 of rank {rank}, got {got}")
+    train = _checked(paths[1], arrays[0], arrays[1])
+    return _dataset("MNIST", train, _checked(paths[3], arrays[2], arrays[3]), paths[2])
+
+
+def _cifar(name: str, num_classes: int, *paths: Path) -> Dataset:
+    *train, test = (_checked(path, *read_cifar(path, num_classes)) for path in paths)
+    images, labels = (np.concatenate(parts) for parts in zip(*train, strict=True))
+    dataset = _dataset(name, (images, labels), test, paths[-1])
+    return dataset._replace(num_classes=num_classes)
+
+
+def _npz(path: Path) -> Dataset:
+    arrays = read_npz(path)
+    train = _checked(path, arrays["x_train"], arrays["y_train"])
+    return _dataset(path.name, train, _checked(path, arrays["x_test"], arrays["y_test"]), path)
+
+
+def _checked(path: Path, images: NDArray, labels: NDArray) -> Examples:
+    """Images as float32 `[n, height, width, channels]`, bytes in [0, 1]; labels as int32."""
+    if labels.ndim == 2 and labels.shape[1] == 1:  # Keras keeps CIFAR's labels as a column.
+        labels = labels[:, 0]
+    is_byte, is_float = images.dtype == np.uint8, np.issubdtype(images.dtype, np.floating)
+    _require(is_byte or is_float, path, f"images are {images.dtype}, not uint8 or floats")
+    _require(
+        images.ndim in (3, 4), path, f"images of shape {images.shape} are not [n, h, w, c]"
+    )
+    _check_labels(path, labels)
+    num_images, num_labels = len(images), len(labels)
+    problem = f"{num_images} images do not go with {num_labels} labels"
+    _require(num_images == num_labels > 0, path, problem)
+    pixels = images.astype(np.float32) / np.float32(255 if is_byte else 1)
+    _require(np.isfinite(pixels).all(), path, "there are pixels that are not finite")
+    return pixels.reshape(*images.shape[:3], -1), labels.astype(np.int32)
+
+
+def _check_labels(path: Path, labels: NDArray, num_classes: int | None = None) -> None:
+    is_integer = np.issubdtype(labels.dtype, np.integer) and labels.ndim == 1
+    _require(is_integer, path, f"labels are {labels.dtype} {labels.shape}, not integers [n]")
+    below = np.inf if num_classes is None else num_classes
+    wrong = labels[(labels < 0) | (labels >= below)]
+    _require(not wrong.size, path, f"there is a label {wrong[:1]} outside of [0, {below})")
+
+
+def _dataset(name: str, train: Examples, test: Examples, test_path: Path) -> Dataset:
+    shapes = train[0].shape[1:], test[0].shape[1:]
+    _require(shapes[0] == shapes[1], test_path, f"test images are not {shapes[0]}: {shapes[1]}")
+    images, labels = (np.concatenate(parts) for parts in zip(train, test, strict=True))
+    return Dataset(name, images, labels, int(labels.max()) + 1, len(train[1]), is_split=True)
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    """The file of that name, or pattern, in the folder; else the same with .gz."""
+    found = sorted(folder.glob(name)) or sorted(folder.glob(f"{name}.gz"))
+    return found[0] if found else None
+
+
+def _read_bytes(path: Path) -> bytes:
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be decompressed ({error}).") from error
+
+
+def _require(condition: bool | np.bool_, path: Path, problem: str) -> None:
+    if not condition:
+        raise ValueError(f"{path}: {problem}.")
+
+
+_IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")
+_MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+_CIFAR10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
+_SOURCES = (
+    _Source("MNIST", _MNIST_FILES, _mnist),
+    _Source("CIFAR-10", _CIFAR10_FILES, lambda *paths: _cifar("CIFAR-10", 10, *paths)),
+    _Source(
+        "CIFAR-100", ("train.bin", "test.bin"), lambda *paths: _cifar("CIFAR-100", 100, *paths)
+    ),
+    _Source("one of your own", ("*.npz",), _npz),
+)

@@ -1,0 +1,226 @@
+"""The command line and the run folder that all experiments share.
+
+An experiment is a pure `run(config, track)` that returns arrays by name, a `judge` that
+compares them with the targets, and a `draw` that makes figures from the arrays alone, so that
+`draw(dict(numpy.load("arrays.npz")))` makes them again. Every array `curves/<arm>/<measure>`,
+of shape `[seeds, steps]`, is logged step by step.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Generic, Literal, Self, TypeVar
+
+import jax
+import numpy as np
+import numpy.typing as npt
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import softjax
+from experiments._plots import arms_of
+from experiments._types import Arrays, Track
+
+__all__ = ["Experiment", "Measure", "Options", "launch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of every experiment."""
+
+    seed: int = 0
+    """Seed of all random draws."""
+    num_seeds: int = 10
+    """Number of independent repetitions, run side by side."""
+    quick: bool = False
+    """A run of a few seconds, with defaults and targets of its own."""
+    out: Path = Path("runs")
+    """Folder that run folders are made in."""
+    check: bool = False
+    """Exit with code 1 when a target is missed."""
+
+    def __post_init__(self) -> None:
+        if self.num_seeds < 1:
+            raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}.")
+
+    @classmethod
+    def reduced(cls) -> Self:
+        """The defaults under `--quick`; an option that is given still counts."""
+        return cls(quick=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=Options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A number that a run reports, from one value a seed, and its target, if it has one."""
+
+    name: str
+    values: npt.ArrayLike
+    at_least: float | None = None
+    at_most: float | None = None
+    summary: Literal["mean", "median", "min", "max"] = "mean"
+
+    @property
+    def got(self) -> float:
+        """The values in one number."""
+        return float(getattr(np, self.summary)(self.values))
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether the target is reached, which a NaN never does; None without a target."""
+        if self.at_least is None and self.at_most is None:
+            return None
+        lower = -np.inf if self.at_least is None else self.at_least
+        upper = np.inf if self.at_most is None else self.at_most
+        return bool(lower <= self.got <= upper)
+
+    def record(self) -> dict[str, Any]:
+        """What is logged of it."""
+        values = np.ravel(self.values)
+        error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+        fields = {"measure": self.name, "summary": self.summary, "got": self.got}
+        targets = {"at_least": self.at_least, "at_most": self.at_most, "passed": self.passed}
+        return {**fields, "standard_error": error, "n": len(values), **targets}
+
+    def row(self) -> tuple[str, str, str, str]:
+        """Its line in the final table: measure, target, got, pass."""
+        record = self.record()
+        bounds = [("≥", self.at_least), ("≤", self.at_most)]
+        target = " ".join(f"{sign} {bound:.4g}" for sign, bound in bounds if bound is not None)
+        got = f"{self.got:.4g}"
+        if record["n"] > 1:
+            spread = f" ± {record['standard_error']:.2g}" if self.summary == "mean" else ""
+            got = f"{got}{spread} ({self.summary} of {record['n']})"
+        return self.name, target, got, {True: "yes", False: "NO", None: ""}[self.passed]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment(Generic[ConfigT]):
+    """One question, and the functions that answer it; `tell` adds text to the final table."""
+
+    name: str
+    question: str | None
+    config: type[ConfigT]
+    run: Callable[[ConfigT, Track], Arrays]
+    judge: Callable[[ConfigT, Arrays], list[Measure]]
+    draw: Callable[[Arrays], dict[str, Figure]]
+    tell: Callable[[Arrays], str] | None = None
+
+
+def launch(experiment: Experiment[ConfigT], args: Sequence[str] | None = None) -> int:
+    """Runs an experiment from its command line; returns the exit code."""
+    args = sys.argv[1:] if args is None else list(args)
+    config = tyro.cli(
+        experiment.config,
+        default=experiment.config.reduced() if "--quick" in args else experiment.config(),
+        prog=f"python -m experiments {experiment.name}",
+        description=experiment.question,
+        args=args,
+    )
+    start = time.perf_counter()
+    with _progress() as track:
+        arrays = experiment.run(config, track)
+    seconds = time.perf_counter() - start
+    measures = experiment.judge(config, arrays)
+
+    folder = config.out / experiment.name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    folder.mkdir(parents=True)
+    command = shlex.join(["python", "-m", "experiments", experiment.name, *args])
+    _save_json(folder / "config.json", dataclasses.asdict(config))
+    _save_json(folder / "environment.json", {**_environment(command), "seconds": seconds})
+    _save_lines(folder / "metrics.jsonl", [*_steps(arrays), *(m.record() for m in measures)])
+    np.savez_compressed(folder / "arrays.npz", allow_pickle=False, **arrays)
+    for name, figure in experiment.draw(arrays).items():
+        figure.savefig(folder / f"{name}.png")
+
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    if experiment.tell is not None:
+        console.print(experiment.tell(arrays), highlight=False, markup=False, soft_wrap=True)
+    console.print(_table(f"{experiment.name}, {seconds:.1f} s", measures))
+    console.print(f"Saved in {folder}", highlight=False, markup=False, soft_wrap=True)
+    return int(config.check and any(measure.passed is False for measure in measures))
+
+
+@contextmanager
+def _progress() -> Iterator[Track]:
+    """A bar for each range that is walked through; a line for each when nobody watches."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _walk
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        yield lambda steps, label: progress.track(steps, description=label)
+
+
+def _walk(steps: range, label: str) -> Iterator[int]:
+    start = time.perf_counter()
+    yield from steps
+    seconds = time.perf_counter() - start
+    print(f"{label}: {len(steps)} steps in {seconds:.1f} s", file=sys.stderr)
+
+
+def _table(title: str, measures: Iterable[Measure]) -> Table:
+    table = Table("measure", "target", "got", "pass", title=title)
+    for measure in measures:
+        table.add_row(*measure.row())
+    return table
+
+
+def _steps(arrays: Arrays) -> Iterator[dict[str, Any]]:
+    """The mean over the seeds of every curve, one record an arm and step."""
+    for arm, curves in arms_of(arrays).items():
+        means = {
+            measure: np.mean(values, axis=0).tolist() for measure, values in curves.items()
+        }
+        for step, values in enumerate(zip(*means.values(), strict=True), start=1):
+            yield {"arm": arm, "step": step, **dict(zip(means, values, strict=True))}
+
+
+def _environment(command: str) -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "numpy", "optax", "scikit-learn", "matplotlib")
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {
+        "command": command,
+        "commit": _commit(),
+        "versions": {
+            "python": platform.python_version(),
+            "softjax": softjax.__version__,
+            **versions,
+        },
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, marked when files differ from it; None outside of one."""
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            git, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _save_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _save_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")

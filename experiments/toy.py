@@ -1,0 +1,204 @@
+"""What does a softmax do, number by number, on a table of seven rows?
+
+One hidden layer of four tanh units and a softmax over three classes are fitted to the table
+that tutorials show. The output layer starts at zero, so that the answers before training are
+known: every probability is 1/3, every loss ln 3. For one row, each step is printed, before
+training and after it: scores, exponentials, their sum, probabilities, loss, and the gradient,
+p - y.
+
+Expected: all seven rows right, for every seed; the steps by hand agree with `softjax` and with
+automatic differentiation. A wrong row, a first loss other than ln 3, or a gradient other than
+p - y would refute it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from matplotlib.figure import Figure
+
+import softjax as sj
+from experiments._networks import Layers, mlp
+from experiments._plots import COLOURS, curves, panels
+from experiments._run import Experiment, Measure, Options, launch
+from experiments._train import descend
+from experiments._types import Arrays, Track, untracked
+
+__all__ = ["Config", "Steps", "draw", "judge", "main", "run", "steps_by_hand", "tell"]
+
+FEATURES = (
+    (1, 22, 569, 35, 0),
+    (1, 7, 351, 75, 1),
+    (1, 45, 451, 542, 1),
+    (1, 5, 572, 8, 0),
+    (0, 22, 565, 44, 1),
+    (0, 24, 243, 546, 1),
+    (1, 78, 953, 42, 0),
+)
+CLASSES = (1, 2, 2, 1, 3, 3, 2)
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    """Options of the seven-row table."""
+
+    num_steps: int = 500
+    """Steps of Adam, each over all rows."""
+    learning_rate: float = 0.05
+    """Step size of Adam."""
+    row: int = 1
+    """Row, 1 to 7, whose steps are printed."""
+    min_rows_right: int = 7
+    """Target: rows that every seed must get right."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.row <= len(FEATURES):
+            raise ValueError(f"row must be from 1 to {len(FEATURES)}, got {self.row}.")
+
+    @classmethod
+    def reduced(cls) -> Self:
+        """Fewer seeds and steps; the target stays."""
+        return cls(quick=True, num_seeds=3, num_steps=200)
+
+
+class Steps(NamedTuple):
+    """From scores to the gradient, one field a step, in order."""
+
+    scores: Array  # [..., K]
+    exponentials: Array  # [..., K]
+    total: Array  # [...]
+    probs: Array  # [..., K]
+    loss: Array  # [...]
+    gradient: Array  # [..., K]
+
+
+def steps_by_hand(scores: Array, labels: Array) -> Steps:
+    """The textbook's steps, for scores `[..., K]` that are small enough for `exp`."""
+    is_label = jax.nn.one_hot(labels, scores.shape[-1], dtype=scores.dtype)
+    exponentials = jnp.exp(scores)
+    total = jnp.sum(exponentials, axis=-1)
+    probs = exponentials / total[..., None]
+    loss = -jnp.log(jnp.sum(probs * is_label, axis=-1))
+    return Steps(scores, exponentials, total, probs, loss, probs - is_label)
+
+
+def run(config: Config, track: Track = untracked) -> Arrays:
+    """Fits the table once a seed; steps are `[2, seeds, 7, ...]`, before and after training."""
+    table = np.array(FEATURES)
+    features = jnp.asarray((table - table.mean(axis=0)) / table.std(axis=0), float)
+    labels = jnp.array(CLASSES, jnp.int32) - 1
+    network = mlp([table.shape[1], 4, 3], activation=jnp.tanh)
+    optimizer = optax.adam(config.learning_rate)
+
+    def start(key: Array) -> tuple[Layers, optax.OptState]:
+        hidden, output = network.init(key)
+        layers = [hidden, jax.tree.map(jnp.zeros_like, output)]
+        return layers, optimizer.init(layers)
+
+    def mean_loss(layers: Layers) -> Array:
+        return -jnp.mean(sj.log_prob(network.apply(layers, features), labels))
+
+    def step(layers: Layers, state: optax.OptState) -> tuple[Layers, optax.OptState, Array]:
+        loss, grads = jax.value_and_grad(mean_loss)(layers)
+        return *descend(optimizer, grads, state, layers), loss
+
+    keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
+    layers, state = jax.jit(jax.vmap(start))(keys)
+    scores_of = jax.jit(jax.vmap(lambda layers: network.apply(layers, features)))
+    step_all = jax.jit(jax.vmap(step))
+    before, losses = scores_of(layers), []
+    for _ in track(range(config.num_steps), "seven rows"):
+        layers, state, loss = step_all(layers, state)
+        losses.append(jax.device_get(loss))
+    scores = jnp.stack([before, scores_of(layers)])
+
+    every_label = jnp.broadcast_to(labels, scores.shape[:-1])
+    steps = jax.jit(steps_by_hand)(scores, every_label)
+    library = jax.jit(_steps_by_library)(scores, every_label)
+    by_hand = (steps.probs, steps.loss, steps.gradient)
+    gaps = [np.max(np.abs(np.subtract(*pair))) for pair in zip(library, by_hand, strict=True)]
+    return {
+        "curves/softmax/loss": np.stack(losses, axis=1),
+        "labels": np.asarray(labels),
+        "row": np.array(config.row - 1),
+        "gap": np.array(gaps),
+        **{f"steps/{name}": np.asarray(values) for name, values in steps._asdict().items()},
+    }
+
+
+def _steps_by_library(scores: Array, labels: Array) -> tuple[Array, Array, Array]:
+    """Probabilities, loss and gradient, by `softjax` and automatic differentiation."""
+    gradient = jax.grad(lambda scores: -jnp.sum(sj.log_prob(scores, labels)))(scores)
+    return sj.softmax(scores), -sj.log_prob(scores, labels), gradient
+
+
+def judge(config: Config, arrays: Arrays) -> list[Measure]:
+    """Rows right, and the two controls: the first loss, and the steps by another way."""
+    _, after = arrays["steps/scores"]
+    rows_right = np.sum(np.argmax(after, axis=-1) == arrays["labels"], axis=-1)
+    first_loss = arrays["curves/softmax/loss"][:, 0]
+    eps = float(np.finfo(after.dtype).eps)
+    # exp(s) has the relative error |s| eps, and the logarithm of it that error as it is.
+    bound = 4 * eps * (1 + float(np.max(np.abs(after))))
+    return [
+        Measure("rows right, of 7", rows_right, at_least=config.min_rows_right, summary="min"),
+        Measure("loss after training", arrays["curves/softmax/loss"][:, -1]),
+        Measure(
+            "first loss, less ln 3",
+            abs(first_loss - math.log(3)),
+            at_most=4 * eps,
+            summary="max",
+        ),
+        Measure("steps by hand, less softjax", arrays["gap"], at_most=bound, summary="max"),
+    ]
+
+
+def tell(arrays: Arrays) -> str:
+    """The steps of one row, for the first seed, as text."""
+    row = int(arrays["row"])
+    title = f"Row {row + 1} {FEATURES[row]}, of class {CLASSES[row]}"
+    lines = [f"{title:42}{'class 1':>12}{'class 2':>12}{'class 3':>12}"]
+    for when, moment in enumerate(("before training", "after training")):
+        lines.append(moment)
+        for name, meaning in _MEANINGS.items():
+            values = np.atleast_1d(arrays[f"steps/{name}"][when, 0, row])
+            lines.append(f"  {name:14}{meaning:26}" + "".join(f"{v:12.6f}" for v in values))
+    return "\n".join(lines)
+
+
+def draw(arrays: Arrays) -> dict[str, Figure]:
+    """The loss of all seeds, and the steps of one row as bars."""
+    row = int(arrays["row"])
+    figure, axes = panels([f"{name}: {_MEANINGS[name]}" for name in _BARS])
+    for panel, name in zip(axes, _BARS, strict=True):
+        before, after = arrays[f"steps/{name}"][:, 0, row]
+        places = np.arange(1, len(before) + 1)
+        panel.bar(places - 0.2, before, 0.4, color=COLOURS[-1], label="before training")
+        panel.bar(places + 0.2, after, 0.4, color=COLOURS[0], label="after training")
+        panel.set_xticks(places)
+        panel.set_xlabel("class")
+    axes[0].legend(fontsize=7)
+    return {"loss": curves(arrays, "step"), "steps": figure}
+
+
+_MEANINGS = {
+    "scores": "x",
+    "exponentials": "e^x",
+    "total": "sum of e^x",
+    "probs": "p = e^x / sum",
+    "loss": "-ln p of the class",
+    "gradient": "p - y",
+}
+_BARS = ("scores", "exponentials", "probs", "gradient")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the experiment from its command line; returns the exit code."""
+    return launch(Experiment("toy", __doc__, Config, run, judge, draw, tell), args)

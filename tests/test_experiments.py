@@ -1,0 +1,386 @@
+"""The experiments: every script runs, writes what it promises, and judges itself."""
+
+import dataclasses
+import importlib
+import io
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+
+from experiments import __main__ as command_line
+from experiments import _run, blobs, classification, toy
+from experiments._maps import MAPS
+from experiments._networks import Layer, cnn, mlp
+from experiments._train import fit
+
+NAMES = tuple(command_line.questions())
+FIGURES = {
+    "blobs": {"curves", "regions", "sigmoid", "simplex"},
+    "classification": {"confusion", "curves"},
+    "toy": {"loss", "steps"},
+}
+IMPOSSIBLE = {
+    "blobs": {"max_loss": -1.0},
+    "classification": {"min_mlp_accuracy": 1.01},
+    "toy": {"min_rows_right": 8},
+}
+
+
+def launch(name, folder, *options):
+    """Runs a script as `python -m experiments` does; its exit code and its run folder."""
+    exit_code = command_line.main([name, "--quick", "--out", str(folder), *options])
+    (run_folder,) = (folder / name).iterdir()
+    return exit_code, run_folder
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def png_bytes(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+# The command line.
+
+
+def test_every_script_asks_a_question(capsys):
+    assert set(NAMES) == set(FIGURES)
+    assert command_line.main([]) == 0
+    listing = capsys.readouterr().out
+    for name, question in command_line.questions().items():
+        assert question.endswith("?")
+        assert f"  {name} " in listing
+        assert question in listing
+
+
+def test_unknown_name(capsys):
+    assert command_line.main(["clasification"]) == 2
+    error = capsys.readouterr().err
+    assert "no experiment 'clasification'" in error
+    assert all(name in error for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["toy", "--no-such-option"],
+        ["toy", "--num-seeds", "0"],
+        ["toy", "--row", "8"],
+        ["blobs", "--maps", "sparsemax"],
+        ["blobs", "--num-test", "1000"],
+        ["classification", "--maps"],
+    ],
+)
+def test_wrong_options(tmp_path, capsys, options):
+    with pytest.raises(SystemExit) as caught:
+        command_line.main([*options, "--out", str(tmp_path)])
+    assert caught.value.code == 2
+    assert options[1].removeprefix("--").replace("-", "_") in capsys.readouterr().err.replace(
+        "-", "_"
+    )
+    assert not any(tmp_path.iterdir())
+
+
+# Whole runs.
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quick_run(tmp_path, capsys, name):
+    exit_code, folder = launch(name, tmp_path, "--check", "--seed", "0")
+    assert exit_code == 0
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert (config["seed"], config["quick"], config["out"]) == (0, True, str(tmp_path))
+    environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    assert environment["command"].startswith(f"python -m experiments {name} --quick")
+    assert environment["versions"]["jax"] == jax.__version__
+    assert environment["device"].endswith(jax.devices()[0].device_kind)
+    assert {"commit", "seconds"} < set(environment)
+
+    records = read_lines(folder / "metrics.jsonl")
+    measures = [record for record in records if "measure" in record]
+    assert any(measure["passed"] for measure in measures)
+    assert not any(measure["passed"] is False for measure in measures)
+    printed = capsys.readouterr().out
+    assert all(measure["measure"] in printed for measure in measures)
+    assert all(word in printed for word in ("measure", "target", "got", "pass", str(folder)))
+
+    with np.load(folder / "arrays.npz") as archive:
+        arrays = dict(archive)
+    curves = {key: array for key, array in arrays.items() if key.startswith("curves/")}
+    assert curves
+    for key, array in curves.items():
+        _, arm, measure = key.split("/")
+        assert array.shape[0] == config["num_seeds"]
+        logged = [record[measure] for record in records if record.get("arm") == arm]
+        np.testing.assert_array_equal(logged, array.mean(axis=0))
+        assert np.isfinite(array).all()
+
+    # Every target can be missed: the stated one when it asks too much, all of them by NaN.
+    script = importlib.import_module(f"experiments.{name}")
+    reduced = script.Config.reduced()
+    greedy = dataclasses.replace(reduced, **IMPOSSIBLE[name])
+    assert [measure.passed for measure in script.judge(greedy, arrays)].count(False) == 1
+    spoilt = {
+        key: np.full_like(array, np.nan) if array.dtype.kind == "f" else array
+        for key, array in arrays.items()
+    }
+    assert not any(measure.passed for measure in script.judge(reduced, spoilt))
+
+    # The arrays alone are enough to draw every picture again.
+    figures = script.draw(arrays)
+    assert set(figures) == FIGURES[name] == {path.stem for path in folder.glob("*.png")}
+    for stem, figure in figures.items():
+        assert png_bytes(figure) == (folder / f"{stem}.png").read_bytes()
+
+
+@pytest.mark.parametrize(("options", "expected"), [(["--check"], 1), ([], 0)])
+def test_missed_target(tmp_path, capsys, options, expected):
+    hopeless = ["--num-seeds", "1", "--num-steps", "1"]
+    exit_code, folder = launch("toy", tmp_path, *hopeless, *options)
+    assert exit_code == expected
+    assert False in [record.get("passed") for record in read_lines(folder / "metrics.jsonl")]
+    assert " NO " in capsys.readouterr().out
+
+
+def test_seed_decides_all():
+    config = toy.Config(num_seeds=2, num_steps=3)
+    first, again = toy.run(config), toy.run(config)
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, again[name], strict=True)
+    curve = "curves/softmax/loss"
+    assert not np.array_equal(first[curve][0], first[curve][1])
+    other = toy.run(toy.Config(seed=1, num_seeds=2, num_steps=3))
+    assert not np.array_equal(first[curve], other[curve])
+
+
+def test_classification_of_own_images(tmp_path):
+    """Other data than the digits train too, and are not held to the digits' targets."""
+    images = np.random.default_rng(0).random((12, 6, 6, 3))
+    labels = np.arange(12) % 3
+    arrays = {"x_train": images, "y_train": labels, "x_test": images[:4], "y_test": labels[:4]}
+    np.savez(tmp_path / "own.npz", **arrays)
+    config = classification.Config(
+        num_seeds=2,
+        data_dir=tmp_path,
+        networks=("cnn",),
+        maps=("sparsemax",),
+        num_epochs=2,
+        batch_size=4,
+    )
+    result = classification.run(config)
+    assert result["data"] == "own.npz"
+    assert result["confusion/cnn, sparsemax"].sum() == 2 * 4
+    accuracy, control = classification.judge(config, result)
+    assert accuracy.passed is None
+    assert control.passed is not None
+
+
+# Measures and progress.
+
+
+@pytest.mark.parametrize(
+    ("values", "summary", "got"),
+    [
+        ([1, 2, 9], "mean", 4),
+        ([1, 2, 9], "median", 2),
+        ([1, 2, 9], "min", 1),
+        ([1, 2, 9], "max", 9),
+    ],
+)
+def test_measure(values, summary, got):
+    def passed(**targets):
+        return _run.Measure("m", values, summary=summary, **targets).passed
+
+    assert _run.Measure("m", values, summary=summary).got == got
+    assert passed() is None
+    assert passed(at_least=got) is passed(at_most=got) is True
+    assert passed(at_least=got + 0.1) is passed(at_most=got - 0.1) is False
+    assert passed(at_least=got - 1, at_most=got + 1) is True
+    assert passed(at_least=got - 2, at_most=got - 1) is False
+
+
+def test_measure_of_nan_never_passes():
+    for targets in ({"at_least": -math.inf}, {"at_most": math.inf}):
+        assert _run.Measure("m", [0.0, math.nan], **targets).passed is False
+
+
+def test_measure_row():
+    measure = _run.Measure("accuracy", [0.5, 0.7], at_least=0.65)
+    assert measure.row() == ("accuracy", "≥ 0.65", "0.6 ± 0.1 (mean of 2)", "NO")
+    measure = _run.Measure("loss", 0.25, at_most=0.25)
+    assert measure.row() == ("loss", "≤ 0.25", "0.25", "yes")
+    assert _run.Measure("time", [1, 2, 4], summary="median").row()[1:] == (
+        "",
+        "2 (median of 3)",
+        "",
+    )
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress(monkeypatch, capsys, is_terminal):
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(is_terminal)))
+    with _run._progress() as track:
+        assert list(track(range(3), "an arm")) == [0, 1, 2]
+    error = capsys.readouterr().err
+    assert "an arm" in error
+    assert ("3/3" in error) == is_terminal
+    assert (error == "an arm: 3 steps in 0.0 s\n") == (not is_terminal)
+
+
+def test_commit_is_none_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert _run._commit() is None
+
+
+# The parts.
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_loss_goes_with_its_map(name):
+    """A Fenchel-Young loss: gradient p - y; never negative; zero just where p = y."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(0, 2, (20, 5)))
+    labels = jnp.asarray(rng.integers(0, 5, 20))
+    output_map = MAPS[name]
+    losses, gradient = jax.vmap(jax.value_and_grad(output_map.loss))(logits, labels)
+    error = output_map.probs(logits) - jax.nn.one_hot(labels, 5, dtype=logits.dtype)
+    np.testing.assert_allclose(gradient, error, atol=1e-14)
+    check_grads(lambda x: output_map.loss(x, labels).sum(), (logits,), 1, ["rev"], 1e-6, 1e-6)
+    is_wrong = np.abs(error).max(axis=-1) > 1e-12
+    assert is_wrong.any()
+    assert (losses[is_wrong] > 1e-12).all()
+    assert (losses >= 0).all()
+    # The definition: no p does better in <p, x> + H(p), the left-hand side of the loss.
+    rivals = rng.dirichlet(np.full(5, 0.5), (1000, 1))
+    alpha = {"softmax": 1.0, "sparsemax": 2.0, "entmax15": 1.5}[name]
+    scores = np.sum(rivals * np.asarray(logits), axis=-1) + tsallis_entropy(rivals, alpha)
+    chosen = np.take_along_axis(np.asarray(logits), np.asarray(labels)[:, None], axis=-1)[:, 0]
+    shortfall = losses + chosen - scores.max(axis=0)
+    assert (shortfall >= 0).all()
+    assert shortfall.min() < 0.1  # And some rival comes close, so the bound is the maximum.
+
+
+def tsallis_entropy(probs, alpha):
+    if alpha == 1:
+        return -np.sum(probs * np.log(np.maximum(probs, 1e-300)), axis=-1)
+    return (1 - np.sum(probs**alpha, axis=-1)) / (alpha * (alpha - 1))
+
+
+@pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
+def test_loss_of_a_certain_sparse_map_is_zero(name):
+    logits, label = jnp.array([0.3, 5.3, 1.0]), jnp.array(1)
+    loss, gradient = jax.value_and_grad(MAPS[name].loss)(logits, label)
+    assert loss == 0
+    np.testing.assert_array_equal(gradient, jnp.zeros(3))
+
+
+@pytest.mark.parametrize("size", [8, 7])
+def test_cnn_is_a_convolution(size):
+    """The patches, the maxima and the layout agree with JAX's own convolution."""
+    network = cnn((size, size, 2), [3, 4], 5, 6)
+    layers = network.init(jax.random.key(0))
+    shift = jax.random.normal(jax.random.key(1), (6,))
+    layers = [Layer(weights, bias + shift[: len(bias)]) for weights, bias in layers]
+    images = jax.random.normal(jax.random.key(2), (3, size, size, 2))
+    hidden = images
+    for weights, bias in layers[:2]:
+        kernel = weights.reshape(3, 3, -1, weights.shape[-1])
+        layout = ("NHWC", "HWIO", "NHWC")
+        hidden = jax.lax.conv_general_dilated(
+            hidden, kernel, (1, 1), "SAME", dimension_numbers=layout
+        )
+        hidden = jax.nn.relu(hidden + jnp.broadcast_to(bias, hidden.shape))
+        window = (1, 2, 2, 1)
+        hidden = jax.lax.reduce_window(hidden, -jnp.inf, jax.lax.max, window, window, "VALID")
+    expected = mlp([4 * (size // 4) ** 2, 5, 6]).apply(layers[2:], hidden)
+    np.testing.assert_allclose(network.apply(layers, images), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_he_uniform():
+    layers = mlp([50, 200, 3]).init(jax.random.key(0))
+    for layer, fan_in in zip(layers, (50, 200), strict=True):
+        limit = math.sqrt(6 / fan_in)
+        assert 0.95 * limit < jnp.max(jnp.abs(layer.weights)) <= limit
+        assert abs(jnp.mean(layer.weights)) < limit / 10
+        np.testing.assert_array_equal(layer.bias, jnp.zeros(layer.weights.shape[1]))
+
+
+def train(labels, order, **changes):
+    """A short fit of 12 points in the plane, 3 of them for testing, with two seeds."""
+    inputs = jax.random.normal(jax.random.key(0), (12, 2))
+    options = {"num_train": 9, "num_epochs": 2, "batch_size": 4, **changes}
+    return fit(
+        jax.random.key(1),
+        inputs,
+        labels,
+        jnp.stack([order, order[::-1]]),
+        network=mlp([2, 4, 3]),
+        output_map=MAPS["softmax"],
+        optimizer=optax.adam(0.01),
+        **options,
+    )
+
+
+def test_fit_trains_on_the_training_rows_alone():
+    labels, order = jnp.arange(12, dtype=jnp.int32) % 3, jnp.arange(12)
+    result = train(labels, order)
+    relabelled = train(labels.at[9:].set((labels[9:] + 1) % 3), order)
+    first, second = ([layer.weights[seed] for layer in result.layers] for seed in (0, 1))
+    again, differs = ([layer.weights[seed] for layer in relabelled.layers] for seed in (0, 1))
+    for one, other in zip(first, again, strict=True):  # Rows 9 to 11 are for testing here,
+        np.testing.assert_array_equal(one, other)
+    assert not np.array_equal(second[0], differs[0])  # and for training in the other seed.
+    assert not np.array_equal(first[0], second[0])
+    num_right = np.sum(result.predicted[0] == np.asarray(labels[9:]))
+    np.testing.assert_allclose(result.curves["test_accuracy"][0, -1], num_right / 3, rtol=1e-6)
+    assert {name: curve.shape for name, curve in result.curves.items()} == {
+        "train_loss": (2, 2),
+        "test_loss": (2, 2),
+        "test_accuracy": (2, 2),
+    }
+
+
+@pytest.mark.parametrize("changes", [{"num_epochs": 0}, {"batch_size": 0}, {"batch_size": 10}])
+def test_fit_refuses_to_train_on_nothing(changes):
+    labels = jnp.zeros(12, jnp.int32)
+    with pytest.raises(ValueError, match="batch_size from 1 to 9, got"):
+        train(labels, jnp.arange(12), **changes)
+
+
+def test_toy_steps():
+    """The worked example of the tutorials, to the eight digits that they print."""
+    steps = toy.steps_by_hand(jnp.array([2.33, -1.46, 0.56]), jnp.array(0))
+    expected = np.array([0.83827314, 0.01894129, 0.14278557])
+    np.testing.assert_allclose(steps.probs, expected, atol=5e-9)
+    np.testing.assert_allclose(steps.total, math.exp(2.33) + math.exp(-1.46) + math.exp(0.56))
+    np.testing.assert_allclose(steps.loss, -math.log(0.83827314), atol=1e-8)
+    np.testing.assert_allclose(steps.gradient, expected - np.array([1, 0, 0]), atol=5e-9)
+
+
+def test_toy_tells_every_step():
+    told = toy.tell(toy.run(toy.Config(num_seeds=1, num_steps=1, row=5)))
+    assert told.startswith("Row 5 (0, 22, 565, 44, 1), of class 3")
+    assert told.count("probs") == 2
+    assert "0.333333    0.333333   -0.666667" in told  # The gradient before training.
+
+
+def test_blobs_points():
+    config = blobs.Config(num_points=4000)
+    points, labels = blobs.draw_points(3, 2, config)
+    assert points.shape == (2, 4000, 2)
+    for centre, (x, y) in enumerate(blobs.CENTRES):
+        cloud = points[labels == centre]
+        assert len(cloud) == 2000
+        np.testing.assert_allclose(cloud.mean(axis=0), (x, y), atol=5 * 1.5 / math.sqrt(2000))
+        np.testing.assert_allclose(cloud.std(axis=0), 1.5, rtol=5 / math.sqrt(4000))
+    assert not np.array_equal(labels[0], labels[1])
