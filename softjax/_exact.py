@@ -24,7 +24,7 @@ class Scores(NamedTuple):
     dead: Array  # dropped, or further than `FAR` below the peak
 
     def exp(self) -> Array:
-        """exp(values), to within the error of `exp` itself."""
+        """The exponentials, to within the error of `exp` itself."""
         weights = jnp.exp(self.near)
         return jnp.where(self.dead, 0, weights + weights * self.errors)
 

@@ -151,7 +151,8 @@ def broadcast(x: Array, shape: tuple[int, ...], *, name: str, target: str = "log
         return jnp.broadcast_to(x, shape)
     except ValueError:
         raise ValueError(
-            f"`{name}` of shape {x.shape} does not broadcast to the shape {shape} of `{target}`."
+            f"`{name}` of shape {x.shape} does not broadcast to the shape {shape} of"
+            f" `{target}`."
         ) from None
 
 

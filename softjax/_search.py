@@ -51,17 +51,19 @@ def bracketed_newton(step: Step, low: Array, high: Array, start: Array) -> Array
         target = jnp.where(inside, target, low + (high - low) / 2)
         # Halving now and then as well bounds the number of steps.
         target = jnp.where(count % 8 == 7, low + (high - low) / 2, target)
-        return low, high, target, jnp.any(target != tau), count + 1
+        moving = jnp.abs(target - tau) > 2 * eps * jnp.abs(tau)
+        return low, high, target, jnp.any(moving), count + 1
 
     def unfinished(state: tuple[Array, ...]) -> Array:
         return state[3] & (state[4] < limit)
 
+    eps = jnp.finfo(low.dtype).eps
     limit = 48 if low.dtype == jnp.float32 else 96
     state = (low, high, start, jnp.array(True), jnp.array(0))
     return lax.while_loop(unfinished, move, state)[2]
 
 
-def largest_threshold(keys: Array, weights: Array | None, mass: Array, slices: Slices) -> Array:
+def largest_threshold(slices: Slices, keys: Array, weights: Array | None, mass: Array) -> Array:
     """The largest v for which the entries with key >= v weigh at least `mass`.
 
     `weights` None counts entries. Where all of them together weigh less, the result is -inf.

@@ -19,6 +19,31 @@ __all__ = ["entropy", "kl_divergence", "log_prob"]
 
 @public("axis")
 def entropy(logits: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+    r"""Computes Shannon's entropy of `softmax`, in nats.
+
+    .. math:: H = -\sum_i p_i \log p_i, \qquad p = \mathrm{softmax}(z)
+
+    Args:
+        logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
+        axis: axis, axes, or None for all, along which a slice runs.
+        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+
+    Returns:
+        One number a slice, in [0, log n], in the dtype of `logits`; 0 for a slice that keeps
+        nothing.
+
+    Raises:
+        TypeError: `logits` is not real, or `where` not bool.
+        ValueError: `where` does not broadcast, or `axis` is out of range.
+
+    Example:
+        >>> print(entropy(jnp.array([0.0, 0.0, -jnp.inf])))
+        0.6931472
+
+    Note:
+        O(n). All terms are at least 0, so a confident slice keeps the digits of its small
+        entropy. Both modes, any order.
+    """
     problem = prepare(logits, axis=axis, where=where)
     slices = AlongAxes(problem.axes)
     solution = solve(SOFTMAX, slices, problem.logits)
@@ -34,6 +59,33 @@ def kl_divergence(
     axis: Axis = -1,
     where: ArrayLike | None = None,
 ) -> Array:
+    r"""Computes the Kullback-Leibler divergence between two softmaxes, in nats.
+
+    .. math:: D(p \,\|\, q) = \sum_i p_i \log (p_i / q_i), \qquad
+        p = \mathrm{softmax}(x), \; q = \mathrm{softmax}(y)
+
+    Args:
+        p_logits: scores x, `[*shape]`, real or -inf (dropped); differentiable.
+        q_logits: scores y, `[*shape]`, real or -inf (dropped); differentiable.
+        axis: axis, axes, or None for all, along which a slice runs.
+        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+
+    Returns:
+        One number a slice, at least 0, in the wider dtype of the two; inf where q drops what
+        p keeps, 0 where p keeps nothing.
+
+    Raises:
+        TypeError: logits are not real, or `where` not bool.
+        ValueError: the shapes differ, `where` does not broadcast, or `axis` is out of range.
+
+    Example:
+        >>> print(kl_divergence(jnp.array([0.0, -jnp.inf]), jnp.array([0.0, 0.0])))
+        0.6931472
+
+    Note:
+        O(n). Summed as p log(p/q) + q - p, whose terms are never negative, so that close
+        distributions keep the digits of their small divergence. Both modes, any order.
+    """
     p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits")
     q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits")
     slices = AlongAxes(p_problem.axes)
@@ -62,7 +114,7 @@ def _log_ratio(p_logits: Array, q_logits: Array, p: Solution, q: Solution, slice
     close &= slices.max((p_logits == -jnp.inf) != (q_logits == -jnp.inf)) < 1
     shift = jnp.log1p(slices.sum(q.probs * jnp.expm1(jnp.where(close, apart, 0))))
     far = jnp.where(both, p.margins, 0) - jnp.where(both, q.margins, 0)
-    far = jnp.where(both, far, jnp.where(q_logits == -jnp.inf, jnp.inf, 0))
+    far = jnp.where(both, far, jnp.where(q_logits == -jnp.inf, jnp.inf, -jnp.inf))
     return jnp.where(close, apart - shift, far)
 
 
@@ -74,6 +126,32 @@ def log_prob(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
+    r"""Reads the log-probability of one label a slice.
+
+    .. math:: \log p_y = z_y - \log \sum_j m_j e^{z_j}
+
+    Args:
+        logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
+        labels: classes y, int, of the shape of `logits` without `axis`.
+        axis: the one axis of the classes.
+        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+
+    Returns:
+        One number a label, in the dtype of `logits`; -inf for a dropped label, NaN for a
+        label outside [0, n), which is never taken for another class.
+
+    Raises:
+        TypeError: `logits` is not real, `labels` not integer, `where` not bool, or `axis`
+            not one int.
+        ValueError: `labels` or `where` does not broadcast, or `axis` is out of range.
+
+    Example:
+        >>> print(log_prob(jnp.array([[0.0, 0.0], [50.0, 0.0]]), jnp.array([1, 0])))
+        [-6.9314718e-01 -1.9287499e-22]
+
+    Note:
+        O(n); as precise as `log_softmax`. Both modes, any order.
+    """
     problem = prepare(logits, axis=axis, where=where)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     labels = check_labels(labels, problem.logits.shape, axis)

@@ -27,6 +27,38 @@ def logsumexp(
     weights: ArrayLike | None = None,
     keepdims: bool = False,
 ) -> Array:
+    r"""Sums exponentials of the kept logits, and takes the logarithm.
+
+    .. math:: \log \sum_i m_i b_i e^{z_i}
+
+    Args:
+        logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
+        axis: axis, axes, or None for all, along which a slice runs.
+        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+        weights: factors b, real, broadcastable to `[*shape]`; differentiable, also at 0.
+        keepdims: whether the reduced axes stay, with size 1.
+
+    Returns:
+        One number a slice, in the dtype of `logits`; -inf for a slice that keeps nothing,
+        NaN where the weighted sum is negative.
+
+    Raises:
+        TypeError: `logits` or `weights` is not real, or `where` not bool.
+        ValueError: `where` or `weights` does not broadcast, or `axis` is out of range.
+
+    Example:
+        >>> print(logsumexp(jnp.zeros(70000, jnp.float16)))
+        11.16
+
+    Note:
+        O(n) time, no temporary array beside the exponentials. Where the peak and the
+        logarithm of the sum cancel, the error is that of the larger of the two. The
+        derivative is `softmax`; it is 0 for a slice that keeps nothing. Both modes, any order.
+
+    Reference:
+        Blanchard, Higham and Higham (2021), Accurately computing the log-sum-exp and softmax
+        functions.
+    """
     problem = prepare(logits, axis=axis, where=where)
     if weights is None:
         row = _logsumexp(problem.logits, problem.axes)
@@ -70,6 +102,31 @@ def logmeanexp(
     where: ArrayLike | None = None,
     keepdims: bool = False,
 ) -> Array:
+    r"""Averages exponentials of the kept logits, and takes the logarithm.
+
+    .. math:: \log \Big( \sum_i m_i e^{z_i} \Big/ \sum_i m_i \Big)
+
+    Args:
+        logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
+        axis: axis, axes, or None for all, along which a slice runs.
+        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+        keepdims: whether the reduced axes stay, with size 1.
+
+    Returns:
+        One number a slice, in the dtype of `logits`; -inf for a slice that keeps nothing.
+        Entries equal to -inf are dropped: they do not count in the mean either.
+
+    Raises:
+        TypeError: `logits` is not real, or `where` not bool.
+        ValueError: `where` does not broadcast, or `axis` is out of range.
+
+    Example:
+        >>> print(logmeanexp(jnp.array([1.0, 1.0, 1.0])))
+        1.0
+
+    Note:
+        Cost and derivatives as `logsumexp`.
+    """
     problem = prepare(logits, axis=axis, where=where)
     slices = AlongAxes(problem.axes)
     kept = (problem.logits != -jnp.inf).astype(problem.logits.dtype)
@@ -82,6 +139,37 @@ def logmeanexp(
 def mellowmax(
     values: ArrayLike, *, omega: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
 ) -> Array:
+    r"""Takes a soft maximum that is a non-expansion: the log-mean-exp at an inverse scale.
+
+    .. math:: \frac{1}{\omega} \log \frac{1}{n} \sum_i m_i e^{\omega x_i}
+
+    Args:
+        values: numbers x, `[*shape]`, real or -inf (dropped); differentiable.
+        omega: inverse scale, any real or infinite number, one or one a slice;
+            differentiable. It is the mean at 0, the maximum at inf, the minimum at -inf, and
+            a soft minimum where negative.
+        axis: axis, axes, or None for all, along which a slice runs.
+        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+
+    Returns:
+        One number a slice, in the dtype of `values`, between their minimum and their
+        maximum; -inf for a slice that keeps nothing.
+
+    Raises:
+        TypeError: `values` is not real, or `where` not bool.
+        ValueError: `where` or `omega` does not broadcast, or `axis` is out of range.
+
+    Example:
+        >>> print(mellowmax(jnp.array([1.0, 2.0, 3.0]), omega=0.0))
+        2.0
+
+    Note:
+        O(n). Nothing is divided by omega, so values and derivatives are smooth through 0.
+        Both modes, any order.
+
+    Reference:
+        Asadi and Littman (2017), An alternative softmax operator for reinforcement learning.
+    """
     problem = prepare(values, axis=axis, where=where, name="values")
     x, slices = problem.logits, AlongAxes(problem.axes)
     omega = per_slice(omega, x, problem.axes, name="omega")

@@ -5,15 +5,18 @@ original logits of what they keep; they find their threshold by a search over re
 by sorting, and derivatives pass through what is kept. Dropped (-inf) entries stay dropped.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from softjax._blocks import in_blocks
 from softjax._exponential import SOFTMAX
 from softjax._inputs import NONNEGATIVE, PROBABILITY, Axis, per_slice, prepare, public, to_float
 from softjax._search import largest_threshold
-from softjax._slices import AlongAxes
+from softjax._slices import AlongAxes, Slices
 from softjax._threshold import solve
 
 __all__ = [
@@ -30,6 +33,30 @@ __all__ = [
 
 @public(cap=NONNEGATIVE)
 def soft_cap(logits: ArrayLike, cap: ArrayLike) -> Array:
+    r"""Bounds logits smoothly.
+
+    .. math:: c \tanh(z / c)
+
+    Args:
+        logits: scores z, `[*shape]`; differentiable. -inf stays -inf: dropped.
+        cap: bound c in [0, inf], broadcastable to `[*shape]`; differentiable inside, with
+            derivative 0 at the limits. inf bounds nothing; a negative one in an array gives
+            NaN.
+
+    Returns:
+        Scores in [-c, c], `[*shape]`, in the dtype of `logits`.
+
+    Raises:
+        TypeError: `logits` is not real.
+        ValueError: `cap` does not broadcast, or is a negative Python number.
+
+    Example:
+        >>> print(soft_cap(jnp.array([1.0, 1000.0]), 50.0))
+        [ 0.99986655 50.        ]
+
+    Reference:
+        Bello et al. (2016), Neural combinatorial optimization with reinforcement learning.
+    """
     x, dtype = to_float(logits, name="logits")
     cap = per_slice(cap, x, (), name="cap")
     kept = x != -jnp.inf
@@ -44,40 +71,165 @@ def soft_cap(logits: ArrayLike, cap: ArrayLike) -> Array:
 
 @public("axis", k=NONNEGATIVE)
 def top_k_filter(logits: ArrayLike, k: ArrayLike, *, axis: Axis = -1) -> Array:
-    return _filter(logits, axis, lambda x, slices: (x, None, k), "k")
+    r"""Keeps the k largest logits of each slice, and drops the rest to -inf.
+
+    Args:
+        logits: scores z, `[*shape]`; differentiable where kept.
+        k: how many to keep, one number or one a slice, traced or not; not differentiable.
+            More than there are keeps all; 0 keeps none.
+        axis: axis, axes, or None for all, along which a slice runs.
+
+    Returns:
+        Logits `[*shape]`; -inf where dropped. Ties with the k-th largest are kept.
+
+    Raises:
+        TypeError: `logits` is not real.
+        ValueError: `k` does not broadcast or is a negative Python number, or `axis` is out of
+            range.
+
+    Example:
+        >>> print(top_k_filter(jnp.array([1.0, 3.0, 2.0]), 2))
+        [-inf   3.   2.]
+
+    Note:
+        No sort: 32 counting passes (64 in float64) halve the range of bit patterns.
+    """
+
+    def count(slices: Slices, x: Array, k: Array) -> Array:
+        return largest_threshold(slices, x, None, k)
+
+    return _filter(logits, axis, k, "k", count)
 
 
 @public("axis", p=PROBABILITY)
 def top_p_filter(logits: ArrayLike, p: ArrayLike, *, axis: Axis = -1) -> Array:
-    return _filter(logits, axis, lambda x, slices: (x, solve(SOFTMAX, slices, x).probs, p), "p")
+    r"""Keeps the smallest set of largest logits that holds a mass p, the nucleus.
+
+    Args:
+        logits: scores z, `[*shape]`; differentiable where kept.
+        p: probability in [0, 1] that the kept entries reach, one number or one a slice,
+            traced or not; not differentiable. The largest logit is always kept.
+        axis: axis, axes, or None for all, along which a slice runs.
+
+    Returns:
+        Logits `[*shape]`; -inf where dropped. Ties with the smallest one kept are kept.
+
+    Raises:
+        TypeError: `logits` is not real.
+        ValueError: `p` does not broadcast or is a Python number outside [0, 1], or `axis` is
+            out of range.
+
+    Example:
+        >>> print(top_p_filter(jnp.log(jnp.array([0.5, 0.3, 0.2])), 0.7))
+        [-0.6931472 -1.2039728       -inf]
+
+    Note:
+        No sort: 32 summing passes (64 in float64) halve the range of bit patterns.
+
+    Reference:
+        Holtzman et al. (2020), The curious case of neural text degeneration.
+    """
+
+    def weigh(slices: Slices, x: Array, p: Array) -> Array:
+        return largest_threshold(slices, x, solve(SOFTMAX, slices, x).probs, p)
+
+    return _filter(logits, axis, p, "p", weigh)
 
 
 @public("axis", mass=PROBABILITY)
 def typical_filter(logits: ArrayLike, mass: ArrayLike, *, axis: Axis = -1) -> Array:
-    def by_surprise(x, slices):
-        probs, log_probs, _, _, _ = solve(SOFTMAX, slices, x)
-        safe = jnp.where(log_probs == -jnp.inf, 0, log_probs)
-        entropy = -slices.sum(probs * safe)
-        return jnp.where(x == -jnp.inf, -jnp.inf, -jnp.abs(entropy + safe)), probs, mass
+    r"""Keeps the entries whose information is closest to the entropy, up to a mass.
 
-    return _filter(logits, axis, by_surprise, "mass")
+    Entries are ranked by :math:`|-\log p_i - H|`, least first, and kept until their
+    probabilities reach the mass.
+
+    Args:
+        logits: scores z, `[*shape]`; differentiable where kept.
+        mass: probability in [0, 1] that the kept entries reach, one number or one a slice,
+            traced or not; not differentiable. The most typical entry is always kept.
+        axis: axis, axes, or None for all, along which a slice runs.
+
+    Returns:
+        Logits `[*shape]`; -inf where dropped. Ties with the last one kept are kept.
+
+    Raises:
+        TypeError: `logits` is not real.
+        ValueError: `mass` does not broadcast or is a Python number outside [0, 1], or `axis`
+            is out of range.
+
+    Example:
+        >>> print(typical_filter(jnp.log(jnp.array([0.5, 0.3, 0.2])), 0.3))
+        [      -inf -1.2039728       -inf]
+
+    Note:
+        No sort: 32 summing passes (64 in float64) halve the range of bit patterns.
+
+    Reference:
+        Meister et al. (2023), Locally typical sampling.
+    """
+
+    def weigh(slices: Slices, x: Array, mass: Array) -> Array:
+        probs = solve(SOFTMAX, slices, x).probs
+        keys = _typicality(slices, x)
+        return largest_threshold(slices, keys, probs, mass)
+
+    return _filter(logits, axis, mass, "mass", weigh, _typicality)
 
 
-def _filter(logits, axis, rank, name) -> Array:
-    """Keeps the entries of highest rank that together reach an amount."""
+def _typicality(slices: Slices, x: Array) -> Array:
+    """-| -log p - H |, how close the information of an entry is to the expected."""
+    solution = solve(SOFTMAX, slices, x)
+    dropped = solution.margins == -jnp.inf
+    log_probs = jnp.where(dropped, 0, solution.margins)
+    entropy = -slices.sum(solution.probs * log_probs)
+    return jnp.where(dropped, -jnp.inf, -jnp.abs(log_probs + slices.spread(entropy)))
+
+
+def _filter(
+    logits: ArrayLike,
+    axis: Axis,
+    amount: ArrayLike,
+    name: str,
+    threshold: Callable[[Slices, Array, Array], Array],
+    rank: Callable[[Slices, Array], Array] = lambda slices, x: x,
+) -> Array:
+    """Keeps the entries whose rank reaches the threshold of their slice."""
     problem = prepare(logits, axis=axis)
-    x, slices = problem.logits, AlongAxes(problem.axes)
-    keys, weights, amount = rank(jax.lax.stop_gradient(x), slices)
-    amount = per_slice(amount, x, problem.axes, name=name)
-    row = slices.max(x)
-    amount = jnp.broadcast_to(jax.lax.stop_gradient(amount), row.shape)
-    threshold = largest_threshold(keys, weights, amount, slices)
-    kept = ~(keys < slices.spread(threshold))
-    return jnp.where(kept, x, -jnp.inf).astype(problem.dtype)
+    x, slices = jax.lax.stop_gradient(problem.logits), AlongAxes(problem.axes)
+    row = jax.lax.stop_gradient(per_slice(amount, x, problem.axes, name=name))
+    row = jnp.broadcast_to(row, slices.max(x).shape)
+    lowest = in_blocks(threshold)(slices, x, row)
+    kept = ~(rank(slices, x) < slices.spread(lowest))
+    return jnp.where(kept, problem.logits, -jnp.inf).astype(problem.dtype)
 
 
 @public("axis", min_p=PROBABILITY)
 def min_p_filter(logits: ArrayLike, min_p: ArrayLike, *, axis: Axis = -1) -> Array:
+    r"""Keeps the logits whose probability is at least a fraction of the largest one.
+
+    .. math:: p_i \ge \mathrm{min\_p} \cdot \max_j p_j
+
+    Args:
+        logits: scores z, `[*shape]`; differentiable where kept.
+        min_p: the fraction, in [0, 1], one number or one a slice, traced or not; not
+            differentiable. 0 keeps all, 1 only the largest.
+        axis: axis, axes, or None for all, along which a slice runs.
+
+    Returns:
+        Logits `[*shape]`; -inf where dropped.
+
+    Raises:
+        TypeError: `logits` is not real.
+        ValueError: `min_p` does not broadcast or is a Python number outside [0, 1], or `axis`
+            is out of range.
+
+    Example:
+        >>> print(min_p_filter(jnp.array([0.0, -1.0, -5.0]), 0.1))
+        [  0.  -1. -inf]
+
+    Reference:
+        Nguyen et al. (2024), Turning up the heat: min-p sampling.
+    """
     problem = prepare(logits, axis=axis)
     x, slices = problem.logits, AlongAxes(problem.axes)
     min_p = jax.lax.stop_gradient(per_slice(min_p, x, problem.axes, name="min_p"))
@@ -94,6 +246,30 @@ def scalable_scores(
     axis: Axis = -1,
     where: ArrayLike | None = None,
 ) -> Array:
+    r"""Scales logits by the logarithm of how many there are (scalable softmax).
+
+    .. math:: s \, z_i \log n, \qquad n = \sum_j m_j
+
+    Args:
+        logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
+        scale: factor s, one number or one a slice; differentiable.
+        axis: axis, axes, or None for all, along which a slice runs.
+        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+
+    Returns:
+        Scores `[*shape]` in the dtype of `logits`; -inf where dropped.
+
+    Raises:
+        TypeError: `logits` is not real, or `where` not bool.
+        ValueError: `where` or `scale` does not broadcast, or `axis` is out of range.
+
+    Example:
+        >>> print(scalable_scores(jnp.array([1.0, 0.0])))
+        [0.6931472 0.       ]
+
+    Reference:
+        Nakanishi (2025), Scalable-softmax is superior for attention.
+    """
     problem = prepare(logits, axis=axis, where=where)
     x, slices = problem.logits, AlongAxes(problem.axes)
     scale = per_slice(scale, x, problem.axes, name="scale")
@@ -105,6 +281,26 @@ def scalable_scores(
 
 @public()
 def sigsoftmax_scores(logits: ArrayLike) -> Array:
+    r"""Bends logits so that their softmax is sigsoftmax, p proportional to exp(z) sigmoid(z).
+
+    .. math:: z + \log \sigma(z) = 2 z - \log(1 + e^z)
+
+    Args:
+        logits: scores z, `[*shape]`; differentiable. -inf stays -inf: dropped.
+
+    Returns:
+        Scores `[*shape]` in the dtype of `logits`.
+
+    Raises:
+        TypeError: `logits` is not real.
+
+    Example:
+        >>> print(sigsoftmax_scores(jnp.array([0.0])))
+        [-0.6931472]
+
+    Reference:
+        Kanai et al. (2018), Sigsoftmax: reanalysis of the softmax bottleneck.
+    """
     x, dtype = to_float(logits, name="logits")
     kept = x != -jnp.inf
     scores = x + jax.nn.log_sigmoid(jnp.where(kept, x, 0))
@@ -113,6 +309,28 @@ def sigsoftmax_scores(logits: ArrayLike) -> Array:
 
 @public()
 def taylor_scores(logits: ArrayLike) -> Array:
+    r"""Bends logits so that their softmax is Taylor softmax, of weights 1 + z + z^2 / 2.
+
+    .. math:: \log(1 + z + z^2 / 2)
+
+    Args:
+        logits: scores z, `[*shape]`; differentiable. -inf stays -inf: dropped.
+
+    Returns:
+        Scores `[*shape]` in the dtype of `logits`; at least -log 2, as the weights are at
+        least 1/2.
+
+    Raises:
+        TypeError: `logits` is not real.
+
+    Example:
+        >>> print(taylor_scores(jnp.array([0.0, 2.0])))
+        [0.        1.609438]
+
+    Reference:
+        de Brebisson and Vincent (2016), An exploration of softmax alternatives belonging to
+        the spherical loss family.
+    """
     x, dtype = to_float(logits, name="logits")
     kept = x != -jnp.inf
     x = jnp.where(kept, x, 0)

@@ -26,6 +26,36 @@ def segment_softmax(
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
 ) -> Array:
+    r"""Normalises the entries of each segment, along axis 0.
+
+    .. math:: p_i = m_i e^{z_i / T_s} \Big/ \sum_{j \in s} m_j e^{z_j / T_s},
+        \qquad s = \mathrm{segment}(i)
+
+    Args:
+        logits: scores z, `[n, *rest]`, real or -inf (dropped); differentiable.
+        segment_ids: segment of each row, `[n]`, int, in any order; rows whose id is outside
+            [0, num_segments) are dropped.
+        num_segments: number of segments, static.
+        where: mask m, bool, broadcastable to `[n, *rest]`; True keeps an entry.
+        temperature: T in [0, inf], one number or broadcastable to `[num_segments, *rest]`;
+            differentiable. Limits as in `softmax`.
+
+    Returns:
+        Probabilities `[n, *rest]` in the dtype of `logits`, which sum to one over each
+        segment that keeps something; 0 where dropped.
+
+    Raises:
+        TypeError: `logits` is not real, `where` not bool, or `segment_ids` not integer.
+        ValueError: `segment_ids` is not of shape `[n]`, `num_segments` is negative, or
+            `where` or `temperature` does not broadcast.
+
+    Example:
+        >>> print(segment_softmax(jnp.zeros(3), jnp.array([0, 1, 0]), num_segments=2))
+        [0.5 1.  0.5]
+
+    Note:
+        O(n) time and memory. Both modes, any order.
+    """
     if not isinstance(num_segments, int) or num_segments < 0:
         raise ValueError(f"`num_segments` must be an int >= 0, got {num_segments!r}.")
     problem = prepare(logits, axis=0, where=where)

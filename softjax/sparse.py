@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from softjax._blocks import in_blocks
 from softjax._exact import centre, centre_at, expm1_over, expm1_over_twice, log1p_over
 from softjax._inputs import NONNEGATIVE, Axis, per_slice, prepare, public, resolve_axes
 from softjax._search import bracketed_newton, climb, largest_threshold
@@ -31,13 +32,48 @@ def sparsemax(
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
 ) -> Array:
+    r"""Projects the logits onto the probability simplex.
+
+    .. math:: p = \arg\min_{p \in \Delta} \lVert p - z / T \rVert^2 = (z / T - \tau)_+
+
+    Args:
+        logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
+        axis: axis, axes, or None for all, along which a slice runs.
+        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+        temperature: T in [0, inf], as in `softmax`; differentiable.
+
+    Returns:
+        Probabilities `[*shape]` in the dtype of `logits`; exactly 0 at and below the
+        threshold.
+
+    Raises:
+        TypeError: as `softmax`.
+        ValueError: as `softmax`.
+
+    Example:
+        >>> print(sparsemax(jnp.array([1.0, 0.5, -1.0])))
+        [0.75 0.25 0.  ]
+
+    Note:
+        No sort: Newton's method on the piecewise linear sum ends at the threshold after
+        finitely many passes, each O(n), mostly five to ten; on CPU a few slices at a time, in
+        cache. Both modes, any order; where an entry meets the threshold, the derivative is
+        that of one side.
+
+    Reference:
+        Martins and Astudillo (2016), From softmax to sparsemax. Michelot (1986) for the
+        search.
+    """
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     slices = AlongAxes(problem.axes)
     solution = solve(SPARSEMAX, slices, problem.logits, problem.temperature)
     return solution.probs.astype(problem.dtype)
 
 
-def _solve_sparsemax(slices: Slices, logits: Array, temperature: Array | None, *_: None):
+@in_blocks
+def _solve_sparsemax(
+    slices: Slices, logits: Array, temperature: Array | None, *_: None
+) -> Solution:
     peak = slices.max(logits)
     scores = centre(logits, peak, temperature, slices.spread)
     spread = slices.spread
@@ -68,13 +104,46 @@ def entmax15(
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
 ) -> Array:
+    r"""Maps logits to sparse probabilities halfway between softmax and sparsemax.
+
+    .. math:: p = \arg\max_{p \in \Delta} \langle p, z / T \rangle
+        + \tfrac{4}{3} \sum_j (p_j - p_j^{3/2}) = (z / 2T - \tau)_+^2
+
+    Args:
+        logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
+        axis: axis, axes, or None for all, along which a slice runs.
+        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+        temperature: T in [0, inf], as in `softmax`; differentiable.
+
+    Returns:
+        Probabilities `[*shape]` in the dtype of `logits`, some exactly 0.
+
+    Raises:
+        TypeError: as `softmax`.
+        ValueError: as `softmax`.
+
+    Example:
+        >>> print(entmax15(jnp.array([1.0, 0.0, -2.0])))
+        [0.8307189 0.1692811 0.       ]
+
+    Note:
+        No sort: Newton's method climbs to the threshold, and a quadratic ends it on the
+        support that is found. O(n) a pass; on CPU a few slices at a time, in cache. Both modes,
+        any order, also at saturated inputs.
+
+    Reference:
+        Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models.
+    """
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     slices = AlongAxes(problem.axes)
     solution = solve(ENTMAX15, slices, problem.logits, problem.temperature)
     return solution.probs.astype(problem.dtype)
 
 
-def _solve_entmax15(slices: Slices, logits: Array, temperature: Array | None, *_: None):
+@in_blocks
+def _solve_entmax15(
+    slices: Slices, logits: Array, temperature: Array | None, *_: None
+) -> Solution:
     peak = slices.max(logits)
     scores = centre(logits, peak, temperature, slices.spread)
     halves, spread = scores.values / 2, slices.spread
@@ -114,6 +183,41 @@ def entmax(
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
 ) -> Array:
+    r"""Maps logits to probabilities by alpha-entmax, from softmax (1) to sparsemax (2) and on.
+
+    .. math:: p = \arg\max_{p \in \Delta} \langle p, z / T \rangle + H_\alpha(p)
+        = \big[(\alpha - 1)(z / T - \tau)\big]_+^{1 / (\alpha - 1)}, \qquad
+        H_\alpha(p) = \frac{1}{\alpha (\alpha - 1)} \sum_j (p_j - p_j^\alpha)
+
+    Args:
+        logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
+        alpha: entropic index, at least 1, one number or one a slice; differentiable, with the
+            softmax limit at exactly 1. Below 1, in an array, it gives NaN.
+        axis: axis, axes, or None for all, along which a slice runs.
+        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+        temperature: T in [0, inf], as in `softmax`; differentiable.
+
+    Returns:
+        Probabilities `[*shape]` in the dtype of `logits`; some exactly 0 where alpha > 1.
+
+    Raises:
+        TypeError: as `softmax`.
+        ValueError: as `softmax`; also if `alpha` is a Python number below 1 or does not
+            broadcast to one a slice.
+
+    Example:
+        >>> print(entmax(jnp.array([1.0, 0.0, -2.0]), 2.0))
+        [1. 0. 0.]
+
+    Note:
+        No sort: Newton's method within a bracket, on a function whose slope is at most -1
+        for every alpha. Two exponentials and a logarithm an entry and pass, so `entmax15`
+        and `sparsemax` are faster where they apply. Both modes, any order.
+
+    Reference:
+        Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models; Correia,
+        Niculae and Martins (2019), Adaptively sparse transformers, for d/dalpha.
+    """
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     alpha = per_slice(alpha, problem.logits, problem.axes, name="alpha")
     slices = AlongAxes(problem.axes)
@@ -121,6 +225,7 @@ def entmax(
     return solution.probs.astype(problem.dtype)
 
 
+@in_blocks
 def _solve_entmax(
     slices: Slices, logits: Array, temperature: Array | None, alpha: Array, *_: None
 ) -> Solution:
@@ -196,6 +301,42 @@ def soft_top_k(
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
 ) -> Array:
+    r"""Spreads k units of weight over the entries, at most one on each.
+
+    .. math:: p_i = f(z_i / T - \tau), \qquad \sum_i p_i = k
+
+    Args:
+        logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
+        k: total weight, in [0, number kept], real, one number or one a slice; differentiable.
+            Outside of that the slice is NaN.
+        kind: the f that rises from 0 to 1: "capped" clips to [0, 1], the projection onto the
+            capped simplex, sparse at both ends; "sigmoid"; or "laplace", the distribution
+            function of Laplace's law.
+        axis: axis, axes, or None for all, along which a slice runs.
+        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+        temperature: T in [0, inf], as in `softmax`; differentiable. At 0 the k largest
+            entries have weight 1, and ties for the last place share it.
+
+    Returns:
+        Weights in [0, 1], `[*shape]`, in the dtype of `logits`.
+
+    Raises:
+        TypeError: as `softmax`.
+        ValueError: as `softmax`; also if `kind` is unknown, or `k` a Python number that is
+            negative or larger than a slice.
+
+    Example:
+        >>> print(soft_top_k(jnp.array([2.0, 1.0, 0.0, 0.5]), 2))
+        [1.   0.75 0.   0.25]
+
+    Note:
+        No sort: the ceil(k)-th largest entry is found by bisection of bit patterns and tau,
+        close to it, by Newton's method in a bracket. Both modes, any order.
+
+    Reference:
+        Lou et al. (2024), Sparser is faster and less is more (SparseK), for "capped";
+        Struski et al. (2025), LapSum, for "laplace".
+    """
     if kind not in _TOP_K:
         raise ValueError(f"`kind` must be one of {', '.join(_TOP_K)}, got {kind!r}.")
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
@@ -209,7 +350,15 @@ def soft_top_k(
 def _budget_family(squash, slope, quantile) -> Family:
     """The family of an f that rises from 0 to 1, by its derivative f'(p) and its inverse."""
 
-    def solve_budget(slices, logits, temperature, _, budget, *__):
+    @in_blocks
+    def solve_budget(
+        slices: Slices,
+        logits: Array,
+        temperature: Array | None,
+        _: None,
+        budget: Array,
+        *__: None,
+    ) -> Solution:
         spread = slices.spread
         kept = logits != -jnp.inf
         num_kept = slices.sum(kept.astype(logits.dtype))
@@ -217,7 +366,7 @@ def _budget_family(squash, slope, quantile) -> Family:
         # Scores are taken from the ceil(k)-th largest, close to which tau lies, so that
         # neither an offset nor an outlier costs digits there.
         share = jnp.where(usual, budget / jnp.maximum(num_kept, 1), 0.5)
-        anchor = largest_threshold(logits, None, jnp.ceil(jnp.where(usual, budget, 1)), slices)
+        anchor = largest_threshold(slices, logits, None, jnp.ceil(jnp.where(usual, budget, 1)))
         near, errors = centre_at(logits, anchor, temperature, spread)
         highest = slices.max(jnp.where(kept, near, -jnp.inf))
         lowest = -slices.max(jnp.where(kept, -near, -jnp.inf))
