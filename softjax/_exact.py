@@ -23,6 +23,10 @@ class Scores(NamedTuple):
     errors: Array  # what rounding took from `near`
     dead: Array  # dropped, or further than `FAR` below the peak
 
+    def minus(self, threshold: Array) -> Array:
+        """The margins: -inf where dropped, whatever the threshold."""
+        return jnp.where(self.values == -jnp.inf, -jnp.inf, self.values - threshold)
+
     def exp(self) -> Array:
         """The exponentials, to within the error of `exp` itself."""
         weights = jnp.exp(self.near)
@@ -42,7 +46,8 @@ def centre(
         reach: Array | float = FAR
     else:
         reach = FAR * temperature
-    lowest = jnp.maximum(peak - reach, jnp.finfo(x.dtype).min)
+    smallest = jnp.finfo(x.dtype).min
+    lowest = jnp.where(jnp.isnan(peak), smallest, jnp.maximum(peak - reach, smallest))
     dead = x < spread(jnp.where(jnp.isinf(peak), jnp.inf, lowest))
     at_anchor = dead | (x == spread(peak))
     if temperature is not None:
@@ -134,6 +139,15 @@ def _partial_sums(x: Array, axis: int) -> Array:
     return jnp.concatenate([sums, tail], axis)
 
 
+def log1p(x: Array) -> Array:
+    """log(1 + x) to full precision; XLA's own keeps about 14 digits in float64."""
+    one = jnp.where(jnp.isnan(x), x, 1)  # Of a literal, XLA would make x of (1 + x) - 1.
+    y = one + x
+    usual = (x > -1) & (x < jnp.inf)
+    lost = jnp.where(usual, x - (y - one), 0)
+    return jnp.log(y) + lost / jnp.where(usual, y, 1)
+
+
 def expm1_over(x: Array) -> Array:
     """(exp(x) - 1) / x, and 1 at 0, with its derivatives."""
     near = jnp.abs(x) < 0.1
@@ -145,7 +159,7 @@ def log1p_over(x: Array) -> Array:
     """log(1 + x) / x, and 1 at 0, with its derivatives."""
     near = jnp.abs(x) < 0.01
     far = jnp.where(near, 1.0, x)
-    return jnp.where(near, _series(x, near, _LOG1P_OVER), jnp.log1p(far) / far)
+    return jnp.where(near, _series(x, near, _LOG1P_OVER), log1p(far) / far)
 
 
 def expm1_over_twice(x: Array) -> Array:

@@ -6,9 +6,9 @@ probabilities near 1 keep their distance from it.
 """
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from softjax._exact import centre
+from softjax._exact import centre, log1p
 from softjax._slices import Slices
 from softjax._threshold import Family, Solution
 
@@ -27,22 +27,29 @@ def _solve(
         peak = jnp.maximum(peak, sink)
     scores = centre(logits, peak, temperature, slices.spread)
     weights = scores.exp()
+    # A running sum rounds every small weight that it adds to the peak's 1 the same way, so
+    # the peak is left out: steep (1 - w) is 0 for it and above w for all others. Together
+    # with the full sum this tells how many entries share the peak. (Written without the
+    # literal 1, which XLA may spread over a whole array.)
+    steep = jnp.where(peak == -jnp.inf, 0, jnp.full_like(peak, 2.0**30))
     total = slices.sum(weights)
-    top = jnp.where(peak == -jnp.inf, 0.0, jnp.ones_like(peak))
-    others = slices.sum(jnp.minimum(weights, slices.spread(top) - weights))
+    slope = slices.spread(steep)
+    others = slices.sum(jnp.minimum(weights, slope - slope * weights))
     sink_weight = None
     if sink is not None:
         sink_scores = centre(sink, peak, temperature, lambda row: row)
         sink_weight = sink_scores.exp()
         total += sink_weight
-        others += jnp.minimum(sink_weight, top - sink_weight)
-    # The peak's weight is 1: below 1.5 it stands alone, and no other exceeds 1/2.
-    others = jnp.where(total > 1.5, total - 1, others)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    threshold = jnp.where(empty, 0, jnp.log1p(others))
-    probs = weights / slices.spread(total)
-    margins = scores.values - slices.spread(threshold)
+        others += jnp.minimum(sink_weight, steep - steep * sink_weight)
+    num_peaks = jnp.round(total - others)
+    empty = num_peaks == 0
+    total = jnp.where(empty, 1, num_peaks + others)
+    others += jnp.where(empty, 0, num_peaks - 1)
+    threshold = jnp.where(empty, 0, log1p(others))
+    # Or XLA would compute them once an entry, in the loops below.
+    total, threshold = lax.optimization_barrier((total, threshold))
+    probs = jnp.where(weights == 0, 0, weights / slices.spread(total))
+    margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
     leak = None if sink is None else sink_weight / total
     return Solution(probs, margins, threshold, others / total, leak)

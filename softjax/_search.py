@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from softjax._slices import Slices
 
@@ -63,37 +64,42 @@ def bracketed_newton(step: Step, low: Array, high: Array, start: Array) -> Array
     return lax.while_loop(unfinished, move, state)[2]
 
 
-def largest_threshold(slices: Slices, keys: Array, weights: Array | None, mass: Array) -> Array:
-    """The largest v for which the entries with key >= v weigh at least `mass`.
+def largest_threshold(
+    slices: Slices, keys: Array, weights: Array | None, amount: Array
+) -> Array:
+    """The largest v for which the entries with key >= v weigh at least `amount`.
 
-    `weights` None counts entries. Where all of them together weigh less, the result is -inf.
-    NaN keys are above every threshold.
+    `weights` None counts entries. What is summed is the part below v, so that digits are
+    kept where the amount is nearly all. If all weigh less than the amount, v is the least.
+    Keys are compared, and v is given, as `ordered` integers.
     """
-
-    def weigh(low: Array) -> Array:
-        above = ~(keys < slices.spread(_from_ordered(low, keys.dtype)))
-        return slices.sum(jnp.where(above, 1 if weights is None else weights, 0.0))
+    weights = jnp.ones(keys.shape, amount.dtype) if weights is None else weights
+    spare = slices.sum(weights) - amount
 
     def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = state  # The answer is in [low, high).
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        enough = weigh(middle) >= mass
+        below = slices.sum(jnp.where(keys < slices.spread(middle), weights, 0))
+        enough = below <= spare
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-    ordered = _to_ordered(jnp.array([-jnp.inf, jnp.inf], keys.dtype))
-    low = jnp.full(mass.shape, ordered[0])
-    high = jnp.full(mass.shape, ordered[1] + 1)
-    low, _ = lax.while_loop(lambda s: jnp.any(s[0] + 1 < s[1]), halve, (low, high))
-    return _from_ordered(low, keys.dtype)
+    limits = jnp.array([-jnp.inf, jnp.nan], amount.dtype)
+    low, high = (jnp.full(spare.shape, bound) for bound in ordered(limits))
+    return lax.while_loop(lambda s: jnp.any(s[0] + 1 < s[1]), halve, (low, high + 1))[0]
 
 
-def _to_ordered(x: Array) -> Array:
-    """Bit patterns as integers in the order of the numbers."""
+def ordered(x: Array) -> Array:
+    """Integers in the order of the numbers; 0 and -0 are one, NaN is above all."""
     integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
+    limits = jnp.iinfo(integer)
     bits = lax.bitcast_convert_type(x, integer)
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(integer).max, bits)
+    bits = jnp.where(bits == limits.min, 0, bits)
+    bits = jnp.where(bits < 0, bits ^ limits.max, bits)
+    return jnp.where(jnp.isnan(x), limits.max - 1, bits)
 
 
-def _from_ordered(ordered: Array, dtype: jnp.dtype) -> Array:
-    bits = jnp.where(ordered < 0, ordered ^ jnp.iinfo(ordered.dtype).max, ordered)
-    return lax.bitcast_convert_type(bits, dtype)
+def from_ordered(bits: Array, dtype: DTypeLike) -> Array:
+    """The number of an `ordered` integer."""
+    return lax.bitcast_convert_type(
+        jnp.where(bits < 0, bits ^ jnp.iinfo(bits.dtype).max, bits), dtype
+    )

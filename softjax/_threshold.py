@@ -146,6 +146,8 @@ def _tangents(
     probs_dot = slopes * margins_dot
     if bend_dot is not None:
         probs_dot += bend_dot
+    # For the transpose: the cotangent of a dropped entry, NaN perhaps, ends here.
+    probs_dot = jnp.where(live, probs_dot, 0)
     margins_dot = jnp.where(live, margins_dot, 0)
     return Solution(probs_dot, margins_dot, threshold_dot, complement_dot, leak_dot)
 

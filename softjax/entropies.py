@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from softjax._exact import log1p
 from softjax._exponential import SOFTMAX
 from softjax._inputs import Axis, check_labels, prepare, public, resolve_one_axis
 from softjax._slices import AlongAxes
@@ -88,6 +89,11 @@ def kl_divergence(
     """
     p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits")
     q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits")
+    if p_problem.logits.shape != q_problem.logits.shape:
+        raise ValueError(
+            f"`q_logits` of shape {q_problem.logits.shape} must have the shape"
+            f" {p_problem.logits.shape} of `p_logits`."
+        )
     slices = AlongAxes(p_problem.axes)
     p = solve(SOFTMAX, slices, p_problem.logits)
     q = solve(SOFTMAX, slices, q_problem.logits)
@@ -111,8 +117,9 @@ def _log_ratio(p_logits: Array, q_logits: Array, p: Solution, q: Solution, slice
     apart = jnp.where(usual, p_logits, 0) - jnp.where(usual, q_logits, 0)
     apart -= jax.lax.stop_gradient(slices.sum(p.probs * apart))
     close = slices.max(jnp.where(p_logits == q_logits, 0, jnp.abs(apart))) < 1
-    close &= slices.max((p_logits == -jnp.inf) != (q_logits == -jnp.inf)) < 1
-    shift = jnp.log1p(slices.sum(q.probs * jnp.expm1(jnp.where(close, apart, 0))))
+    differ = (p_logits == -jnp.inf) != (q_logits == -jnp.inf)
+    close &= slices.max(differ.astype(p_logits.dtype)) < 1
+    shift = log1p(slices.sum(q.probs * jnp.expm1(jnp.where(close, apart, 0))))
     far = jnp.where(both, p.margins, 0) - jnp.where(both, q.margins, 0)
     far = jnp.where(both, far, jnp.where(q_logits == -jnp.inf, jnp.inf, -jnp.inf))
     return jnp.where(close, apart - shift, far)

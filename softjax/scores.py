@@ -13,11 +13,14 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._blocks import in_blocks
+from softjax._exact import log1p
 from softjax._exponential import SOFTMAX
 from softjax._inputs import NONNEGATIVE, PROBABILITY, Axis, per_slice, prepare, public, to_float
-from softjax._search import largest_threshold
+from softjax._search import largest_threshold, ordered
 from softjax._slices import AlongAxes, Slices
 from softjax._threshold import solve
+
+Rank = Callable[[Slices, Array], tuple[Array, Array | None]]  # keys and weights
 
 __all__ = [
     "min_p_filter",
@@ -62,7 +65,9 @@ def soft_cap(logits: ArrayLike, cap: ArrayLike) -> Array:
     kept = x != -jnp.inf
     usable = (cap > 0) & (cap < jnp.inf)
     limit = jnp.where(usable, cap, 1)
-    capped = limit * jnp.tanh(jnp.where(kept, x, 0) / limit)
+    # tanh is 1 from 50 on, so that infinite logits need not meet the quotient's derivative.
+    reach = 50 * jax.lax.stop_gradient(limit)
+    capped = limit * jnp.tanh(jnp.clip(jnp.where(kept, x, 0), -reach, reach) / limit)
     capped = jnp.where(
         usable, capped, jnp.where(cap == jnp.inf, x, jnp.where(cap == 0, 0, jnp.nan))
     )
@@ -72,6 +77,8 @@ def soft_cap(logits: ArrayLike, cap: ArrayLike) -> Array:
 @public("axis", k=NONNEGATIVE)
 def top_k_filter(logits: ArrayLike, k: ArrayLike, *, axis: Axis = -1) -> Array:
     r"""Keeps the k largest logits of each slice, and drops the rest to -inf.
+
+    .. math:: \{ i : z_i \ge z_{(k)} \}
 
     Args:
         logits: scores z, `[*shape]`; differentiable where kept.
@@ -94,16 +101,15 @@ def top_k_filter(logits: ArrayLike, k: ArrayLike, *, axis: Axis = -1) -> Array:
     Note:
         No sort: 32 counting passes (64 in float64) halve the range of bit patterns.
     """
-
-    def count(slices: Slices, x: Array, k: Array) -> Array:
-        return largest_threshold(slices, x, None, k)
-
-    return _filter(logits, axis, k, "k", count)
+    return _filter(logits, axis, k, "k", lambda slices, x: (x, None))
 
 
 @public("axis", p=PROBABILITY)
 def top_p_filter(logits: ArrayLike, p: ArrayLike, *, axis: Axis = -1) -> Array:
     r"""Keeps the smallest set of largest logits that holds a mass p, the nucleus.
+
+    .. math:: \{ i : z_i \ge v \}, \qquad
+        v = \max \Big\{ v : \sum_{z_j \ge v} \mathrm{softmax}(z)_j \ge p \Big\}
 
     Args:
         logits: scores z, `[*shape]`; differentiable where kept.
@@ -129,11 +135,7 @@ def top_p_filter(logits: ArrayLike, p: ArrayLike, *, axis: Axis = -1) -> Array:
     Reference:
         Holtzman et al. (2020), The curious case of neural text degeneration.
     """
-
-    def weigh(slices: Slices, x: Array, p: Array) -> Array:
-        return largest_threshold(slices, x, solve(SOFTMAX, slices, x).probs, p)
-
-    return _filter(logits, axis, p, "p", weigh)
+    return _filter(logits, axis, p, "p", lambda slices, x: (x, solve(SOFTMAX, slices, x).probs))
 
 
 @public("axis", mass=PROBABILITY)
@@ -167,40 +169,34 @@ def typical_filter(logits: ArrayLike, mass: ArrayLike, *, axis: Axis = -1) -> Ar
     Reference:
         Meister et al. (2023), Locally typical sampling.
     """
-
-    def weigh(slices: Slices, x: Array, mass: Array) -> Array:
-        probs = solve(SOFTMAX, slices, x).probs
-        keys = _typicality(slices, x)
-        return largest_threshold(slices, keys, probs, mass)
-
-    return _filter(logits, axis, mass, "mass", weigh, _typicality)
+    return _filter(logits, axis, mass, "mass", _by_typicality)
 
 
-def _typicality(slices: Slices, x: Array) -> Array:
-    """-| -log p - H |, how close the information of an entry is to the expected."""
+def _by_typicality(slices: Slices, x: Array) -> tuple[Array, Array]:
+    """Ranks by -|-log p - H|."""
     solution = solve(SOFTMAX, slices, x)
     dropped = solution.margins == -jnp.inf
     log_probs = jnp.where(dropped, 0, solution.margins)
     entropy = -slices.sum(solution.probs * log_probs)
-    return jnp.where(dropped, -jnp.inf, -jnp.abs(log_probs + slices.spread(entropy)))
+    keys = jnp.where(dropped, -jnp.inf, -jnp.abs(log_probs + slices.spread(entropy)))
+    return keys, solution.probs
 
 
-def _filter(
-    logits: ArrayLike,
-    axis: Axis,
-    amount: ArrayLike,
-    name: str,
-    threshold: Callable[[Slices, Array, Array], Array],
-    rank: Callable[[Slices, Array], Array] = lambda slices, x: x,
-) -> Array:
-    """Keeps the entries whose rank reaches the threshold of their slice."""
+def _filter(logits: ArrayLike, axis: Axis, amount: ArrayLike, name: str, rank: Rank) -> Array:
+    """Keeps the entries of the highest rank that together weigh an amount."""
     problem = prepare(logits, axis=axis)
     x, slices = jax.lax.stop_gradient(problem.logits), AlongAxes(problem.axes)
     row = jax.lax.stop_gradient(per_slice(amount, x, problem.axes, name=name))
-    row = jnp.broadcast_to(row, slices.max(x).shape)
-    lowest = in_blocks(threshold)(slices, x, row)
-    kept = ~(rank(slices, x) < slices.spread(lowest))
-    return jnp.where(kept, problem.logits, -jnp.inf).astype(problem.dtype)
+
+    @in_blocks
+    def keep(slices: Slices, x: Array, amount: Array) -> Array:
+        keys, weights = rank(slices, x)
+        # All of a mass that adds up to 1 is everything, whatever the sum rounds to.
+        amount = jnp.where((weights is not None) & (amount >= 1), jnp.inf, amount)
+        keys = ordered(keys)
+        return ~(keys < slices.spread(largest_threshold(slices, keys, weights, amount)))
+
+    return jnp.where(keep(slices, x, row), problem.logits, -jnp.inf).astype(problem.dtype)
 
 
 @public("axis", min_p=PROBABILITY)
@@ -334,4 +330,4 @@ def taylor_scores(logits: ArrayLike) -> Array:
     x, dtype = to_float(logits, name="logits")
     kept = x != -jnp.inf
     x = jnp.where(kept, x, 0)
-    return jnp.where(kept, jnp.log1p(x + x * x / 2), -jnp.inf).astype(dtype)
+    return jnp.where(kept, log1p(x + x * x / 2), -jnp.inf).astype(dtype)

@@ -58,6 +58,8 @@ def segment_softmax(
     """
     if not isinstance(num_segments, int) or num_segments < 0:
         raise ValueError(f"`num_segments` must be an int >= 0, got {num_segments!r}.")
+    if jnp.ndim(logits) == 0:
+        raise ValueError("`logits` must have at least one dimension, that of `segment_ids`.")
     problem = prepare(logits, axis=0, where=where)
     ids = jnp.asarray(segment_ids)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
@@ -71,7 +73,7 @@ def segment_softmax(
     shape = (-1,) + (1,) * (problem.logits.ndim - 1)
     kept = jnp.where(inside.reshape(shape), problem.logits, -jnp.inf)
     # What is outside goes to one more segment, where nothing is kept.
-    slices = BySegment(jnp.where(inside, ids, num_segments), num_segments + 1)
+    slices = BySegment(jnp.where(inside, ids, num_segments).astype(jnp.int32), num_segments + 1)
     if not is_one(temperature):
         rows = (num_segments, *problem.logits.shape[1:])
         row = jnp.asarray(temperature).astype(problem.logits.dtype)

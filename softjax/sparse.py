@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from softjax._blocks import in_blocks
 from softjax._exact import centre, centre_at, expm1_over, expm1_over_twice, log1p_over
 from softjax._inputs import NONNEGATIVE, Axis, per_slice, prepare, public, resolve_axes
-from softjax._search import bracketed_newton, climb, largest_threshold
+from softjax._search import bracketed_newton, climb, from_ordered, largest_threshold, ordered
 from softjax._slices import AlongAxes, Slices
 from softjax._threshold import Family, Solution, reciprocal, solve
 
@@ -89,8 +89,8 @@ def _solve_sparsemax(
     count = slices.sum(inside.astype(logits.dtype))
     shift = jnp.where(peak == -jnp.inf, 0, excess / jnp.maximum(count, 1))
     margins -= spread(shift)
-    probs = jnp.where(margins < 0, 0, margins)
-    return Solution(probs, margins, tau + shift)
+    probs = jnp.where(scores.dead | (margins < 0), 0, margins)
+    return Solution(probs, scores.minus(spread(tau + shift)), tau + shift)
 
 
 SPARSEMAX = Family(_solve_sparsemax, slope=lambda probs, _: (probs > 0).astype(probs.dtype))
@@ -162,8 +162,9 @@ def _solve_entmax15(
     bent = jnp.sqrt(jnp.maximum(first * first - count * excess, 0))
     shift = excess / jnp.where(peak == -jnp.inf, 1, first + bent)
     roots -= spread(shift)
-    probs = jnp.where(roots < 0, 0, roots * roots)
-    return Solution(probs, 2 * roots, 2 * (tau + shift))
+    probs = jnp.where(scores.dead | (roots < 0), 0, roots * roots)
+    threshold = 2 * (tau + shift)
+    return Solution(probs, scores.minus(spread(threshold)), threshold)
 
 
 def _root(probs: Array, _: None) -> Array:
@@ -262,10 +263,9 @@ def _solve_entmax(
     total = slices.sum(ratios)
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    probs = ratios / spread(total)
+    probs = jnp.where(scores.dead, 0, ratios / spread(total))
     threshold = rise * expm1_over(-bend * rise)  # (1 - exp(-b rise)) / b
-    margins = jnp.where(scores.dead, -jnp.inf, scores.values - spread(threshold))
-    return Solution(probs, margins, threshold)
+    return Solution(probs, scores.minus(spread(threshold)), threshold)
 
 
 def _entmax_slope(probs: Array, alpha: Array) -> Array:
@@ -366,7 +366,9 @@ def _budget_family(squash, slope, quantile) -> Family:
         # Scores are taken from the ceil(k)-th largest, close to which tau lies, so that
         # neither an offset nor an outlier costs digits there.
         share = jnp.where(usual, budget / jnp.maximum(num_kept, 1), 0.5)
-        anchor = largest_threshold(slices, logits, None, jnp.ceil(jnp.where(usual, budget, 1)))
+        count = jnp.ceil(jnp.where(usual, budget, 1))
+        threshold = largest_threshold(slices, ordered(logits), None, count)
+        anchor = from_ordered(threshold, logits.dtype)
         near, errors = centre_at(logits, anchor, temperature, spread)
         highest = slices.max(jnp.where(kept, near, -jnp.inf))
         lowest = -slices.max(jnp.where(kept, -near, -jnp.inf))
@@ -392,6 +394,14 @@ def _budget_family(squash, slope, quantile) -> Family:
     return Family(solve_budget, slope=slope)
 
 
+def _capped(t: Array) -> Array:
+    return jnp.clip(t, 0, 1)
+
+
+def _capped_slope(probs: Array, _: None) -> Array:
+    return ((probs > 0) & (probs < 1)).astype(probs.dtype)
+
+
 def _laplace(t: Array) -> Array:
     half = jnp.exp(-jnp.abs(t)) / 2
     return jnp.where(t < 0, half, 1 - half)
@@ -402,11 +412,7 @@ def _laplace_quantile(p: Array) -> Array:
 
 
 _TOP_K = {
-    "capped": _budget_family(
-        lambda t: jnp.clip(t, 0, 1),
-        lambda p, _: ((p > 0) & (p < 1)).astype(p.dtype),
-        lambda share: share,
-    ),
+    "capped": _budget_family(_capped, _capped_slope, lambda share: share),
     "sigmoid": _budget_family(
         jax.nn.sigmoid, lambda p, _: p * (1 - p), lambda share: jnp.log(share / (1 - share))
     ),
