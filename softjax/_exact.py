@@ -71,7 +71,7 @@ def centre_at(
     low, high = jnp.finfo(x.dtype).min, jnp.finfo(x.dtype).max
     anchor = spread(jnp.clip(anchor, low, high))
     values = jnp.clip(x, low, high) / 2 - anchor / 2
-    divisor: Array | float = 1.0
+    divisor = jnp.ones((), x.dtype)
     if temperature is not None:
         flat = jnp.isinf(temperature)
         divisor = jnp.where((temperature == 0) | flat, 1, temperature)

@@ -35,7 +35,7 @@ def _solve(
     total = slices.sum(weights)
     slope = slices.spread(steep)
     others = slices.sum(jnp.minimum(weights, slope - slope * weights))
-    sink_weight = None
+    sink_weight = jnp.zeros_like(total)
     if sink is not None:
         sink_scores = centre(sink, peak, temperature, lambda row: row)
         sink_weight = sink_scores.exp()

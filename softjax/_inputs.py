@@ -130,7 +130,7 @@ def resolve_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
     return tuple(resolved)
 
 
-def resolve_one_axis(axis: int, ndim: int) -> int:
+def resolve_one_axis(axis: Axis, ndim: int) -> int:
     """`axis` in [0, ndim), where only one can be meant."""
     if axis is None or isinstance(axis, tuple):
         raise TypeError(f"`axis` must be one int, got {axis!r}.")

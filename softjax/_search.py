@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from softjax._slices import Slices
 
 Step = Callable[[Array], tuple[Array, Array]]  # tau -> (excess, -slope), one a slice
+Bracket = tuple[Array, Array, Array, Array, Array]  # low, high, tau, moving, count
 
 
 def climb(step: Step, start: Array) -> Array:
@@ -42,7 +43,7 @@ def bracketed_newton(step: Step, low: Array, high: Array, start: Array) -> Array
     A step that would leave the bracket halves it instead.
     """
 
-    def move(state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def move(state: Bracket) -> Bracket:
         low, high, tau, _, count = state
         excess, slope = step(tau)
         low = jnp.where(excess >= 0, tau, low)
@@ -55,7 +56,7 @@ def bracketed_newton(step: Step, low: Array, high: Array, start: Array) -> Array
         moving = jnp.abs(target - tau) > 2 * eps * jnp.abs(tau)
         return low, high, target, jnp.any(moving), count + 1
 
-    def unfinished(state: tuple[Array, ...]) -> Array:
+    def unfinished(state: Bracket) -> Array:
         return state[3] & (state[4] < limit)
 
     eps = jnp.finfo(low.dtype).eps

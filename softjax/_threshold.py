@@ -66,11 +66,15 @@ def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, S
     remember = functools.partial(jax.checkpoint, prevent_cse=False)
 
     @remember
-    def from_probs(slices, probs, margins, rows, dots):
+    def from_probs(
+        slices: Slices, probs: Array, margins: Any, rows: Any, dots: Any
+    ) -> Solution:
         return _tangents(family, slices, probs, probs != 0, margins, rows, dots)
 
     @remember
-    def from_margins(slices, probs, margins, rows, dots):
+    def from_margins(
+        slices: Slices, probs: Any, margins: Array, rows: Any, dots: Any
+    ) -> Solution:
         if probs is None:
             probs = jnp.exp(margins)
         return _tangents(family, slices, probs, margins != -jnp.inf, margins, rows, dots)
@@ -90,17 +94,18 @@ def _tangents(
     slices: Slices,
     probs: Array,
     live: Array,
-    margins: Array | None,
-    rows: tuple[Array | None, ...],
-    dots: tuple[Array | None, ...],
+    margins: Any,
+    rows: tuple[Any, ...],
+    dots: tuple[Any, ...],
 ) -> Solution:
+    """The rule, for tangents `dots` of which those that are None vanish."""
     temperature, index, complement, leak = rows
     logits_dot, temperature_dot, index_dot, budget_dot, sink_dot = dots
     spread = slices.spread
     rate = None if temperature is None else reciprocal(temperature)
+    per_mass: Any = 1.0
     if family.slope is None:
         slopes = q = probs
-        per_mass = 1.0
     else:
         slopes = family.slope(probs, index)
         per_mass = reciprocal(slices.sum(slopes))
@@ -117,7 +122,7 @@ def _tangents(
     pulled = q * scores_dot
     threshold_dot = slices.sum(pulled)
     bend_dot = None
-    if index_dot is not None:
+    if index_dot is not None and family.bend is not None:
         bend_dot = family.bend(probs, index) * spread(index_dot)
         threshold_dot += slices.sum(bend_dot) * per_mass
     if budget_dot is not None:

@@ -112,7 +112,13 @@ def log_softmax(
     return solution.margins.astype(dtype)
 
 
-def _solve(logits, axis, where, temperature, sink) -> tuple[Solution, jnp.dtype]:
+def _solve(
+    logits: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None,
+    temperature: ArrayLike,
+    sink: ArrayLike | None,
+) -> tuple[Solution, jnp.dtype]:
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     if sink is not None:
         sink = per_slice(sink, problem.logits, problem.axes, name="sink")

@@ -110,7 +110,9 @@ def kl_divergence(
     return row.astype(jnp.promote_types(p_problem.dtype, q_problem.dtype))
 
 
-def _log_ratio(p_logits: Array, q_logits: Array, p: Solution, q: Solution, slices) -> Array:
+def _log_ratio(
+    p_logits: Array, q_logits: Array, p: Solution, q: Solution, slices: AlongAxes
+) -> Array:
     """log(p / q), where neither is dropped to many digits also where they are close."""
     both = (p_logits != -jnp.inf) & (q_logits != -jnp.inf)
     usual = both & jnp.isfinite(p_logits) & jnp.isfinite(q_logits)

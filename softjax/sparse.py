@@ -7,6 +7,7 @@ exactly zero; a slice that keeps nothing is all zeros; a kept NaN makes its slic
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -285,7 +286,7 @@ ENTMAX = Family(_solve_entmax, slope=_entmax_slope, bend=_entmax_bend)
 
 
 def _refuse_large_k(given: dict[str, Any]) -> None:
-    k, shape = given.get("k"), jnp.shape(given.get("logits"))
+    k, shape = given.get("k"), jnp.shape(given.get("logits", 0))
     size = math.prod(shape[i] for i in resolve_axes(given.get("axis", -1), len(shape)))
     if isinstance(k, (int, float)) and k > size:
         raise ValueError(f"`k` must be at most the size of a slice, {size}, got {k}.")
@@ -347,7 +348,11 @@ def soft_top_k(
     return solution.probs.astype(problem.dtype)
 
 
-def _budget_family(squash, slope, quantile) -> Family:
+def _budget_family(
+    squash: Callable[[Array], Array],
+    slope: Callable[[Array, None], Array],
+    quantile: Callable[[Array], Array],
+) -> Family:
     """The family of an f that rises from 0 to 1, by its derivative f'(p) and its inverse."""
 
     @in_blocks
