@@ -8,7 +8,7 @@ probabilities near 1 keep their distance from it.
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._exact import centre, log1p
+from softjax._exact import centre, log1p, two_quotient
 from softjax._slices import Slices
 from softjax._threshold import Family, Solution
 
@@ -46,9 +46,12 @@ def _solve(
     total = jnp.where(empty, 1, num_peaks + others)
     others += jnp.where(empty, 0, num_peaks - 1)
     threshold = jnp.where(empty, 0, log1p(others))
-    # Or XLA would compute them once an entry, in the loops below.
-    total, threshold = lax.optimization_barrier((total, threshold))
-    probs = jnp.where(weights == 0, 0, weights / slices.spread(total))
+    # XLA divides by a number a slice by multiplying with its rounded inverse; here the
+    # inverse comes with its error. (Behind the barrier, or it would be found once an entry.)
+    inverse, error = two_quotient(jnp.ones_like(total), total)
+    inverse, error, threshold = lax.optimization_barrier((inverse, error, threshold))
+    shares = weights * slices.spread(inverse) + weights * slices.spread(error)
+    probs = jnp.where(weights == 0, 0, shares)
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
     leak = None if sink is None else sink_weight / total

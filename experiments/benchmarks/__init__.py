@@ -1,0 +1,1 @@
+"""Benchmarks: how fast and how exact; `python -m experiments.benchmarks` lists them."""

@@ -1,0 +1,216 @@
+"""One entry, or a few, for every public function: how to call it and what must hold of it.
+
+An entry sees its function as `call(*floats, *others)`: the float arguments that have a
+derivative, then the arrays that have none. `make(seed, dtype)` draws both, in the order of
+the call; `oracle` takes the same arguments. All of it is small, for Hessians.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+
+import softjax as sj
+from tests import oracles
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """How a public function is called by the tests that hold for all."""
+
+    name: str
+    call: Callable
+    oracle: Callable
+    make: Callable
+    variant: str = ""
+    invariants: tuple[str, ...] = ()
+
+    @property
+    def title(self):
+        return f"{self.name}-{self.variant}" if self.variant else self.name
+
+    def arguments(self, seed=0, dtype="float64"):
+        """The float arguments and the others, two tuples of arrays."""
+        floats, others = self.make(np.random.default_rng(seed))
+        dtype = jnp.dtype(dtype)
+        return (
+            tuple(jnp.asarray(np.asarray(f).astype(dtype)) for f in floats),
+            tuple(jnp.asarray(o) for o in others),
+        )
+
+
+ROWS, SIZE = 2, 5
+MASK = np.array([[True, True, False, True, True], [True, True, True, True, True]])
+
+
+def _logits(rng, scale=1.0):
+    """Well separated, so that no point lies near a kink; the places are shuffled."""
+    ladder = np.linspace(-1.0, 1.0, SIZE) + 0.05 * rng.standard_normal((ROWS, SIZE))
+    return scale * rng.permuted(ladder, axis=-1)
+
+
+def _mask(rng):
+    return rng.permuted(MASK, axis=-1)
+
+
+def _per_slice(rng, low, high):
+    return rng.uniform(low, high, (ROWS, 1))
+
+
+def _make(*floats, others=(_mask,)):
+    def make(rng):
+        return [f(rng) for f in floats], [o(rng) for o in others]
+
+    return make
+
+
+def _temperature(rng):
+    return _per_slice(rng, 0.6, 0.9)
+
+
+def _both(name, call, **rest):
+    """The same call of the library and of the oracle."""
+    ours = lambda *args: call(sj, *args)
+    reference = lambda *args: call(oracles, *args)
+    return Entry(name=name, call=ours, oracle=reference, **rest)
+
+
+_MAP = ("mass", "shift", "permutation", "order", "temperature")
+
+
+def _map_entry(name, **rest):
+    return _both(
+        name,
+        lambda m, z, t, w: getattr(m, name)(z, where=w, temperature=t),
+        make=_make(_logits, _temperature),
+        invariants=_MAP,
+        **rest,
+    )
+
+
+def _top_k_entry(kind):
+    return _both(
+        "soft_top_k",
+        lambda m, z, k, t, w: m.soft_top_k(z, k, kind=kind, where=w, temperature=t),
+        make=_make(_logits, lambda rng: _per_slice(rng, 1.3, 1.8), _temperature),
+        variant=kind,
+        invariants=("shift", "permutation", "order"),
+    )
+
+
+def _filter_entry(name, option):
+    return _both(
+        name,
+        lambda m, z, o: getattr(m, name)(z, o),
+        make=_make(_logits, others=(option,)),
+        invariants=("permutation",),
+    )
+
+
+CATALOGUE = (
+    _both(
+        "logsumexp",
+        lambda m, z, b, w: m.logsumexp(z, axis=-1, where=w, weights=b),
+        make=_make(_logits, lambda rng: rng.uniform(0.5, 1.5, (ROWS, SIZE))),
+    ),
+    _both(
+        "logmeanexp",
+        lambda m, z, w: m.logmeanexp(z, axis=-1, where=w),
+        make=_make(_logits),
+    ),
+    _both(
+        "mellowmax",
+        lambda m, z, o, w: m.mellowmax(z, omega=o, where=w),
+        make=_make(_logits, lambda rng: rng.uniform(1.0, 2.0)),
+    ),
+    _both(
+        "softmax",
+        lambda m, z, t, s, w: m.softmax(z, where=w, temperature=t, sink=s),
+        make=_make(_logits, _temperature, lambda rng: _per_slice(rng, -0.5, 0.5)),
+        variant="sink",
+        invariants=("permutation", "order"),
+    ),
+    _map_entry("softmax"),
+    _both(
+        "log_softmax",
+        lambda m, z, t, s, w: m.log_softmax(z, where=w, temperature=t, sink=s),
+        make=_make(_logits, _temperature, lambda rng: _per_slice(rng, -0.5, 0.5)),
+        invariants=("permutation", "order"),
+    ),
+    _map_entry("sparsemax"),
+    _map_entry("entmax15"),
+    _both(
+        "entmax",
+        lambda m, z, a, t, w: m.entmax(z, a, where=w, temperature=t),
+        make=_make(_logits, lambda rng: _per_slice(rng, 1.2, 1.4), _temperature),
+        invariants=("mass", "shift", "permutation", "order"),
+    ),
+    _both(
+        "entmax",
+        lambda m, z, a, t, w: m.entmax(z, a, where=w, temperature=t),
+        make=_make(_logits, lambda rng: _per_slice(rng, 1.6, 1.9), _temperature),
+        variant="sparse",
+        invariants=("mass", "shift", "permutation", "order"),
+    ),
+    _top_k_entry("capped"),
+    _top_k_entry("sigmoid"),
+    _top_k_entry("laplace"),
+    _both(
+        "segment_softmax",
+        lambda m, z, t, ids, w: m.segment_softmax(
+            z, ids, num_segments=3, where=w, temperature=t
+        ),
+        make=_make(
+            lambda rng: rng.standard_normal(7),
+            lambda rng: rng.uniform(0.6, 0.9),
+            others=(
+                lambda rng: rng.permutation(np.array([0, 0, 0, 2, 2, 2, 7])),
+                lambda rng: rng.permutation(np.arange(7) > 0),
+            ),
+        ),
+    ),
+    _both(
+        "entropy",
+        lambda m, z, w: m.entropy(z, where=w),
+        make=_make(_logits),
+    ),
+    _both(
+        "kl_divergence",
+        lambda m, p, q, w: m.kl_divergence(p, q, where=w),
+        make=_make(_logits, _logits),
+    ),
+    _both(
+        "log_prob",
+        lambda m, z, labels: m.log_prob(z, labels),
+        make=_make(_logits, others=(lambda rng: rng.integers(0, SIZE, ROWS),)),
+    ),
+    _both(
+        "soft_cap",
+        lambda m, z, cap: m.soft_cap(z, cap),
+        make=_make(_logits, lambda rng: rng.uniform(1.0, 2.0), others=()),
+        invariants=("permutation", "order"),
+    ),
+    _filter_entry("top_k_filter", lambda rng: rng.integers(1, 4, (ROWS, 1))),
+    _filter_entry("top_p_filter", lambda rng: _per_slice(rng, 0.3, 0.8)),
+    _filter_entry("min_p_filter", lambda rng: _per_slice(rng, 0.2, 0.6)),
+    _filter_entry("typical_filter", lambda rng: _per_slice(rng, 0.3, 0.8)),
+    _both(
+        "scalable_scores",
+        lambda m, z, s: m.scalable_scores(z, s),
+        make=_make(_logits, lambda rng: rng.uniform(0.5, 1.5), others=()),
+        invariants=("permutation", "order"),
+    ),
+    _both(
+        "sigsoftmax_scores",
+        lambda m, z: m.sigsoftmax_scores(z),
+        make=_make(_logits, others=()),
+        invariants=("permutation", "order"),
+    ),
+    _both(
+        "taylor_scores",
+        lambda m, z: m.taylor_scores(z),
+        make=_make(_logits, others=()),
+        invariants=("permutation",),
+    ),
+)

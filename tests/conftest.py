@@ -1,0 +1,7 @@
+"""Every test runs in 64-bit, with strict promotion of dtypes and ranks."""
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,658 @@
+"""Exact references, written from the definitions. Nothing here imports softjax.
+
+There are two families. The functions of the first part work one slice at a time in
+60-digit arithmetic (mpmath): slow, and exact for every float64 input. Those whose names
+start with `fast_` work along the last axis in 80-bit extended precision, where every
+rounding that matters is compensated; the tests check them against the first family, and
+use them on slices of a thousand entries and more.
+
+Values come back as `numpy.longdouble`, so that an error of a hundredth of a float64 ulp
+is still seen.
+"""
+
+import math
+
+import mpmath
+import numpy as np
+
+mp = mpmath.mp.clone()
+mp.dps = 60
+
+INF, NAN = float("inf"), float("nan")
+
+# Infinities are met on purpose; NumPy need not warn of them.
+quiet = np.errstate(all="ignore")
+
+
+# From mpmath to NumPy and back.
+
+
+def to_longdouble(value):
+    """The nearest 80-bit number (to two roundings) of an mpf, or of a float."""
+    if isinstance(value, float) or not mp.isfinite(value):
+        return np.longdouble(float(value))
+    mantissa, exponent = mp.frexp(value)
+    if exponent < -20_000:  # Far below the range.
+        return np.longdouble(0)
+    high = float(mantissa)
+    low = float(mantissa - high)
+    return np.ldexp(np.longdouble(high) + np.longdouble(low), exponent)
+
+
+def _exact(value):
+    """An mpf for a finite float; infinities and NaN stay Python floats."""
+    value = float(value)
+    return mp.mpf(value) if math.isfinite(value) else value
+
+
+def normalise_axis(axis, ndim):
+    """A sorted tuple of non-negative axes."""
+    if axis is None:
+        return tuple(range(ndim))
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    return tuple(sorted(a % ndim for a in axes))
+
+
+def _rows(array, axes):
+    """`[*shape]` to `[slices, n]`, and the way back."""
+    ndim = array.ndim
+    rest = tuple(a for a in range(ndim) if a not in axes)
+    order = rest + axes
+    moved = np.transpose(array, order)
+    lead = [array.shape[a] for a in rest]
+    n = math.prod(array.shape[a] for a in axes)
+
+    def back(rows):
+        return np.transpose(rows.reshape(moved.shape), np.argsort(order))
+
+    return moved.reshape(math.prod(lead), n), back, tuple(lead)
+
+
+def _per_slice(option, shape, axes):
+    """An option, scalar or one per slice, as a flat list over the slices."""
+    reduced = tuple(1 if a in axes else size for a, size in enumerate(shape))
+    array = np.asarray(option).astype(np.float64)
+    return np.broadcast_to(array, reduced).reshape(-1)
+
+
+def _prepare(logits, axis, where):
+    logits = np.asarray(logits).astype(np.float64)
+    axes = normalise_axis(axis, logits.ndim)
+    keep = logits != -np.inf  # NaN is kept.
+    if where is not None:
+        keep = keep & np.broadcast_to(np.asarray(where), logits.shape)
+    return logits, keep, axes
+
+
+@quiet
+def _map(rule, dropped, logits, axis, where, **options):
+    """Applies `rule(kept values, **options)` to every slice; dropped places get `dropped`."""
+    logits, keep, axes = _prepare(logits, axis, where)
+    if logits.size == 0:
+        return logits.astype(np.longdouble)
+    rows, back, _ = _rows(logits, axes)
+    kept, _, _ = _rows(keep, axes)
+    options = {k: _per_slice(v, logits.shape, axes) for k, v in options.items()}
+    out = np.full(rows.shape, dropped, dtype=np.longdouble)
+    for i, (row, mask) in enumerate(zip(rows, kept, strict=True)):
+        values = [_exact(v) for v in row[mask]]
+        if values:
+            chosen = {k: _exact(v[i]) for k, v in options.items()}
+            out[i, mask] = [to_longdouble(v) for v in rule(values, **chosen)]
+    return back(out)
+
+
+@quiet
+def _reduce(rule, nothing, arrays, axis, where, keepdims):
+    """Applies `rule(*kept values)` to every slice; a slice that keeps nothing is `nothing`."""
+    _, keep, axes = _prepare(arrays[0], axis, where)
+    rows = [_rows(np.asarray(a).astype(np.float64), axes)[0] for a in arrays]
+    kept, _, lead = _rows(keep, axes)
+    out = np.full(len(kept), nothing, dtype=np.longdouble)
+    for i, mask in enumerate(kept):
+        if mask.any():
+            values = [[_exact(v) for v in array[i][mask]] for array in rows]
+            out[i] = to_longdouble(rule(*values))
+    out = out.reshape(lead)
+    return np.expand_dims(out, axes) if keepdims else out
+
+
+def _isnan(value):
+    return isinstance(value, float) and math.isnan(value)
+
+
+# Maps that share a mass of one.
+
+
+def _shared(values, temperature):
+    """The limits, as a list of weights; None where the ordinary definition applies."""
+    if any(map(_isnan, values)) or _isnan(temperature):
+        return [NAN] * len(values)
+    top = max(values)
+    if top == INF or temperature == 0:
+        winners = [v == top for v in values]
+    elif temperature == INF:
+        winners = [True] * len(values)
+    else:
+        return None
+    return [mp.mpf(w) / sum(winners) for w in winners]
+
+
+def _log(value):
+    if _isnan(value):
+        return NAN
+    return mp.log(value) if value > 0 else -INF
+
+
+def _log_softmax_row(values, temperature, sink):
+    has_sink = sink != -INF
+    values = [*values, sink] if has_sink else values
+    shared = _shared(values, temperature)
+    if shared is not None:
+        logs = [_log(v) for v in shared]
+    else:
+        first = max(range(len(values)), key=values.__getitem__)
+        scores = [(v - values[first]) / temperature for v in values]
+        # No cancellation: both terms are at most zero.
+        others = mp.log1p(mp.fsum(mp.exp(s) for i, s in enumerate(scores) if i != first))
+        logs = [s - others for s in scores]
+    return logs[:-1] if has_sink else logs
+
+
+def log_softmax(logits, *, axis=-1, where=None, temperature=1.0, sink=None):
+    options = {"temperature": temperature, "sink": -INF if sink is None else sink}
+    return _map(_log_softmax_row, -INF, logits, axis, where, **options)
+
+
+def softmax(logits, *, axis=-1, where=None, temperature=1.0, sink=None):
+    def rule(values, temperature, sink):
+        logs = _log_softmax_row(values, temperature, sink)
+        return [NAN if _isnan(v) else mp.exp(v) for v in logs]
+
+    options = {"temperature": temperature, "sink": -INF if sink is None else sink}
+    return _map(rule, 0.0, logits, axis, where, **options)
+
+
+def _power_sum(scores, tau, alpha):
+    exponent = 1 / (alpha - 1)
+    return mp.fsum(((alpha - 1) * (s - tau)) ** exponent for s in scores if s > tau)
+
+
+def _entmax_row(values, temperature, alpha):
+    """Weights [(a - 1)(s - tau)]+ ^ (1 / (a - 1)); the support is found first, exactly."""
+    if _isnan(alpha):
+        return [NAN] * len(values)
+    shared = _shared(values, temperature)
+    if shared is not None:
+        return shared
+    if alpha == 1:
+        return [mp.exp(v) for v in _log_softmax_row(values, temperature, -INF)]
+    top = max(values)
+    scores = [(v - top) / temperature for v in values]
+    ordered = sorted(scores, reverse=True)
+    # Entry k is in the support when the mass above it, at tau = s_k, is less than one.
+    inside, outside = 1, len(ordered) + 1
+    while outside - inside > 1:
+        middle = (inside + outside) // 2
+        if _power_sum(ordered[: middle - 1], ordered[middle - 1], alpha) < 1:
+            inside = middle
+        else:
+            outside = middle
+    support = ordered[:inside]
+    if alpha == 2:
+        tau = (mp.fsum(support) - 1) / inside
+    elif alpha == mp.mpf("1.5"):
+        mean = mp.fsum(support) / inside
+        tau = mean - mp.sqrt((4 - mp.fsum((s - mean) ** 2 for s in support)) / inside)
+    else:
+        # Fewer entries, less mass: tau lies above that of the top one alone.
+        low = -1 / (alpha - 1)
+        high = support[-1] if inside == len(ordered) else min(support[-1], mp.mpf(0))
+        tau = _root(lambda t: _power_sum(support, t, alpha) - 1, low, high)
+    weight = lambda s: ((alpha - 1) * (s - tau)) ** (1 / (alpha - 1)) if s > tau else mp.mpf(0)
+    in_support = {s: weight(s) for s in support}
+    return [in_support.get(s, mp.mpf(0)) for s in scores]
+
+
+def _root(fn, low, high):
+    """The zero of a decreasing function, by bisection and then secants inside the bracket."""
+    f_low, f_high = fn(low), fn(high)
+    if f_low == 0 or low == high:
+        return low
+    if f_high == 0:
+        return high
+    for step in range(400):
+        if step > 20 and step % 3:
+            guess = high - f_high * (high - low) / (f_high - f_low)
+            if not low < guess < high:
+                guess = (low + high) / 2
+        else:
+            guess = (low + high) / 2
+        f_guess = fn(guess)
+        if f_guess == 0:
+            return guess
+        if f_guess > 0:
+            low, f_low = guess, f_guess
+        else:
+            high, f_high = guess, f_guess
+        if high - low <= mp.mpf(10) ** (-45) * max(abs(low), abs(high), mp.mpf(10) ** -30):
+            break
+    return (low + high) / 2
+
+
+def entmax(logits, alpha=1.5, *, axis=-1, where=None, temperature=1.0):
+    options = {"temperature": temperature, "alpha": alpha}
+    return _map(_entmax_row, 0.0, logits, axis, where, **options)
+
+
+def sparsemax(logits, *, axis=-1, where=None, temperature=1.0):
+    return entmax(logits, 2.0, axis=axis, where=where, temperature=temperature)
+
+
+def entmax15(logits, *, axis=-1, where=None, temperature=1.0):
+    return entmax(logits, 1.5, axis=axis, where=where, temperature=temperature)
+
+
+# Maps that share a mass of k.
+
+
+def _unit(kind, t):
+    if kind == "capped":
+        return min(max(t, mp.mpf(0)), mp.mpf(1))
+    if kind == "sigmoid":
+        return 1 / (1 + mp.exp(-t))
+    return mp.exp(t) / 2 if t <= 0 else 1 - mp.exp(-t) / 2
+
+
+def _hard_top_k(values, k):
+    """Ones for the k largest; those tied at the edge share what is left."""
+    out = [mp.mpf(0)] * len(values)
+    left = k
+    for level in sorted(set(values), reverse=True):
+        tied = [i for i, v in enumerate(values) if v == level]
+        share = min(mp.mpf(1), left / len(tied))
+        for i in tied:
+            out[i] = share
+        left -= share * len(tied)
+    return out
+
+
+def _soft_top_k_row(kind, values, temperature, k):
+    n = len(values)
+    if any(map(_isnan, [*values, temperature, k])) or not 0 <= k <= n:
+        return [NAN] * n
+    if k in (0, n):
+        return [mp.mpf(k != 0)] * n
+    if temperature == INF:
+        return [mp.mpf(k) / n] * n
+    if temperature == 0:
+        return _hard_top_k(values, k)
+    infinite = sum(v == INF for v in values)
+    if infinite:
+        rest = [v for v in values if v != INF]
+        top = min(mp.mpf(1), k / infinite)
+        below = iter(_soft_top_k_row(kind, rest, temperature, max(k - infinite, mp.mpf(0))))
+        return [top if v == INF else next(below) for v in values]
+    peak = max(values)
+    scores = [(v - peak) / temperature for v in values]
+    # At the lower end every weight is at least k / n, at the upper end at most k / n.
+    width = (
+        mp.mpf(2) if kind == "capped" else 2 + abs(mp.log(k)) + abs(mp.log(n - k)) + mp.log(n)
+    )
+    excess = lambda tau: mp.fsum(_unit(kind, s - tau) for s in scores) - k
+    tau = _root(excess, min(scores) - width, max(scores) + width)
+    if kind == "capped":  # Linear between two break points: solve the piece exactly.
+        free = [s for s in scores if 0 < s - tau < 1]
+        full = sum(s - tau >= 1 for s in scores)
+        if free:
+            tau = (mp.fsum(free) + full - k) / len(free)
+    return [_unit(kind, s - tau) for s in scores]
+
+
+def soft_top_k(logits, k, *, kind="capped", axis=-1, where=None, temperature=1.0):
+    rule = lambda values, temperature, k: _soft_top_k_row(kind, values, temperature, k)
+    return _map(rule, 0.0, logits, axis, where, temperature=temperature, k=k)
+
+
+def segment_softmax(logits, segment_ids, *, num_segments, where=None, temperature=1.0):
+    """Group by group, each a softmax; ids out of range are dropped."""
+    logits = np.asarray(logits).astype(np.float64)
+    ids = np.asarray(segment_ids)
+    keep = np.ones(logits.shape, bool)
+    if where is not None:
+        keep = np.broadcast_to(np.asarray(where), logits.shape)
+    out = np.zeros(logits.shape, np.longdouble)
+    for segment in range(num_segments):
+        members = ids == segment
+        if members.any():
+            options = {"where": keep[members], "temperature": temperature}
+            out[members] = softmax(logits[members], axis=0, **options)
+    return out
+
+
+# Reductions.
+
+
+def _logsumexp_row(values, weights):
+    if any(map(_isnan, values)) or any(map(_isnan, weights)):
+        return NAN
+    if INF in values:
+        total = sum(w for v, w in zip(values, weights, strict=True) if v == INF)
+        return INF if total > 0 else NAN
+    peak = max(values)
+    pairs = zip(values, weights, strict=True)
+    total = mp.fsum(w * mp.exp(v - peak) for v, w in pairs)
+    if total < 0:
+        return NAN
+    return peak + mp.log(total) if total > 0 else -INF
+
+
+def logsumexp(logits, *, axis=None, where=None, weights=None, keepdims=False):
+    logits = np.asarray(logits).astype(np.float64)
+    weights = np.broadcast_to(np.asarray(1.0 if weights is None else weights), logits.shape)
+    return _reduce(_logsumexp_row, -INF, (logits, weights), axis, where, keepdims)
+
+
+def logmeanexp(logits, *, axis=None, where=None, keepdims=False):
+    """Divides by the number of entries that are kept: -inf does not count."""
+    logits, mask, axes = _prepare(logits, axis, where)
+    count = mask.sum(axes, keepdims=keepdims)
+    total = logsumexp(logits, axis=axis, where=where, keepdims=keepdims)
+    flat = [
+        -INF if t == -INF else to_longdouble(_from_longdouble(t) - mp.log(int(c)))
+        for t, c in zip(np.ravel(total), np.ravel(count), strict=True)
+    ]
+    return np.array(flat, np.longdouble).reshape(np.shape(total))
+
+
+def _from_longdouble(value):
+    if not np.isfinite(value):
+        return float(value)
+    high = float(value)
+    return mp.mpf(high) + mp.mpf(float(value - np.longdouble(high)))
+
+
+def mellowmax(values, *, omega, axis=-1, where=None):
+    values = np.asarray(values).astype(np.float64)
+    axes = normalise_axis(axis, values.ndim)
+    omega = iter(_per_slice(omega, values.shape, axes))
+
+    def rule(kept):
+        w = _exact(next(omega))
+        if any(map(_isnan, kept)):
+            return NAN
+        if w in (INF, -INF):
+            return max(kept) if w > 0 else min(kept)
+        if w == 0:
+            return mp.fsum(kept) / len(kept)
+        peak = max(kept) if w > 0 else min(kept)
+        mean = mp.fsum(mp.exp(w * (v - peak)) for v in kept) / len(kept)
+        return peak + mp.log(mean) / w
+
+    return _reduce(rule, -INF, (values,), axis, where, False)
+
+
+# Statistics.
+
+
+def _entropy_row(values):
+    logs = _log_softmax_row(values, mp.mpf(1), -INF)
+    if any(map(_isnan, logs)):
+        return NAN
+    return -mp.fsum(mp.exp(v) * v for v in logs if v != -INF)
+
+
+def entropy(logits, *, axis=-1, where=None):
+    return _reduce(_entropy_row, 0.0, (logits,), axis, where, False)
+
+
+def kl_divergence(p_logits, q_logits, *, axis=-1, where=None):
+    """Where only p is dropped, q still counts in its own normaliser."""
+
+    def rule(p_values, q_values):
+        if any(map(_isnan, p_values + q_values)):
+            return NAN
+        logs_p = _log_softmax_row(p_values, mp.mpf(1), -INF)
+        kept = [v for v in q_values if v != -INF]
+        if not kept:
+            return INF
+        logs_q = iter(_log_softmax_row(kept, mp.mpf(1), -INF))
+        logs_q = [next(logs_q) if v != -INF else -INF for v in q_values]
+        terms = [(a, b) for a, b in zip(logs_p, logs_q, strict=True) if a != -INF]
+        if any(b == -INF for _, b in terms):
+            return INF
+        return mp.fsum(mp.exp(a) * (a - b) for a, b in terms)
+
+    p_logits = np.asarray(p_logits).astype(np.float64)
+    q_logits = np.asarray(q_logits).astype(np.float64)
+    keep = np.ones(p_logits.shape, bool) if where is None else where
+    keep = np.broadcast_to(np.asarray(keep), p_logits.shape)
+    axes = normalise_axis(axis, p_logits.ndim)
+    rows_p, _, lead = _rows(p_logits, axes)
+    rows_q, _, _ = _rows(q_logits, axes)
+    kept, _, _ = _rows(keep, axes)
+    out = np.zeros(len(kept), np.longdouble)
+    for i, mask in enumerate(kept):
+        p_values = [_exact(v) for v in rows_p[i][mask]]
+        q_values = [_exact(v) for v in rows_q[i][mask]]
+        if any(v != -INF for v in p_values):
+            out[i] = to_longdouble(rule(p_values, q_values))
+    return out.reshape(lead)
+
+
+def log_prob(logits, labels, *, axis=-1, where=None):
+    """Labels `[*shape without axis]`; out of range gives NaN."""
+    logs = np.moveaxis(log_softmax(logits, axis=axis, where=where), axis, -1)
+    labels = np.asarray(labels)
+    out = np.full(labels.shape, np.nan, np.longdouble)
+    for index in np.ndindex(labels.shape):
+        if 0 <= labels[index] < logs.shape[-1]:
+            out[index] = logs[index][labels[index]]
+    return out
+
+
+# Score transforms.
+
+
+@quiet
+def soft_cap(logits, cap):
+    logits = np.asarray(logits).astype(np.longdouble)
+    cap = np.asarray(cap).astype(np.longdouble)
+    return np.where(logits == -np.inf, -np.inf, cap * np.tanh(logits / cap))
+
+
+@quiet
+def scalable_scores(logits, scale=1.0, *, axis=-1, where=None):
+    values, keep, axes = _prepare(logits, axis, where)
+    count = keep.sum(axes, keepdims=True).astype(np.longdouble)
+    factor = np.asarray(scale).astype(np.longdouble) * np.log(np.maximum(count, 1))
+    finite = np.where(values == -np.inf, 0, values).astype(np.longdouble)
+    return np.where(values == -np.inf, -np.inf, factor * finite)
+
+
+def sigsoftmax_scores(logits):
+    return np.vectorize(_sigsoftmax_score, otypes=[np.longdouble])(np.asarray(logits, float))
+
+
+def _sigsoftmax_score(value):
+    if not math.isfinite(value):
+        return np.longdouble(value)
+    x = mp.mpf(value)
+    return to_longdouble(2 * x - mp.log1p(mp.exp(x)))
+
+
+def taylor_scores(logits):
+    return np.vectorize(_taylor_score, otypes=[np.longdouble])(np.asarray(logits, float))
+
+
+def _taylor_score(value):
+    if not math.isfinite(value):
+        return np.longdouble(value)
+    x = mp.mpf(value)
+    return to_longdouble(mp.log1p(x + x * x / 2))
+
+
+@quiet
+def _filter(rule, logits, axis, **options):
+    """Keeps what `rule(kept values, **options)` marks; the rest becomes -inf."""
+    values, keep, axes = _prepare(logits, axis, None)
+    rows, back, _ = _rows(values, axes)
+    kept, _, _ = _rows(keep, axes)
+    options = {k: _per_slice(v, values.shape, axes) for k, v in options.items()}
+    out = np.full(rows.shape, -np.inf)
+    for i, (row, mask) in enumerate(zip(rows, kept, strict=True)):
+        if mask.any():
+            chosen = {k: float(v[i]) for k, v in options.items()}
+            marks = rule([mp.mpf(v) for v in row[mask]], **chosen)
+            out[i, mask] = np.where(marks, row[mask], -np.inf)
+    return back(out)
+
+
+def _smallest_set(costs, probs, mass):
+    """Marks the entries of least cost that hold the mass, ties with the last one too."""
+    if mass >= 1:
+        return [True] * len(costs)
+    total, last = mp.mpf(0), None
+    for cost, prob in sorted(zip(costs, probs, strict=True)):
+        total, last = total + prob, cost
+        if total >= mass:
+            break
+    return [cost <= last for cost in costs]
+
+
+def top_k_filter(logits, k, *, axis=-1):
+    def rule(values, k):
+        edge = sorted(values, reverse=True)[min(int(k), len(values)) - 1]
+        return [v >= edge for v in values]
+
+    return _filter(rule, logits, axis, k=k)
+
+
+def top_p_filter(logits, p, *, axis=-1):
+    def rule(values, p):
+        probs = [mp.exp(v) for v in _log_softmax_row(values, mp.mpf(1), -INF)]
+        return _smallest_set([-v for v in values], probs, p)
+
+    return _filter(rule, logits, axis, p=p)
+
+
+def min_p_filter(logits, min_p, *, axis=-1):
+    def rule(values, min_p):
+        peak = max(values)
+        return [mp.exp(v - peak) >= min_p for v in values]
+
+    return _filter(rule, logits, axis, min_p=min_p)
+
+
+def typical_filter(logits, mass, *, axis=-1):
+    def rule(values, mass):
+        logs = _log_softmax_row(values, mp.mpf(1), -INF)
+        entropy = -mp.fsum(mp.exp(v) * v for v in logs)
+        return _smallest_set([abs(-v - entropy) for v in logs], map(mp.exp, logs), mass)
+
+    return _filter(rule, logits, axis, mass=mass)
+
+
+# The fast family: the last axis, in 80-bit arithmetic.
+
+
+def _two_diff(a, b):
+    """a - b rounded, and what the rounding lost."""
+    d = a - b
+    v = d - a
+    return d, (a - (d - v)) - (b + v)
+
+
+def _two_prod(a, b):
+    """a * b rounded, and what the rounding lost (Dekker, 64-bit significands)."""
+    split = np.longdouble(2**32 + 1)
+    a_high = split * a - (split * a - a)
+    b_high = split * b - (split * b - b)
+    a_low, b_low = a - a_high, b - b_high
+    p = a * b
+    return p, ((a_high * b_high - p) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+def _scores(logits, where, temperature):
+    """Centred scores as an unevaluated sum; -inf where dropped."""
+    logits = np.asarray(logits).astype(np.longdouble)
+    temperature = np.asarray(temperature).astype(np.float64).astype(np.longdouble)
+    keep = logits != -np.inf
+    if where is not None:
+        keep = keep & np.broadcast_to(np.asarray(where), logits.shape)
+    peak = np.max(np.where(keep, logits, -np.inf), -1, keepdims=True)
+    d, d_low = _two_diff(np.where(keep, logits, peak), peak)
+    s = d / temperature
+    p, p_low = _two_prod(s, np.broadcast_to(temperature, s.shape))
+    s_low = (((d - p) - p_low) + d_low) / temperature
+    return np.where(keep, s, -np.inf), s_low, keep, peak
+
+
+def _exp(s, s_low):
+    return np.where(s == -np.inf, 0, np.exp(s) * (1 + s_low))
+
+
+def _others(s, s_low):
+    """The sum over all entries but one of the largest."""
+    weights = _exp(s, s_low)
+    first = np.argmax(s, -1, keepdims=True)
+    np.put_along_axis(weights, first, np.longdouble(0), -1)
+    return np.sum(weights, -1, keepdims=True)
+
+
+@quiet
+def fast_log_softmax(logits, *, where=None, temperature=1.0):
+    s, s_low, keep, _ = _scores(logits, where, temperature)
+    logs = (s - np.log1p(_others(s, s_low))) + s_low
+    return np.where(keep, logs, -np.inf)
+
+
+@quiet
+def fast_softmax(logits, *, where=None, temperature=1.0):
+    s, s_low, _, _ = _scores(logits, where, temperature)
+    return _exp(s, s_low) / (1 + _others(s, s_low))
+
+
+@quiet
+def fast_logsumexp(logits, *, where=None):
+    s, s_low, _, peak = _scores(logits, where, 1.0)
+    return (peak + np.log1p(_others(s, s_low)))[..., 0]
+
+
+@quiet
+def fast_entmax(logits, alpha, *, where=None, temperature=1.0):
+    s, s_low, keep, _ = _scores(logits, where, temperature)
+    s = np.where(keep, s + s_low, -np.inf)
+    out = np.zeros(s.shape, np.longdouble)
+    for index in np.ndindex(s.shape[:-1]):
+        out[index] = _fast_entmax_row(s[index], np.longdouble(alpha))
+    return out
+
+
+def _fast_entmax_row(s, alpha):
+    power = lambda t: np.maximum((alpha - 1) * t, 0) ** (1 / (alpha - 1))
+    # Nothing below max - 1 / (a - 1) can be in the support.
+    ordered = np.sort(s[s > -1 / (alpha - 1)])[::-1]
+    inside, outside = 1, len(ordered) + 1
+    while outside - inside > 1:
+        middle = (inside + outside) // 2
+        if np.sum(power(ordered[: middle - 1] - ordered[middle - 1])) < 1:
+            inside = middle
+        else:
+            outside = middle
+    support = ordered[:inside]
+    if alpha == 2:
+        tau = (np.sum(support) - 1) / inside
+    elif alpha == 1.5:
+        mean = np.sum(support) / inside
+        tau = mean - np.sqrt((4 - np.sum((support - mean) ** 2)) / inside)
+    else:
+        low, high = -1 / (alpha - 1), support[-1]
+        for _ in range(70):
+            tau = (low + high) / 2
+            if np.sum(power(support - tau)) > 1:
+                low = tau
+            else:
+                high = tau
+        tau = (low + high) / 2
+    return np.where(s >= support[-1], power(s - tau), 0)

@@ -1,0 +1,257 @@
+"""How far the results lie from the true ones, in units of the last place.
+
+The true inputs are those that the dtype holds: logits and temperature are rounded first.
+The bounds are promises, not what happens to be reached:
+
+- softmax and log_softmax: 4 ulp, entry by entry, wherever the true value is a normal number;
+- logsumexp: 2 ulp, except that where the peak and the logarithm of the sum cancel, it is of
+  the larger of the two: the logits' own rounding leaves no more there;
+- sparse maps: 8 ulp of the largest weight of the slice, and exactly the right support;
+- half precision: 0.52 ulp of the dtype, as they are computed in float32 and rounded once.
+
+Results below the normal range may be flushed to zero, as XLA does on CPUs.
+"""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import softjax as sj
+from tests import oracles
+from tests.helpers import DTYPES, INF, eps, finfo, normal, ulp, ulp_error, wide
+
+SCALES = (1e-3, 1e-2, 0.1, 1.0, 3.0, 10.0, 30.0)
+OFFSETS = (0.0, 1e2, -1e2, 1e4, -1e4)
+MARGINS = (1.0, 2.0, 5.0, 10.0, 15.0, 16.0, 17.0, 20.0, 30.0, 36.0, 40.0, 60.0, 80.0)
+TEMPERATURES = (0.05, 0.3, 1.0, 1.7, 20.0)
+SMALL = (1, 2, 3, 7)
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_wide_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+def cases(n, dtype, *, seed=0, thin=1):
+    """Slices of n logits `[cases, n]`, rounded to the dtype: scales, offsets, margins, ties."""
+    rng = np.random.default_rng(seed)
+    rows = [o + s * rng.standard_normal(n) for s in SCALES for o in OFFSETS]
+    for margin in MARGINS:
+        for scale, offset in ((0.0, 0.0), (1.0, 0.0), (0.1, 1e2)):
+            row = offset + scale * rng.standard_normal(n)
+            row[rng.integers(n)] = row.max() + margin
+            rows.append(row)
+    for step in (0.25, 1.0, 4.0):
+        rows.append(step * rng.integers(-2, 3, n))
+    rows.append(np.full(n, 3.0))
+    rows.append(rng.integers(0, 2, n) * -200.0)  # Two levels, one of them out of sight.
+    return np.stack(rows[::thin]).astype(jnp.dtype(dtype))
+
+
+def mask(shape, seed):
+    keep = np.random.default_rng(seed).random(shape) < 0.6
+    keep[..., 0] = True
+    return keep
+
+
+def bound(dtype, full):
+    """In ulp of the output dtype."""
+    return 0.52 if dtype in ("bfloat16", "float16") else full
+
+
+def temperatures(dtype, chosen=TEMPERATURES):
+    return [np.asarray(t).astype(jnp.dtype(dtype)) for t in chosen]
+
+
+def worst(actual, exact, dtype):
+    """The largest error over normal values, after a check of the others."""
+    actual = np.asarray(actual)
+    assert actual.dtype == jnp.dtype(dtype)
+    regular = normal(exact, dtype)
+    small = np.abs(exact) < float(finfo(dtype).tiny)
+    lost = np.abs(wide(actual) - np.where(small, exact, 0))[small]
+    assert (lost <= float(finfo(dtype).tiny)).all()
+    np.testing.assert_array_equal(wide(actual)[np.isinf(exact)], exact[np.isinf(exact)])
+    errors = ulp_error(actual, exact, dtype)
+    return errors[regular].max(initial=0.0)
+
+
+@functools.cache
+def truth(name, n, dtype, temperature, masked, thin):
+    """Logits, mask and the exact results."""
+    logits = cases(n, dtype, thin=thin)
+    keep = mask(logits.shape, n) if masked else None
+    options = {"where": keep, "temperature": temperature}
+    if n in SMALL:
+        return logits, keep, getattr(oracles, name)(logits, **options)
+    return logits, keep, getattr(oracles, f"fast_{name}")(logits, **options)
+
+
+def check_dense(n, dtype, chosen, thin=1, masked=(False, True)):
+    for use_mask in masked:
+        for temperature in temperatures(dtype, chosen):
+            for name in ("softmax", "log_softmax"):
+                exact_at = float(temperature)
+                logits, keep, exact = truth(name, n, dtype, exact_at, use_mask, thin)
+                options = {"where": keep, "temperature": temperature}
+                actual = getattr(sj, name)(jnp.asarray(logits), **options)
+                error = worst(actual, exact, dtype)
+                assert error <= bound(dtype, 4.0), (name, exact_at, use_mask, error)
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_dense_maps_of_small_slices(n, dtype):
+    check_dense(n, dtype, (0.05, 1.7), thin=3)
+
+
+@every_dtype
+def test_dense_maps_of_a_thousand(dtype):
+    check_dense(1000, dtype, TEMPERATURES)
+
+
+@every_wide_dtype
+def test_dense_maps_of_a_hundred_thousand(dtype):
+    check_dense(100_000, dtype, (1.0,), thin=7, masked=(False,))
+
+
+@pytest.mark.slow
+@every_dtype
+@pytest.mark.parametrize("n", [*SMALL, 1000, 100_000])
+def test_dense_maps_in_full(n, dtype):
+    check_dense(n, dtype, TEMPERATURES, thin=1 if n <= 1000 else 3)
+
+
+def lse_errors(n, dtype, masked, thin=1):
+    """Errors in ulp of the result, the same of the larger of its two terms, and the terms."""
+    logits = cases(n, dtype, thin=thin)
+    keep = mask(logits.shape, n) if masked else None
+    if n in SMALL:
+        exact = oracles.logsumexp(logits, axis=-1, where=keep)
+    else:
+        exact = oracles.fast_logsumexp(logits, where=keep)
+    actual = np.asarray(sj.logsumexp(jnp.asarray(logits), axis=-1, where=keep))
+    assert actual.dtype == jnp.dtype(dtype)
+    kept = wide(logits) if keep is None else np.where(keep, wide(logits), -INF)
+    peak = kept.max(-1)
+    term = np.maximum(np.maximum(np.abs(peak), np.abs(exact - peak)), np.abs(exact))
+    regular = normal(exact, dtype)
+    error = np.abs(wide(actual) - exact)
+    return (error / ulp(exact, dtype))[regular], (error / ulp(term, dtype)), (exact, term)
+
+
+def check_logsumexp(n, dtype, thin=1):
+    for masked in (False, True):
+        errors, of_terms, (exact, term) = lse_errors(n, dtype, masked, thin)
+        assert of_terms.max() <= bound(dtype, 2.0)
+        regular = normal(exact, dtype)
+        # Where at most one bit cancels, the bound holds for the result itself.
+        calm = (np.abs(exact) >= term / 2)[regular]
+        assert errors[calm].max(initial=0.0) <= bound(dtype, 2.0)
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [*SMALL, 1000])
+def test_logsumexp(n, dtype):
+    check_logsumexp(n, dtype)
+
+
+@pytest.mark.slow
+@every_dtype
+def test_logsumexp_in_full(dtype):
+    for n in (*SMALL, 1000, 100_000):
+        check_logsumexp(n, dtype, thin=1 if n <= 1000 else 3)
+
+
+@every_wide_dtype
+def test_logsumexp_of_a_hundred_thousand(dtype):
+    check_logsumexp(100_000, dtype, thin=11)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_logsumexp_where_its_terms_cancel(dtype):
+    """peak = -log n, nearly: what is left is right to the rounding of log n."""
+    for n in (2, 3, 10, 1000):
+        logits = np.full((1, n), -np.log(n)).astype(dtype)
+        logits[0, 0] *= 1 + 2.0**-6
+        exact = oracles.logsumexp(logits, axis=-1)
+        actual = np.asarray(sj.logsumexp(jnp.asarray(logits), axis=-1))
+        assert np.abs(wide(actual) - exact) <= 2 * ulp(np.log(n), dtype)
+
+
+def check_sparse(name, n, dtype, chosen, thin=1, limit=8.0):
+    alpha = {"sparsemax": 2.0, "entmax15": 1.5}[name]
+    for masked in (False, True):
+        for temperature in temperatures(dtype, chosen):
+            logits = cases(n, dtype, thin=thin)
+            keep = mask(logits.shape, n) if masked else None
+            options = {"where": keep, "temperature": float(temperature)}
+            exact = (oracles.entmax if n in SMALL else oracles.fast_entmax)(
+                logits, alpha, **options
+            )
+            options["temperature"] = temperature
+            actual = np.asarray(getattr(sj, name)(jnp.asarray(logits), **options))
+            assert actual.dtype == jnp.dtype(dtype)
+            largest = exact.max(-1, keepdims=True)
+            error = np.abs(wide(actual) - exact) / ulp(largest, dtype)
+            worst_case = error.max(), float(temperature), masked
+            assert error.max() <= bound(dtype, limit), worst_case
+            # A weight below the smallest normal number of the dtype has no place in it.
+            seen = (exact == 0) | (exact >= float(finfo(dtype).tiny))
+            np.testing.assert_array_equal((actual > 0)[seen], (exact > 0)[seen])
+
+
+every_sparse_map = pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
+
+
+@every_dtype
+@every_sparse_map
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_sparse_maps_of_small_slices(name, n, dtype):
+    check_sparse(name, n, dtype, (0.3, 20.0), thin=3)
+
+
+@every_dtype
+@every_sparse_map
+def test_sparse_maps_of_a_thousand(name, dtype):
+    check_sparse(name, 1000, dtype, (0.05, 1.0, 20.0), thin=3)
+
+
+@every_wide_dtype
+@every_sparse_map
+def test_sparse_maps_of_a_hundred_thousand(name, dtype):
+    check_sparse(name, 100_000, dtype, (1.0,), thin=13)
+
+
+@pytest.mark.slow
+@every_dtype
+@every_sparse_map
+@pytest.mark.parametrize("n", [*SMALL, 1000, 100_000])
+def test_sparse_maps_in_full(name, n, dtype):
+    check_sparse(name, n, dtype, TEMPERATURES, thin=1 if n <= 1000 else 3)
+
+
+@every_dtype
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0, 3.0])
+def test_entmax_of_any_alpha(alpha, dtype):
+    """Through the general solver. Above 2 the slope p^(2 - alpha) grows towards the edge of
+    the support, and what the last bit of a score is worth there is added to the bound.
+    """
+    for n in (2, 7, 1000):
+        logits = cases(n, dtype, thin=5)
+        for temperature in temperatures(dtype, (0.3, 20.0)):
+            exact = oracles.fast_entmax(logits, alpha, temperature=float(temperature))
+            actual = np.asarray(sj.entmax(jnp.asarray(logits), alpha, temperature=temperature))
+            largest = exact.max(-1, keepdims=True)
+            allowed = bound(dtype, 8.0) * ulp(largest, dtype)
+            if alpha > 2:
+                slopes = np.where(exact > 0, exact, INF) ** (2 - alpha)
+                steepest = slopes * (1 - slopes / slopes.sum(-1, keepdims=True))
+                margin = largest ** (alpha - 1) / (alpha - 1)
+                computed = eps("float64" if dtype == "float64" else "float32")
+                allowed = allowed + 4 * computed * margin * steepest.max(-1, keepdims=True)
+            error = np.abs(wide(actual) - exact) / allowed
+            assert error.max() <= 1, (n, float(temperature), error.max())
+            if n < 1000:
+                seen = (exact == 0) | (exact >= float(finfo(dtype).tiny))
+                np.testing.assert_array_equal((actual > 0)[seen], (exact > 0)[seen])

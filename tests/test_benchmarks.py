@@ -1,0 +1,214 @@
+"""The benchmarks: they run, write what they promise, and can see that a function is wrong."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.benchmarks import __main__ as command_line
+from experiments.benchmarks import _measure as measure
+from experiments.benchmarks import accuracy, maps
+
+ROOT = Path(__file__).parent.parent
+ROWS = {
+    "maps": [
+        *("| softmax ", "| softmax, gradient ", "| log_softmax ", "| log_softmax, gradient "),
+        *("| sparsemax ", "| entmax15 ", "| entmax(alpha=1.3) ", "| soft_top_k(k=8) "),
+        *("| top_p_filter(p=0.9) ", "| top_k_filter(k=50) ", "Copy: "),
+    ],
+    "accuracy": [
+        f"| {name} "
+        for name in ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15")
+    ],
+}
+
+
+def launch(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.benchmarks", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+
+
+# The command line.
+
+
+def test_every_benchmark_asks_a_question(capsys):
+    assert set(command_line.questions()) == {"accuracy", "maps"}
+    assert command_line.main([]) == 0
+    listing = capsys.readouterr().out
+    for name, question in command_line.questions().items():
+        assert question.endswith("?")
+        assert f"  {name} " in listing
+        assert question in listing
+
+
+def test_unknown_name(capsys):
+    assert command_line.main(["map"]) == 2
+    assert "no benchmark 'map'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(ROWS))
+def test_quick_run(tmp_path, name):
+    done = launch(name, "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    lines = done.stdout.splitlines()
+    for row in ROWS[name]:
+        assert any(line.startswith(row) for line in lines), row
+
+    (file,) = tmp_path.iterdir()
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert file.stem == ("maps-cpu" if name == "maps" else "accuracy")
+    assert results["benchmark"] == name
+    versions = results["environment"]["versions"]
+    assert versions.keys() >= {"jax", "jaxlib", "numpy", "softjax", "optax", "torch", "entmax"}
+    assert results["environment"]["platform"] == "cpu"
+    assert str(tmp_path) not in done.stdout
+    if name == "maps":
+        check_maps(results)
+    else:
+        check_accuracy(results)
+
+
+def check_maps(results):
+    for record in results["times"]:
+        assert record["seconds"] > 0
+        assert record["copy_gb_per_second"] > 0
+        assert (record["ratio"] is None) == (record["rival_seconds"] is None)
+        judged = record["ratio"] is not None and record["limit"] is not None
+        assert record["passed"] is (record["ratio"] <= record["limit"] if judged else None)
+    assert {record["map"] for record in results["memory"]} == set(maps.MAPS)
+    for record in results["memory"]:
+        assert record["output_bytes"] == 4 * math.prod(record["shape"])
+        assert record["residual_bytes"] >= 0
+
+
+def check_accuracy(results):
+    found = {(e["function"], e["dtype"], e["library"]): e["error"] for e in results["errors"]}
+    for name in accuracy.LIMITS:
+        assert (name, "float32", "softjax") in found
+    assert found["log_softmax", "float32", "softjax"] < 4
+    assert found["log_softmax", "float32", "jax.nn"] > 1e6  # 0 for a confident entry.
+
+
+# What is measured.
+
+
+def test_times():
+    times = measure.Times({"ours": [1.0, 8.0, 3.0], "theirs": [1.0, 2.0, 1.0]})
+    assert times.median("ours") == 3
+    assert times.ratio("ours", "theirs") == 3
+    assert times.rounds == 3
+
+
+def test_paired_calls_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = measure.paired(calls, seconds=0, least=4)
+    assert times.rounds == 4
+    assert order.count("a") > 4
+    assert set(times.samples) == {"a", "b"}
+
+
+def test_missing_peer():
+    sizes = maps.Sizes(seconds=0, least=1)
+    rivals = [maps.Rival("absent", None, limit=2.0)]
+    (record,) = maps._timed("map", (2, 3), lambda: None, rivals, sizes=sizes)
+    assert record["passed"] is None
+    row = maps._time_row(record)
+    assert row[4:] == ["absent", "-", "-", "<= 2.00", "-"]
+    assert measure.peer("no_such_module") is None
+
+
+def test_residuals():
+    x = maps._normal((4, 8))
+    assert measure.residual_bytes(lambda x: 2 * x, x) <= 8
+    assert measure.residual_bytes(lambda x: x * x, x) in (x.nbytes, 2 * x.nbytes)
+
+
+def test_table():
+    assert measure.table(["a", "bc"], [["def", "g"]]).splitlines() == [
+        "| a   | bc |",
+        "| --- | -- |",
+        "| def | g  |",
+    ]
+
+
+# The judge of accuracy.
+
+
+def test_ulp():
+    values = np.array([1.0, 1.5, 2.0, -3.0, 0.99, 0.0])
+    np.testing.assert_array_equal(
+        accuracy.ulp(values, "float64"), [*np.spacing([1.0, 1.5, 2.0, 3.0, 0.99]), 2.0**-1074]
+    )
+    assert accuracy.ulp(1.0, "float32") == 2.0**-23
+    assert accuracy.ulp(1.0, "bfloat16") == 2.0**-7
+    assert accuracy.ulp(2.0**-30, "float16") == 2.0**-24
+
+
+def test_truth():
+    dense = accuracy.truth(np.array([2.33, -1.46, 0.56]))
+    expected = [0.83827314, 0.01894129, 0.14278557]
+    np.testing.assert_allclose(dense["softmax"].astype(float), expected, atol=5e-9)
+    confident = accuracy.truth(np.array([100.0, 0.0, -np.inf]), 2.0)
+    assert float(confident["log_softmax"][0]) == pytest.approx(-math.exp(-50), rel=1e-15)
+    assert confident["log_softmax"][2] == -np.inf
+    assert confident["logsumexp"] == 50 + np.log1p(np.exp(np.longdouble(-50)))
+    sparse = accuracy.truth(np.array([1.0, 0.5, -1.0]))["sparsemax"]
+    np.testing.assert_array_equal(sparse, [0.75, 0.25, 0.0])
+    # Two entries at a distance of d: each root is +-d/4 + r, where r^2 = 1/2 - d^2/16.
+    root = math.sqrt(0.5 - 1 / 16)
+    halfway = accuracy.truth(np.array([1.0, 0.0, -2.0]))["entmax15"].astype(float)
+    np.testing.assert_allclose(halfway, [(root + 0.25) ** 2, (root - 0.25) ** 2, 0], rtol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 20.0])
+def test_true_sparse_maps_are_distributions(name, temperature):
+    row = np.random.default_rng(0).standard_normal(1000)
+    weights = accuracy.truth(row, temperature)[name]
+    assert abs(weights.sum() - 1) < 1e-17
+    # All kept entries share one threshold, below which all others lie.
+    power = 1 if name == "sparsemax" else 2
+    threshold = row / (power * temperature) - weights.astype(float) ** (1 / power)
+    kept = weights > 0
+    assert np.ptp(threshold[kept]) < 1e-13
+    assert (threshold[~kept] <= threshold[kept].min() + 1e-13).all()
+
+
+def test_broken_functions_show():
+    row = np.array([60.0, 0.0, 1.0], np.float32)
+    exact = accuracy.truth(row)
+
+    def error(name, actual, of=None):
+        return accuracy.errors(name, np.asarray(actual, np.float32), exact[name], row)[
+            of or name
+        ]
+
+    rounded = {name: values.astype(np.float32) for name, values in exact.items()}
+    for name in ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15"):
+        assert error(name, rounded[name]) <= 0.5
+        assert error(name, rounded[name] * np.nan) == np.inf
+        assert error(name, rounded[name] * np.float32(1 + 2**-20)) >= 4
+    assert error("log_softmax", [0.0, -60.0, -59.0]) > 1e6
+    assert error("sparsemax", [1.0, 1e-30, 0.0]) < 0.5
+    assert error("sparsemax", [1.0, 1e-30, 0.0], accuracy.SUPPORT["sparsemax"]) == 1
+    assert error("entmax15", [1.0, 0.0, 0.0], accuracy.SUPPORT["entmax15"]) == 0
+
+
+def test_logsumexp_is_judged_by_its_larger_term():
+    row = np.array([-1.0, -1.0, -1.0], np.float32)
+    exact = accuracy.truth(row)["logsumexp"]
+    found = accuracy.errors("logsumexp", exact + 2.0**-23, exact, row)
+    assert found[accuracy.LARGER_TERM] == pytest.approx(1)
+    assert found["logsumexp"] == pytest.approx(16)

@@ -1,0 +1,162 @@
+"""softmax and log_softmax: the numbers of the articles, identities, shapes."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import softjax as sj
+from tests import oracles
+from tests.helpers import DTYPES, INF, assert_close, assert_same, draw, eps, spread
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ([2.33, -1.46, 0.56], [0.83827314, 0.01894129, 0.14278557]),
+        ([13.0, 31.0, 5.0], [1.52299795e-08, 9.99999985e-01, 5.10908895e-12]),
+        ([0.7, 1.5, 4.8], [0.01573172, 0.03501159, 0.94925668]),
+    ],
+)
+def test_the_numbers_of_the_articles(logits, expected):
+    """They print eight decimals, or nine significant digits."""
+    probs = sj.softmax(jnp.array(logits))
+    digits = 5e-9 if min(expected) > 1e-4 else 0.0
+    assert_close(probs, expected, rtol=0 if digits else 5e-9, atol=digits)
+    assert_close(jnp.exp(sj.log_softmax(jnp.array(logits))), probs, rtol=1e-14)
+
+
+def test_a_tiny_probability_of_the_articles():
+    """exp(-100) is a normal number in float64, so nothing excuses a zero."""
+    probs = sj.softmax(jnp.array([0.0, 100.0, 0.0]))
+    assert_close(probs, [3.72007598e-44, 1.0, 3.72007598e-44], rtol=5e-9)
+    logs = sj.log_softmax(jnp.array([0.0, 100.0, 0.0]))
+    assert_close(logs, [-100.0, -2 * 3.720075976020836e-44, -100.0], rtol=1e-15)
+
+
+def test_two_classes_are_the_sigmoid():
+    for x in np.linspace(-30, 30, 25):
+        probs = sj.softmax(jnp.array([x, 0.0]))
+        assert_close(probs, jax.nn.sigmoid(jnp.array([x, -x])), rtol=8 * eps("float64"))
+        logs = sj.log_softmax(jnp.array([x, 0.0]))
+        assert_close(logs, jax.nn.log_sigmoid(jnp.array([x, -x])), rtol=8 * eps("float64"))
+
+
+def test_shift_invariant_and_argmax_preserving():
+    logits = np.round(draw(0, (5, 6), scale=4.0)[0] * 1024) / 1024
+    for name in ("softmax", "log_softmax"):
+        fn = getattr(sj, name)
+        out = fn(jnp.asarray(logits))
+        np.testing.assert_array_equal(jnp.argmax(out, -1), np.argmax(logits, -1))
+        for shift in (1.0, -1e3, 2.0**30):  # The shifted logits are exact.
+            assert_same(fn(jnp.asarray(logits + shift)), out)
+
+
+def test_jacobian():
+    logits = jnp.asarray(draw(1, (6,), scale=2.0)[0])
+    p = sj.softmax(logits)
+    expected = jnp.diag(p) - jnp.outer(p, p)
+    for mode in (jax.jacfwd, jax.jacrev):
+        assert_close(mode(sj.softmax)(logits), expected, rtol=0, atol=4 * eps("float64"))
+        expected_log = jnp.eye(6) - jnp.tile(p, (6, 1))
+        assert_close(
+            mode(sj.log_softmax)(logits), expected_log, rtol=0, atol=4 * eps("float64")
+        )
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, -2, 2, (0, 1), (0, 2), (-1, 0, 1), None])
+def test_axes(axis):
+    logits, keep = draw(2, (2, 3, 4), scale=3.0)
+    for name in ("softmax", "log_softmax"):
+        actual = getattr(sj, name)(jnp.asarray(logits), axis=axis, where=keep)
+        expected = getattr(oracles, name)(logits, axis=axis, where=keep)
+        assert_close(actual, expected, rtol=8 * eps("float64"))
+
+
+def test_options_broadcast():
+    logits, _ = draw(3, (2, 3, 4))
+    masks = [np.array(m) for m in (True, [True, False, True, True])]
+    masks += [np.array([[True], [False], [True]]), draw(4, (2, 1, 4))[1]]
+    shapes = [(), (1,), (3, 1), (2, 1, 1), (2, 3, 1)]
+    for mask, shape in itertools.product(masks, shapes):
+        option = np.random.default_rng(5).uniform(0.5, 2.0, shape)
+        options = {"where": mask, "temperature": option, "sink": option - 1}
+        for name in ("softmax", "log_softmax"):
+            actual = getattr(sj, name)(jnp.asarray(logits), **options)
+            expected = getattr(oracles, name)(logits, **options)
+            assert_close(actual, expected, rtol=8 * eps("float64"), atol=8 * eps("float64"))
+
+
+def test_options_broadcast_over_several_axes():
+    logits, keep = draw(6, (2, 3, 4))
+    option = np.array([[[0.5], [1.0], [2.0]]])
+    options = {"axis": (0, 2), "where": keep, "temperature": option, "sink": option}
+    actual = sj.softmax(jnp.asarray(logits), **options)
+    assert_close(actual, oracles.softmax(logits, **options), rtol=8 * eps("float64"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sink_is_an_extra_logit(dtype):
+    logits, keep = draw(7, (3, 5), scale=4.0, dtype=dtype)
+    for sink in (-INF, -3.0, 0.0, 40.0):
+        options = {"where": keep, "temperature": 0.5, "sink": sink}
+        for name in ("softmax", "log_softmax"):
+            actual = getattr(sj, name)(jnp.asarray(logits), **options)
+            expected = getattr(oracles, name)(logits, **options)
+            tiny = float(jnp.finfo(dtype).tiny)
+            assert_close(actual, expected, rtol=4 * eps(dtype), atol=tiny)
+
+
+def test_a_sink_alone_takes_everything():
+    logits = jnp.array([[-INF, -INF], [0.0, -INF]])
+    probs = sj.softmax(logits, sink=0.0)
+    assert_close(probs, [[0.0, 0.0], [0.5, 0.0]], rtol=0)
+    assert_close(sj.softmax(jnp.zeros(2), sink=INF), [0.0, 0.0], rtol=0)
+    assert_close(sj.softmax(jnp.array([1.0, 3.0]), sink=3.0, temperature=0.0), [0, 0.5], rtol=0)
+    assert_close(sj.softmax(jnp.array([1.0, 3.0]), sink=4.0, temperature=0.0), [0, 0], rtol=0)
+    assert_close(
+        sj.softmax(jnp.array([1.0, 3.0]), sink=4.0, temperature=INF), [1 / 3] * 2, rtol=1e-15
+    )
+
+
+def test_temperature_divides_before_anything_overflows():
+    """|z / T| above 2^31, where a fused multiply-add makes jitted softmax(z / T) NaN."""
+    logits = jnp.asarray(np.array([1e9, 1e9 + 64.0, -1e9], "float32"))
+    for temperature in (1e-3, 1.0, 64.0, 1e30):
+        expected = oracles.softmax(np.asarray(logits), temperature=np.float32(temperature))
+        actual = jax.jit(sj.softmax)(logits, temperature=np.float32(temperature))
+        assert_close(actual, expected, rtol=4 * eps("float32"), atol=1e-37)
+
+
+def test_sums_do_not_overflow():
+    for dtype in DTYPES:
+        probs = sj.softmax(jnp.zeros(70000, dtype))
+        assert_close(
+            probs,
+            np.full(70000, 1 / 70000),
+            rtol=0.52 * eps(dtype) if dtype != "float16" else 0.01,
+        )
+
+
+def test_log_softmax_of_a_confident_entry_keeps_its_digits():
+    for margin in (20.0, 40.0, 80.0):
+        logits = jnp.array([margin, 0.0], "float32")
+        actual = sj.log_softmax(logits)
+        assert_close(actual, oracles.log_softmax(logits), rtol=2 * eps("float32"))
+        grad = jax.jacrev(sj.log_softmax)(logits)
+        small = float(np.exp(-margin) / (1 + np.exp(-margin)))
+        # 1 - p is the sum of the other probabilities, never a difference.
+        assert_close(grad[0], [small, -small], rtol=16 * eps("float32"))
+
+
+def test_small_residuals():
+    """What the forward pass leaves for the backward pass: no more than the output."""
+    logits = jnp.asarray(draw(8, (64, 128), dtype="float32")[0])
+    for fn in (sj.softmax, sj.log_softmax, sj.sparsemax, sj.entmax15):
+        out, pullback = jax.vjp(fn, logits)
+        leaves = [a for a in jax.tree.leaves(pullback) if a is not logits]
+        assert sum(a.nbytes for a in leaves) <= 1.02 * out.nbytes, fn
+    probs = sj.softmax(logits)
+    assert spread(probs) > 0

@@ -1,0 +1,171 @@
+"""entropy, kl_divergence and log_prob."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import softjax as sj
+from tests import oracles
+from tests.helpers import DTYPES, INF, NAN, assert_close, assert_same, draw, eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("axis", [0, -1, (0, 2), None])
+def test_entropy(axis, dtype):
+    for seed, scale in enumerate((1e-3, 1.0, 10.0)):
+        logits, keep = draw(seed, (2, 3, 4), scale=scale, dtype=dtype)
+        actual = sj.entropy(jnp.asarray(logits), axis=axis, where=keep)
+        expected = oracles.entropy(logits, axis=axis, where=keep)
+        assert actual.dtype == jnp.dtype(dtype)
+        tiny = float(jnp.finfo(dtype).tiny)
+        assert_close(actual, expected, rtol=16 * eps(dtype), atol=tiny)
+
+
+def test_entropy_of_a_confident_choice_keeps_its_digits():
+    """-p log p near p = 1 must not be a difference of ones."""
+    for margin in (5.0, 20.0, 40.0, 80.0):
+        logits = jnp.array([margin, 0.0, -1.0])
+        assert_close(sj.entropy(logits), oracles.entropy(logits), rtol=16 * eps("float64"))
+
+
+def test_entropy_at_the_edges():
+    with jax.debug_nans(True):
+        for logits, keep, expected in [
+            ([0.0, 0.0, -INF], [True] * 3, np.log(2)),
+            ([INF, 0.0, INF], [True] * 3, np.log(2)),
+            ([NAN, 0.0, 0.0], [False, True, True], np.log(2)),
+            ([1.0, 2.0], [False, False], 0.0),
+            ([-INF, -INF], [True, True], 0.0),
+            ([4.0], [True], 0.0),
+            ([1e4, 0.0], [True, True], 0.0),
+        ]:
+            z, w = jnp.array(logits), jnp.array(keep)
+            fn = lambda z, w=w: sj.entropy(z, where=w)
+            assert_close(fn(z), expected, rtol=1e-15)
+            for derivative in (jax.grad(fn)(z), jax.jacfwd(fn)(z), jax.hessian(fn)(z)):
+                assert jnp.isfinite(derivative).all()
+    assert jnp.isnan(sj.entropy(jnp.array([NAN, 0.0])))
+    assert sj.entropy(jnp.zeros((0, 3))).shape == (0,)
+    assert_close(sj.entropy(jnp.zeros((2, 0))), [0.0, 0.0], rtol=0)
+
+
+def test_entropy_gradient():
+    """dH/dz = -p (log p + H)."""
+    logits = jnp.asarray(draw(3, (6,), scale=2.0)[0])
+    p, logs = sj.softmax(logits), sj.log_softmax(logits)
+    expected = -p * (logs + sj.entropy(logits))
+    assert_close(jax.grad(sj.entropy)(logits), expected, rtol=0, atol=4 * eps("float64"))
+    assert_close(jax.grad(sj.entropy)(jnp.zeros(4)), np.zeros(4), rtol=0, atol=1e-16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kl_divergence(dtype):
+    for seed, scale in enumerate((0.5, 2.0, 10.0)):
+        p_logits, keep = draw(seed, (3, 6), scale=scale, dtype=dtype)
+        q_logits, _ = draw(seed + 9, (3, 6), scale=scale, dtype=dtype)
+        for axis in (0, -1, None):
+            keep[0] = True
+            args = jnp.asarray(p_logits), jnp.asarray(q_logits)
+            actual = sj.kl_divergence(*args, axis=axis, where=keep)
+            expected = oracles.kl_divergence(p_logits, q_logits, axis=axis, where=keep)
+            # The terms cancel; their sizes are at most that of the largest |log p - log q|.
+            size = 2 * scale * 6
+            computed = "float32" if dtype in ("bfloat16", "float16") else dtype
+            assert_close(actual, expected, rtol=eps(dtype), atol=eps(computed) * size)
+            assert (actual >= 0).all()
+
+
+def test_kl_divergence_of_equals_is_zero():
+    logits = jnp.asarray(draw(4, (3, 6), scale=5.0)[0])
+    assert_close(sj.kl_divergence(logits, logits), np.zeros(3), rtol=0, atol=1e-16)
+    shifted = jnp.round(logits * 64) / 64
+    assert_close(sj.kl_divergence(shifted, shifted + 8.0), np.zeros(3), rtol=0, atol=1e-15)
+    for argument in (0, 1):
+        grad = jax.grad(lambda p, q: jnp.sum(sj.kl_divergence(p, q)), argnums=argument)
+        assert_close(grad(logits, logits), np.zeros((3, 6)), rtol=0, atol=1e-15)
+
+
+def test_kl_divergence_of_close_distributions_keeps_its_digits():
+    """KL is about |d|^2 / 2, far below the rounding of one term."""
+    logits = draw(5, (6,))[0]
+    moved = logits + 1e-6 * draw(6, (6,))[0]
+    actual = sj.kl_divergence(jnp.asarray(logits), jnp.asarray(moved))
+    expected = oracles.kl_divergence(logits, moved)
+    # A sum of signed terms of size 1e-6 each is good to 1e-6 eps.
+    assert_close(actual, expected, rtol=0, atol=64e-6 * eps("float64"))
+
+
+def test_kl_divergence_at_the_edges():
+    cases = [
+        ([0.0, 0.0], [0.0, -INF], [True, True], INF),
+        ([0.0, -INF], [0.0, 0.0], [True, True], np.log(2)),
+        ([0.0, -INF], [0.0, -INF], [True, True], 0.0),
+        ([0.0, NAN], [0.0, INF], [True, False], 0.0),
+        ([1.0, 2.0], [2.0, 1.0], [False, False], 0.0),
+        ([-INF, -INF], [0.0, 0.0], [True, True], 0.0),
+    ]
+    with jax.debug_nans(True):
+        for p, q, keep, expected in cases:
+            p, q, keep = jnp.array(p), jnp.array(q), jnp.array(keep)
+            fn = lambda p, q, w=keep: sj.kl_divergence(p, q, where=w)
+            assert_close(fn(p, q), expected, rtol=1e-15)
+            for argument in (0, 1):
+                if np.isfinite(expected):
+                    for mode in (jax.grad, jax.jacfwd, jax.hessian):
+                        assert jnp.isfinite(mode(fn, argnums=argument)(p, q)).all()
+    assert jnp.isnan(sj.kl_divergence(jnp.array([NAN, 0.0]), jnp.zeros(2)))
+    assert jnp.isnan(sj.kl_divergence(jnp.zeros(2), jnp.array([NAN, 0.0])))
+
+
+def test_kl_divergence_gradients():
+    """In q it is q - p; in p it is p (log p - log q - KL)."""
+    p_logits, q_logits = (jnp.asarray(draw(s, (6,))[0]) for s in (7, 8))
+    p, q = sj.softmax(p_logits), sj.softmax(q_logits)
+    grads = jax.grad(sj.kl_divergence, argnums=(0, 1))(p_logits, q_logits)
+    ratio = jnp.log(p) - jnp.log(q)
+    expected = p * (ratio - sj.kl_divergence(p_logits, q_logits))
+    assert_close(grads[0], expected, rtol=0, atol=8 * eps("float64"))
+    assert_close(grads[1], q - p, rtol=0, atol=4 * eps("float64"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_prob_is_an_entry_of_log_softmax(dtype):
+    logits, keep = draw(9, (3, 4, 5), scale=3.0, dtype=dtype)
+    for axis in (0, 1, -1):
+        rest = tuple(np.delete(logits.shape, axis))
+        labels = np.random.default_rng(10).integers(0, logits.shape[axis], rest)
+        actual = sj.log_prob(jnp.asarray(logits), labels, axis=axis, where=keep)
+        expected = oracles.log_prob(logits, labels, axis=axis, where=keep)
+        assert actual.dtype == jnp.dtype(dtype)
+        assert_close(actual, expected, rtol=4 * eps(dtype))
+
+
+def test_log_prob_labels():
+    logits = jnp.array([0.0, 1.0, -INF, 2.0])
+    keep = jnp.array([True, False, True, True])
+    fn = lambda label: sj.log_prob(logits, jnp.asarray(label), where=keep)
+    assert fn(1) == -INF
+    assert fn(2) == -INF
+    for label in (-1, 4, 100):
+        assert jnp.isnan(fn(label)), label  # Never silently another class.
+    assert_same(fn(3), sj.log_softmax(logits, where=keep)[3])
+    assert sj.log_prob(jnp.zeros((0, 3)), jnp.zeros(0, int)).shape == (0,)
+    small = sj.log_prob(jnp.zeros((2, 3)), jnp.array([0, 2], "uint8"))
+    assert_close(small, [-np.log(3)] * 2, rtol=1e-15)
+    assert jnp.isnan(sj.log_prob(jnp.zeros((2, 300)), jnp.array([-1, 0], "int8")))[0]
+
+
+def test_log_prob_derivatives():
+    logits = jnp.asarray(draw(11, (6,), scale=3.0)[0])
+    p = sj.softmax(logits)
+    fn = lambda z: sj.log_prob(z, jnp.asarray(2))
+    for mode in (jax.grad, jax.jacfwd):
+        expected = jnp.eye(6)[2] - p
+        assert_close(mode(fn)(logits), expected, rtol=0, atol=4 * eps("float64"))
+    hessian = -(jnp.diag(p) - jnp.outer(p, p))
+    assert_close(jax.hessian(fn)(logits), hessian, rtol=0, atol=8 * eps("float64"))
+    dropped = jnp.array([0.0, -INF])
+    with jax.debug_nans(True):
+        grad = jax.grad(lambda z: sj.log_prob(z, jnp.asarray(1)))(dropped)
+    assert jnp.isfinite(grad).all()

@@ -1,0 +1,192 @@
+"""The public names, their documentation and the order of the modules."""
+
+import ast
+import doctest
+import inspect
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import softjax as sj
+from tests.catalogue import CATALOGUE
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "softjax"
+
+# A module imports only from those before it.
+ORDER = [
+    *("_inputs", "_exact", "_slices", "_blocks", "_search", "_threshold", "_exponential"),
+    *("_online", "_mesh"),
+    *("reductions", "dense", "sparse", "segments", "scores", "entropies"),
+    *("losses", "output_layers", "contrastive", "sampling", "estimators", "policies"),
+    *("calibration", "masks", "attention", "kernels", "__init__"),
+]
+SECTIONS = ["Args", "Returns", "Raises", "Example", "Note", "Reference"]
+
+FUNCTIONS = sorted(name for name in sj.__all__ if name != "__version__")
+every_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def modules():
+    return sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+
+
+def room(path):
+    """`attention/tiles.py` belongs to the room `attention`."""
+    return path.parts[0].removesuffix(".py")
+
+
+def test_every_public_function_is_in_the_catalogue():
+    assert sorted({entry.name for entry in CATALOGUE}) == FUNCTIONS
+
+
+def test_every_public_function_is_in_the_readme():
+    """In a table whose first cell is the name in backquotes, with or without arguments."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    named = {name for cell in cells for name in re.findall(r"`(?:sj\.)?(\w+)", cell)}
+    assert set(FUNCTIONS) <= named, sorted(set(FUNCTIONS) - named)
+
+
+def test_names_are_sorted_unique_and_there():
+    assert len(set(sj.__all__)) == len(sj.__all__)
+    for name in sj.__all__:
+        assert hasattr(sj, name), name
+    public = {n for n in vars(sj) if not n.startswith("_")}
+    assert {n for n in public if callable(getattr(sj, n))} == set(FUNCTIONS)
+
+
+def test_each_module_lists_what_the_package_exports():
+    listed = []
+    for path in modules():
+        if path.name != "__init__.py" and not room(path).startswith("_"):
+            tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+            for node in tree.body:
+                is_assignment = isinstance(node, ast.Assign)
+                if is_assignment and ast.unparse(node.targets[0]) == "__all__":
+                    listed += ast.literal_eval(node.value)
+    assert sorted(listed) == FUNCTIONS
+
+
+def test_no_function_is_named_as_a_module():
+    assert not {room(path) for path in modules()} & set(FUNCTIONS)
+
+
+def test_imports_point_one_way():
+    for path in modules():
+        assert room(path) in ORDER, path
+        tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: a relative import"
+                names = [node.module]
+                if node.module == "softjax":
+                    names = [f"softjax.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                if name == "softjax" or name.startswith("softjax."):
+                    other = name.split(".")[1] if "." in name else "__init__"
+                    inside = other == room(path) and len(path.parts) > 1
+                    before = ORDER.index(other) < ORDER.index(room(path))
+                    assert inside or before, (path, name)
+
+
+def test_the_package_needs_jax_alone():
+    for path in modules():
+        tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            for name in names:
+                top = name.split(".")[0]
+                allowed = top in ("jax", "softjax", "numpy") or top in sys.stdlib_module_names
+                assert allowed, (path, name)
+
+
+def sections(doc):
+    return re.findall(r"^(\w+):$", doc, flags=re.M)
+
+
+@every_function
+def test_docstring(name):
+    doc = inspect.getdoc(getattr(sj, name))
+    assert doc
+    summary = doc.split("\n\n")[0].replace("\n", " ")
+    assert re.fullmatch(r"[A-Z][a-z]+s\b.*\.", summary), (
+        f"not a verb and a full stop: {summary}"
+    )
+    found = [s for s in sections(doc) if s in SECTIONS]
+    assert found == [s for s in SECTIONS if s in found], "in another order than the template"
+    for section in ("Args", "Returns", "Example"):
+        assert section in found, section
+    assert ".. math::" in doc.split("Args:")[0] or ":math:" in doc.split("Args:")[0]
+    assert ">>> " in doc
+
+
+@every_function
+def test_docstring_names_every_argument(name):
+    doc = inspect.getdoc(getattr(sj, name))
+    body = doc.split("Args:\n")[1].split("\n\n")[0]
+    described = re.findall(r"^ {4}(\w+(?:, \w+)*):", body, flags=re.M)
+    described = [n for names in described for n in names.split(", ")]
+    assert described == list(inspect.signature(getattr(sj, name)).parameters)
+
+
+@every_function
+def test_example(name):
+    fn = getattr(sj, name)
+    scope = {"jnp": jnp, "jax": jax, "sj": sj, "softjax": sj, name: fn}
+    scope |= vars(inspect.getmodule(inspect.unwrap(fn)))
+    test = doctest.DocTestParser().get_doctest(inspect.getdoc(fn), scope, name, None, 0)
+    report = []
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        failed, tried = doctest.DocTestRunner(
+            optionflags=doctest.NORMALIZE_WHITESPACE, verbose=False
+        ).run(test, out=report.append)
+    assert tried > 0
+    assert not failed, "".join(report)
+
+
+@every_function
+def test_signature(name):
+    """Annotated in full; no catch-all arguments; options after the arrays, by keyword."""
+    fn = getattr(sj, name)
+    signature = inspect.signature(fn)
+    assert signature.return_annotation is not inspect.Signature.empty
+    for parameter in signature.parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty, parameter
+        assert parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if parameter.name in ("axis", "where", "temperature", "keepdims", "sink", "kind"):
+            assert parameter.kind == parameter.KEYWORD_ONLY, parameter
+
+
+def executed(node):
+    """The parts of an expression that run at once: not the bodies of its lambdas."""
+    yield node
+    if not isinstance(node, ast.Lambda):
+        for child in ast.iter_child_nodes(node):
+            yield from executed(child)
+
+
+def test_importing_runs_no_array_code():
+    """Modules hold definitions and plain constants: no call of jnp at the top level."""
+    for path in modules():
+        tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign | ast.Expr) and node.value:
+                for call in executed(node.value):
+                    called = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
+                    assert not called.startswith(("jnp.", "jax.numpy")), path

@@ -1,0 +1,107 @@
+"""The algebra that all maps share: J = diag(w) - w w^T / W, with w from p alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import softjax as sj
+from tests.helpers import assert_close, draw, eps
+
+# Each map with its w = f' and its w2 = f'' at p.
+MAPS = {
+    "softmax": (sj.softmax, lambda p: p, lambda p: p),
+    "sparsemax": (sj.sparsemax, lambda p: (p > 0).astype(p.dtype), lambda p: 0 * p),
+    "entmax15": (sj.entmax15, jnp.sqrt, lambda p: jnp.where(p > 0, 0.5, 0.0)),
+    "entmax 1.25": (
+        functools.partial(sj.entmax, alpha=1.25),
+        lambda p: p**0.75,
+        lambda p: 0.75 * p**0.5,
+    ),
+    "entmax 1": (functools.partial(sj.entmax, alpha=1.0), lambda p: p, lambda p: p),
+    "capped": (
+        functools.partial(sj.soft_top_k, k=2.5, kind="capped"),
+        lambda p: ((p > 0) & (p < 1)).astype(p.dtype),
+        lambda p: 0 * p,
+    ),
+    "sigmoid": (
+        functools.partial(sj.soft_top_k, k=2.5, kind="sigmoid"),
+        lambda p: p * (1 - p),
+        lambda p: p * (1 - p) * (1 - 2 * p),
+    ),
+    "laplace": (
+        functools.partial(sj.soft_top_k, k=2.5, kind="laplace"),
+        lambda p: jnp.minimum(p, 1 - p),
+        lambda p: jnp.where(p < 0.5, p, -(1 - p)),
+    ),
+}
+every_map = pytest.mark.parametrize("name", MAPS)
+
+
+@every_map
+def test_jacobian(name):
+    fn, slope, _ = MAPS[name]
+    for seed in range(4):
+        logits = jnp.asarray(draw(seed, (7,), scale=0.3)[0])
+        w = slope(fn(logits))
+        expected = jnp.diag(w) - jnp.outer(w, w) / w.sum()
+        for mode in (jax.jacfwd, jax.jacrev):
+            # w is a power of p, so it carries the error of a small p.
+            assert_close(mode(fn)(logits), expected, rtol=0, atol=64 * eps("float64"))
+        assert jnp.abs(expected).max() > 1e-2
+
+
+@every_map
+def test_second_derivative(name):
+    """p'' = w2 (x' - tau')^2 - w tau'', tau'' = <w2, (x' - tau')^2> / W."""
+    fn, slope, curvature = MAPS[name]
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        logits = jnp.asarray(draw(seed, (7,), scale=0.3)[0])
+        x_dot = jnp.asarray(rng.standard_normal(7))
+        p = fn(logits)
+        w, w2 = slope(p), curvature(p)
+        tau_dot = (w @ x_dot) / w.sum()
+        square = (x_dot - tau_dot) ** 2
+        expected = w2 * square - w * (w2 @ square) / w.sum()
+        first = lambda z, t=x_dot: jax.jvp(fn, (z,), (t,))[1]
+        actual = jax.jvp(first, (logits,), (x_dot,))[1]
+        assert_close(actual, expected, rtol=0, atol=1e-13)
+
+
+@every_map
+def test_jacobian_is_symmetric_and_has_no_negative_direction(name):
+    """It is the Hessian of a convex function, and a shift changes nothing."""
+    fn, _, _ = MAPS[name]
+    logits = jnp.asarray(draw(9, (3, 6), scale=2.0)[0])
+    for row in logits:
+        jacobian = jax.jacrev(fn)(row)
+        assert_close(jacobian, jacobian.T, rtol=0, atol=8 * eps("float64"))
+        assert_close(jacobian.sum(-1), np.zeros(6), rtol=0, atol=16 * eps("float64"))
+        assert jnp.linalg.eigvalsh(jacobian).min() > -1e-14
+
+
+@every_map
+def test_jacobian_in_float32_keeps_its_digits(name):
+    fn, _, _ = MAPS[name]
+    logits, keep = draw(10, (8,), scale=1.0, dtype="float32")
+    keep[:4] = True
+    call = functools.partial(fn, where=keep)
+    exact = jax.jacfwd(call)(jnp.asarray(logits.astype("float64")))
+    for mode in (jax.jacfwd, jax.jacrev):
+        actual = mode(call)(jnp.asarray(logits))
+        assert actual.dtype == jnp.float32
+        assert_close(actual, exact, rtol=0, atol=16 * eps("float32"))
+
+
+@every_map
+def test_a_long_slice_has_a_jacobian_that_annihilates_shifts(name):
+    """n = 10000, where a careless mean of tangents would drift."""
+    fn, _, _ = MAPS[name]
+    logits = jnp.asarray(draw(11, (10_000,), scale=1.0)[0])
+    tangent = jnp.ones(10_000)
+    out_dot = jax.jvp(fn, (logits,), (tangent,))[1]
+    assert jnp.abs(out_dot).max() < 1e-12
+    assert abs(jnp.sum(jax.jvp(fn, (logits,), (jnp.sin(logits),))[1])) < 1e-11
