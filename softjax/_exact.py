@@ -27,6 +27,10 @@ class Scores(NamedTuple):
         """The margins: -inf where dropped, whatever the threshold."""
         return jnp.where(self.values == -jnp.inf, -jnp.inf, self.values - threshold)
 
+    def poison(self, total: Callable[[Array], Array]) -> Array:
+        """NaN for a slice that keeps a NaN, and 0 for others; XLA's maximum may miss it."""
+        return total(self.near * 0)
+
     def exp(self) -> Array:
         """The exponentials, to within the error of `exp` itself."""
         weights = jnp.exp(self.near)
@@ -42,12 +46,15 @@ def centre(
     temperature 0. At an infinite temperature all scores that are not dropped are 0.
     """
     anchor = where_finite(peak)
-    if temperature is None:
-        reach: Array | float = FAR
-    else:
+    limits = jnp.finfo(x.dtype)
+    reach: Array | float = FAR
+    if temperature is not None:
+        # Below the smallest normal number a temperature may be flushed to 0, and is 0.
+        cold = jnp.abs(temperature) < limits.tiny
+        temperature = jnp.where(cold, 0, jnp.where(temperature < 0, jnp.nan, temperature))
         reach = FAR * temperature
-    smallest = jnp.finfo(x.dtype).min
-    lowest = jnp.where(jnp.isnan(peak), smallest, jnp.maximum(peak - reach, smallest))
+    lowest = jnp.maximum(peak - reach, limits.min)
+    lowest = jnp.where(jnp.isnan(lowest), limits.min, lowest)
     dead = x < spread(jnp.where(jnp.isinf(peak), jnp.inf, lowest))
     at_anchor = dead | (x == spread(peak))
     if temperature is not None:
@@ -55,11 +62,11 @@ def centre(
     near, errors = two_difference(jnp.where(at_anchor, spread(anchor), x), spread(anchor))
     values = jnp.where(spread(peak == jnp.inf), -jnp.inf, x) - spread(anchor)
     if temperature is not None:
-        divisor = jnp.where((temperature == 0) | jnp.isinf(temperature), 1, temperature)
-        divisor = spread(jnp.where(temperature < 0, jnp.nan, divisor))
+        divisor = spread(jnp.where(cold | jnp.isinf(temperature), 1, temperature))
         near, remainder = two_quotient(near, divisor)
         errors = remainder + errors / divisor
-        values = jnp.where(spread(temperature == 0), -jnp.inf, values / divisor)
+        dropped = spread(cold) | (values == -jnp.inf)
+        values = jnp.where(dropped, -jnp.inf, values / divisor)
     return Scores(jnp.where(dead, values, near), near, errors, dead)
 
 
@@ -74,9 +81,9 @@ def centre_at(
     divisor = jnp.ones((), x.dtype)
     if temperature is not None:
         flat = jnp.isinf(temperature)
-        divisor = jnp.where((temperature == 0) | flat, 1, temperature)
-        divisor = spread(jnp.where(temperature < 0, jnp.nan, divisor))
-        values = jnp.where(spread(temperature == 0), jnp.sign(values) * high, values)
+        cold = temperature < jnp.finfo(x.dtype).tiny
+        divisor = spread(jnp.where(cold | flat, 1, temperature))
+        values = jnp.where(spread(cold), jnp.sign(values) * high, values)
         values = jnp.where(spread(flat), 0, values)
     usual = jnp.abs(values) < far / 2 * divisor
     near, errors = two_difference(jnp.where(usual & (values != 0), x, anchor), anchor)

@@ -41,7 +41,7 @@ def public(
             given = dict(zip(names, args, strict=False)) | kwargs
             for name, (low, high) in ranges.items():
                 value = given.get(name)
-                if isinstance(value, (int, float)) and not low <= value <= high:
+                if isinstance(value, (int, float, np.number)) and not low <= value <= high:
                     raise ValueError(f"`{name}` must be in [{low:g}, {high:g}], got {value}.")
             if isinstance(given.get("axis"), list):
                 raise TypeError(f"`axis` must be an int, a tuple or None, got {given['axis']}.")
@@ -174,10 +174,16 @@ def per_slice(value: ArrayLike, logits: Array, axes: tuple[int, ...], *, name: s
     return value.reshape(full)
 
 
+def widen(integers: Array) -> Array:
+    """Integers of at least 32 bits, in which a count does not wrap around."""
+    return integers.astype(jnp.int32) if integers.dtype.itemsize < 4 else integers
+
+
 def check_labels(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     """Integer labels, one a slice along `axis` of an array of the given shape."""
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
+    labels = widen(labels)
     wanted = shape[:axis] + shape[axis + 1 :]
     return broadcast(labels, wanted, name="labels", target="logits without the class axis")

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from softjax._slices import Slices
 
 Step = Callable[[Array], tuple[Array, Array]]  # tau -> (excess, -slope), one a slice
-Bracket = tuple[Array, Array, Array, Array, Array]  # low, high, tau, moving, count
+Bracket = tuple[Array, Array, Array, Array, Array, Array]  # low, high, tau, last, moving, count
 
 
 def climb(step: Step, start: Array) -> Array:
@@ -40,28 +40,31 @@ def climb(step: Step, start: Array) -> Array:
 def bracketed_newton(step: Step, low: Array, high: Array, start: Array) -> Array:
     """Newton's method for a decreasing function with a root in [low, high].
 
-    A step that would leave the bracket halves it instead.
+    Where a step would leave the bracket, or the last one did not halve the excess, the
+    bracket is halved instead. A slice that has arrived waits for the others.
     """
 
     def move(state: Bracket) -> Bracket:
-        low, high, tau, _, count = state
+        low, high, tau, last, moving, count = state
         excess, slope = step(tau)
         low = jnp.where(excess >= 0, tau, low)
         high = jnp.where(excess <= 0, tau, high)
-        target = tau + excess / jnp.where(slope > 0, slope, 1)
-        inside = (target >= low) & (target <= high) & (slope > 0)
-        target = jnp.where(inside, target, low + (high - low) / 2)
-        # Halving now and then as well bounds the number of steps.
-        target = jnp.where(count % 8 == 7, low + (high - low) / 2, target)
-        moving = jnp.abs(target - tau) > 2 * eps * jnp.abs(tau)
-        return low, high, target, jnp.any(moving), count + 1
+        newton = tau + excess / jnp.where(slope > 0, slope, 1)
+        arrived = jnp.abs(newton - tau) <= 2 * eps * jnp.abs(tau)
+        usable = (newton >= low) & (newton <= high) & (slope > 0)
+        usable &= arrived | (jnp.abs(excess) <= last / 2)
+        target = jnp.where(usable, newton, low + (high - low) / 2)
+        moving_on = moving & (target != tau) & ~(arrived & usable)
+        return low, high, jnp.where(moving, target, tau), jnp.abs(excess), moving_on, count + 1
 
     def unfinished(state: Bracket) -> Array:
-        return state[3] & (state[4] < limit)
+        *_, moving, count = state
+        return jnp.any(moving) & (count < limit)
 
     eps = jnp.finfo(low.dtype).eps
-    limit = 48 if low.dtype == jnp.float32 else 96
-    state = (low, high, start, jnp.array(True), jnp.array(0))
+    limit = 64 if low.dtype == jnp.float32 else 128
+    last = jnp.full(start.shape, jnp.inf, start.dtype)
+    state = (low, high, start, last, jnp.full(start.shape, True), jnp.array(0))
     return lax.while_loop(unfinished, move, state)[2]
 
 

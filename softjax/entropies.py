@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import log1p
+from softjax._exact import expm1_over_twice, log1p
 from softjax._exponential import SOFTMAX
 from softjax._inputs import Axis, check_labels, prepare, public, resolve_one_axis
 from softjax._slices import AlongAxes
@@ -48,7 +48,7 @@ def entropy(logits: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = Non
     problem = prepare(logits, axis=axis, where=where)
     slices = AlongAxes(problem.axes)
     solution = solve(SOFTMAX, slices, problem.logits)
-    row = -slices.sum(solution.probs * _finite_margins(solution))
+    row = slices.sum(solution.probs * -_finite_margins(solution))
     return jnp.squeeze(row, problem.axes).astype(problem.dtype)
 
 
@@ -104,9 +104,12 @@ def kl_divergence(
     close = jnp.where(near, ratio, 0)
     known = jnp.where(near | (p.probs == 0), 0, ratio)
     terms = jnp.where(
-        near, p.probs * (jnp.expm1(-close) + close), p.probs * known + (q.probs - p.probs)
+        near,
+        p.probs * close * close * expm1_over_twice(-close),
+        p.probs * known + (q.probs - p.probs),
     )
-    row = jnp.squeeze(slices.sum(terms), p_problem.axes)
+    row = jnp.where(p.threshold == -jnp.inf, 0, slices.sum(terms))
+    row = jnp.squeeze(row, p_problem.axes)
     return row.astype(jnp.promote_types(p_problem.dtype, q_problem.dtype))
 
 

@@ -85,12 +85,12 @@ def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> Array
     anchor = where_finite(peak)
     # An entry of weight 0 may stand far above the others; its exponential must not overflow.
     scores = jnp.where(kept, jnp.where(logits == jnp.inf, anchor, logits), anchor) - anchor
-    highest = jnp.log(jnp.finfo(logits.dtype).max) / 2
+    highest = jnp.log(jnp.finfo(logits.dtype).max) - 1
     terms = weights * jnp.exp(jnp.minimum(scores, highest))
     total = slices.sum(jnp.where(kept, terms, 0))
     empty = peak == -jnp.inf
     row = anchor + jnp.log(jnp.where(empty, 1, total))
-    row = jnp.where(peak == jnp.inf, jnp.inf, row)
+    row = jnp.where((peak == jnp.inf) & ~jnp.isnan(row), jnp.inf, row)
     return jnp.where(empty, -jnp.inf, row)
 
 
@@ -182,14 +182,20 @@ def mellowmax(
     anchor = where_finite(extreme)
     unlimited = jnp.isinf(omega)
     rate = jnp.where(unlimited, 0, omega)
-    usual = kept & jnp.isfinite(anchor)
-    below = jnp.where(usual & (x != jnp.inf), x, anchor) - anchor
+    infinite = x == jnp.inf
+    below = jnp.where(kept & ~infinite, x, anchor) - anchor
+    # An infinite value adds exp(-inf) = 0 to the sum where omega is negative.
+    beyond = 1000 / jnp.where(rate < 0, -rate, 1)
+    below = jnp.where(infinite & (rate < 0), beyond, below)
     count = jnp.maximum(slices.sum(kept.astype(x.dtype)), 1)
     mean = slices.sum(jnp.where(kept, below * expm1_over(rate * below), 0)) / count
     row = anchor + mean * log1p_over(rate * mean)
     limit = jnp.where(omega < 0, -slices.max(jnp.where(kept, -x, -jnp.inf)), slices.max(x))
     row = jnp.where(unlimited, limit, row)
-    row = jnp.where(jnp.isinf(extreme), extreme, row)
+    above = (top == jnp.inf) & ((rate > 0) | (bottom == jnp.inf))
+    row = jnp.where(above, _logsumexp(x, problem.axes), row)
+    row = jnp.where((top == jnp.inf) & (rate == 0) & ~unlimited, jnp.inf, row)
+    row = jnp.where(top == -jnp.inf, -jnp.inf, row)
     return _finish(row, problem.axes, False, problem.dtype)
 
 

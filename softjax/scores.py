@@ -5,6 +5,7 @@ original logits of what they keep; they find their threshold by a search over re
 by sorting, and derivatives pass through what is kept. Dropped (-inf) entries stay dropped.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._blocks import in_blocks
-from softjax._exact import log1p
+from softjax._exact import log1p, where_finite
 from softjax._exponential import SOFTMAX
 from softjax._inputs import NONNEGATIVE, PROBABILITY, Axis, per_slice, prepare, public, to_float
 from softjax._search import largest_threshold, ordered
@@ -189,12 +190,15 @@ def _filter(logits: ArrayLike, axis: Axis, amount: ArrayLike, name: str, rank: R
     row = jax.lax.stop_gradient(per_slice(amount, x, problem.axes, name=name))
 
     @in_blocks
-    def keep(slices: Slices, x: Array, amount: Array) -> Array:
+    def keep(slices: AlongAxes, x: Array, amount: Array) -> Array:
         keys, weights = rank(slices, x)
         # All of a mass that adds up to 1 is everything, whatever the sum rounds to.
         amount = jnp.where((weights is not None) & (amount >= 1), jnp.inf, amount)
         keys = ordered(keys)
-        return ~(keys < slices.spread(largest_threshold(slices, keys, weights, amount)))
+        threshold = largest_threshold(slices, keys, weights, amount)
+        if weights is not None:  # Of a mass of 0, the first entry is still kept.
+            threshold = jnp.minimum(threshold, jnp.max(keys, slices.axes, keepdims=True))
+        return ~(keys < slices.spread(threshold))
 
     return jnp.where(keep(slices, x, row), problem.logits, -jnp.inf).astype(problem.dtype)
 
@@ -230,7 +234,9 @@ def min_p_filter(logits: ArrayLike, min_p: ArrayLike, *, axis: Axis = -1) -> Arr
     x, slices = problem.logits, AlongAxes(problem.axes)
     min_p = jax.lax.stop_gradient(per_slice(min_p, x, problem.axes, name="min_p"))
     peak = jax.lax.stop_gradient(slices.max(x))
-    kept = ~(x - jnp.where(jnp.isfinite(peak), peak, 0) < jnp.log(min_p))
+    gap = jnp.where(peak == jnp.inf, -jnp.inf, x - where_finite(peak))
+    gap = jnp.where(x == peak, 0, gap)
+    kept = ~(gap < jnp.log(min_p))
     return jnp.where(kept, x, -jnp.inf).astype(problem.dtype)
 
 
@@ -329,5 +335,10 @@ def taylor_scores(logits: ArrayLike) -> Array:
     """
     x, dtype = to_float(logits, name="logits")
     kept = x != -jnp.inf
-    x = jnp.where(kept, x, 0)
-    return jnp.where(kept, log1p(x + x * x / 2), -jnp.inf).astype(dtype)
+    # Away from 0 the square leads; it would overflow.
+    far = jnp.abs(x) > 4
+    near, inverse = jnp.where(far | ~kept, 0, x), 1 / jnp.where(far & kept, x, 1)
+    leading = 2 * jnp.log(jnp.where(far & kept, jnp.abs(x), 1)) - math.log(2)
+    large = leading + log1p(2 * inverse + 2 * inverse * inverse)
+    scores = jnp.where(far, large, log1p(near + near * near / 2))
+    return jnp.where(kept, scores, -jnp.inf).astype(dtype)

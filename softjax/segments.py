@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._exponential import SOFTMAX
-from softjax._inputs import NONNEGATIVE, broadcast, is_one, prepare, public
+from softjax._inputs import NONNEGATIVE, broadcast, is_one, prepare, public, widen
 from softjax._slices import BySegment
 from softjax._threshold import solve
 
@@ -69,6 +69,7 @@ def segment_softmax(
             f"`segment_ids` of shape {ids.shape} must have the shape"
             f" {problem.logits.shape[:1]}: one id for each of the rows of `logits`."
         )
+    ids = widen(ids)
     inside = (ids >= 0) & (ids < num_segments)
     shape = (-1,) + (1,) * (problem.logits.ndim - 1)
     kept = jnp.where(inside.reshape(shape), problem.logits, -jnp.inf)

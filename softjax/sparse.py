@@ -22,6 +22,8 @@ from softjax._search import bracketed_newton, climb, from_ordered, largest_thres
 from softjax._slices import AlongAxes, Slices
 from softjax._threshold import Family, Solution, reciprocal, solve
 
+_MAX_ALPHA = 1e4
+
 __all__ = ["entmax", "entmax15", "soft_top_k", "sparsemax"]
 
 
@@ -83,7 +85,7 @@ def _solve_sparsemax(
         above = jnp.maximum(scores.values - spread(tau), 0)
         return slices.sum(above) - 1, slices.sum(jnp.sign(above))
 
-    tau = climb(step, jnp.where(jnp.isnan(peak), jnp.nan, -1))
+    tau = climb(step, jnp.full_like(peak, -1)) + scores.poison(slices.sum)
     margins = (scores.values - spread(tau)) + scores.errors
     inside = margins > 0
     excess = slices.sum(jnp.where(inside, margins, 0)) - 1
@@ -153,7 +155,7 @@ def _solve_entmax15(
         above = jnp.maximum(halves - spread(tau), 0)
         return slices.sum(above * above) - 1, 2 * slices.sum(above)
 
-    tau = climb(step, jnp.where(jnp.isnan(peak), jnp.nan, -1))
+    tau = climb(step, jnp.full_like(peak, -1)) + scores.poison(slices.sum)
     roots = (halves - spread(tau)) + scores.errors / 2
     inside = roots > 0
     kept = jnp.where(inside, roots, 0)
@@ -176,7 +178,7 @@ def _root(probs: Array, _: None) -> Array:
 ENTMAX15 = Family(_solve_entmax15, slope=_root)
 
 
-@public("axis", temperature=NONNEGATIVE, alpha=(1, math.inf))
+@public("axis", temperature=NONNEGATIVE, alpha=(1, _MAX_ALPHA))
 def entmax(
     logits: ArrayLike,
     alpha: ArrayLike = 1.5,
@@ -193,8 +195,8 @@ def entmax(
 
     Args:
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
-        alpha: entropic index, at least 1, one number or one a slice; differentiable, with the
-            softmax limit at exactly 1. Below 1, in an array, it gives NaN.
+        alpha: entropic index in [1, 10000], one number or one a slice; differentiable, with
+            the softmax limit at exactly 1. Outside, in an array, it gives NaN.
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
         temperature: T in [0, inf], as in `softmax`; differentiable.
@@ -204,7 +206,7 @@ def entmax(
 
     Raises:
         TypeError: as `softmax`.
-        ValueError: as `softmax`; also if `alpha` is a Python number below 1 or does not
+        ValueError: as `softmax`; also if `alpha` is a Python number outside of that or does not
             broadcast to one a slice.
 
     Example:
@@ -238,10 +240,14 @@ def _solve_entmax(
     peak = slices.max(logits)
     scores = centre(logits, peak, temperature, slices.spread)
     spread = slices.spread
-    bend = jnp.where(alpha >= 1, alpha - 1, jnp.nan)
+    bend = jnp.where((alpha >= 1) & (alpha <= _MAX_ALPHA), alpha - 1, jnp.nan)
+    highest = jnp.log(jnp.finfo(logits.dtype).max) - 1
+
+    def stretch(rise: Array) -> Array:
+        return spread(jnp.exp(jnp.minimum(bend * rise, highest)))
 
     def log_ratios(rise: Array) -> tuple[Array, Array]:
-        scaled = scores.near * spread(jnp.exp(bend * rise))
+        scaled = scores.near * stretch(rise)
         reach = spread(bend) * scaled
         inside = ~(scores.dead | (reach <= -1))
         return jnp.where(inside, scaled * log1p_over(jnp.where(inside, reach, 0)), 0), inside
@@ -257,10 +263,9 @@ def _solve_entmax(
     high = jnp.log(jnp.maximum(slices.sum((~scores.dead).astype(logits.dtype)), 1))
     rise = bracketed_newton(step, low, high, low)
     logs, inside = log_ratios(rise)
-    stretch = spread(jnp.exp(bend * rise))
     ratios = jnp.where(inside, jnp.exp(logs), 0)
     slopes = jnp.where(inside, jnp.exp((1 - spread(bend)) * logs), 0)
-    ratios = jnp.maximum(ratios + slopes * stretch * scores.errors, 0)
+    ratios = jnp.maximum(ratios + slopes * stretch(rise) * scores.errors, 0)
     total = slices.sum(ratios)
     empty = total == 0
     total = jnp.where(empty, 1, total)
@@ -366,6 +371,10 @@ def _budget_family(
     ) -> Solution:
         spread = slices.spread
         kept = logits != -jnp.inf
+        unknown = slices.sum(jnp.isnan(logits).astype(logits.dtype)) > 0
+        if temperature is not None:
+            unknown |= ~(temperature >= 0)
+        budget = jnp.where(unknown, jnp.nan, budget)
         num_kept = slices.sum(kept.astype(logits.dtype))
         usual = (budget > 0) & (budget < num_kept)
         # Scores are taken from the ceil(k)-th largest, close to which tau lies, so that

@@ -56,6 +56,7 @@ def test_unknown_name(capsys):
     assert "no benchmark 'map'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_quick_run(tmp_path, name):
     done = launch(name, "--quick", "--out", tmp_path)
