@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 FAR = 1000.0  # this far below the peak a score has no weight: exp is 0 in float64 too
-BLOCK = 256  # terms that one running sum may take: its error grows with their number
+BLOCKS = (64, 256)  # terms that one running sum takes, in long slices and in others
+LONG = 8192  # entries from which on a slice is long
 
 
 class Scores(NamedTuple):
@@ -125,20 +126,21 @@ def _high_half(x: Array) -> Array:
 def long_sum(x: Array, axes: tuple[int, ...]) -> Array:
     """Sums over `axes`, kept with size 1, with an error that does not grow with the length.
 
-    Partial sums of at most `BLOCK` terms are summed in their turn, level by level.
+    Partial sums of few terms are summed in their turn, level by level.
     """
     for axis in axes:
-        while x.shape[axis] > BLOCK:
-            x = _partial_sums(x, axis)
+        block = BLOCKS[0] if x.shape[axis] > LONG else BLOCKS[1]
+        while x.shape[axis] > block:
+            x = _partial_sums(x, axis, block)
         x = jnp.sum(x, axis, keepdims=True)
     return x
 
 
-def _partial_sums(x: Array, axis: int) -> Array:
+def _partial_sums(x: Array, axis: int, block: int) -> Array:
     length = x.shape[axis]
-    whole = length - length % BLOCK
+    whole = length - length % block
     head = lax.slice_in_dim(x, 0, whole, axis=axis)
-    shape = (*x.shape[:axis], whole // BLOCK, BLOCK, *x.shape[axis + 1 :])
+    shape = (*x.shape[:axis], whole // block, block, *x.shape[axis + 1 :])
     sums = jnp.sum(head.reshape(shape), axis + 1)
     if whole == length:
         return sums

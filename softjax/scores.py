@@ -197,7 +197,9 @@ def _filter(logits: ArrayLike, axis: Axis, amount: ArrayLike, name: str, rank: R
         keys = ordered(keys)
         threshold = largest_threshold(slices, keys, weights, amount)
         if weights is not None:  # Of a mass of 0, the first entry is still kept.
-            threshold = jnp.minimum(threshold, jnp.max(keys, slices.axes, keepdims=True))
+            lowest = jnp.iinfo(keys.dtype).min
+            first = jnp.max(keys, slices.axes, keepdims=True, initial=lowest)
+            threshold = jnp.minimum(threshold, first)
         return ~(keys < slices.spread(threshold))
 
     return jnp.where(keep(slices, x, row), problem.logits, -jnp.inf).astype(problem.dtype)

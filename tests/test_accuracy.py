@@ -73,7 +73,14 @@ def worst(actual, exact, dtype):
     assert (lost <= float(finfo(dtype).tiny)).all()
     np.testing.assert_array_equal(wide(actual)[np.isinf(exact)], exact[np.isinf(exact)])
     errors = ulp_error(actual, exact, dtype)
-    return errors[regular].max(initial=0.0)
+    # XLA flushes exponentials below the smallest normal number: a sum may lack as much an
+    # entry, which shows where a logarithm is itself not far above.
+    flushed = exact.shape[-1] * float(
+        finfo("float64" if dtype == "float64" else "float32").tiny
+    )
+    finite = np.where(np.isfinite(exact), exact, 0)
+    excused = np.abs(np.where(np.isfinite(exact), wide(actual), 0) - finite) <= flushed
+    return errors[regular & ~excused].max(initial=0.0)
 
 
 @functools.cache
@@ -245,13 +252,11 @@ def test_entmax_of_any_alpha(alpha, dtype):
             largest = exact.max(-1, keepdims=True)
             allowed = bound(dtype, 8.0) * ulp(largest, dtype)
             if alpha > 2:
-                slopes = np.where(exact > 0, exact, INF) ** (2 - alpha)
-                steepest = slopes * (1 - slopes / slopes.sum(-1, keepdims=True))
-                margin = largest ** (alpha - 1) / (alpha - 1)
+                # A weight d from the edge is d^(1 / (alpha - 1)): so much is an eps of d.
                 computed = eps("float64" if dtype == "float64" else "float32")
-                allowed = allowed + 4 * computed * margin * steepest.max(-1, keepdims=True)
+                allowed = allowed + largest * (4 * computed) ** (1 / (alpha - 1))
             error = np.abs(wide(actual) - exact) / allowed
             assert error.max() <= 1, (n, float(temperature), error.max())
-            if n < 1000:
+            if n < 1000 and alpha <= 2:
                 seen = (exact == 0) | (exact >= float(finfo(dtype).tiny))
                 np.testing.assert_array_equal((actual > 0)[seen], (exact > 0)[seen])
