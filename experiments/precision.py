@@ -90,7 +90,7 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
             summary="max",
         )
         for measure in ("loss", "gradient")
-    ] + [Measure("margin at which jax.nn returns 0", lost, summary="min")]
+    ] + [Measure("margin at which jax.nn returns 0", np.min(lost, initial=np.inf))]
 
 
 def draw(arrays: Arrays) -> dict[str, Figure]:

@@ -31,7 +31,9 @@ def _solve(
     # the peak is left out: steep (1 - w) is 0 for it and above w for all others. Together
     # with the full sum this tells how many entries share the peak. (Written without the
     # literal 1, which XLA may spread over a whole array.)
-    steep = jnp.where(peak == -jnp.inf, 0, jnp.full_like(peak, 2.0**30))
+    steep = jnp.where(
+        peak == -jnp.inf, 0, jnp.full_like(peak, 4 / float(jnp.finfo(peak.dtype).eps))
+    )
     total = slices.sum(weights)
     slope = slices.spread(steep)
     others = slices.sum(jnp.minimum(weights, slope - slope * weights))

@@ -160,3 +160,12 @@ def test_small_residuals():
         assert sum(a.nbytes for a in leaves) <= 1.02 * out.nbytes, fn
     probs = sj.softmax(logits)
     assert spread(probs) > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_neighbours_of_the_peak_are_no_peaks(dtype):
+    """A weight that is one rounding below 1 counts as itself in the sum."""
+    gaps = jnp.asarray([0.25, 0.5, 1.0, 2.0, 4.0, 64.0]) * float(eps(dtype))
+    logits = jnp.stack([gaps, jnp.zeros_like(gaps)], -1).astype(dtype)
+    assert_close(sj.softmax(logits), np.full((6, 2), 0.5), rtol=64 * eps(dtype))
+    assert_close(sj.log_softmax(logits), np.full((6, 2), -np.log(2)), rtol=64 * eps(dtype))

