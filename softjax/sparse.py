@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from softjax._blocks import in_blocks
 from softjax._exact import centre, centre_at, expm1_over, expm1_over_twice, log1p_over
-from softjax._inputs import NONNEGATIVE, Axis, per_slice, prepare, public, resolve_axes
+from softjax._inputs import NONNEGATIVE, Axis, Problem, per_slice, prepare, public, resolve_axes
 from softjax._search import bracketed_newton, climb, from_ordered, largest_threshold, ordered
 from softjax._slices import AlongAxes, Slices
 from softjax._threshold import Family, Solution, reciprocal, solve
@@ -67,10 +67,7 @@ def sparsemax(
         Martins and Astudillo (2016), From softmax to sparsemax. Michelot (1986) for the
         search.
     """
-    problem = prepare(logits, axis=axis, where=where, temperature=temperature)
-    slices = AlongAxes(problem.axes)
-    solution = solve(SPARSEMAX, slices, problem.logits, problem.temperature)
-    return solution.probs.astype(problem.dtype)
+    return _weigh(SPARSEMAX, prepare(logits, axis=axis, where=where, temperature=temperature))
 
 
 @in_blocks
@@ -137,10 +134,7 @@ def entmax15(
     Reference:
         Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models.
     """
-    problem = prepare(logits, axis=axis, where=where, temperature=temperature)
-    slices = AlongAxes(problem.axes)
-    solution = solve(ENTMAX15, slices, problem.logits, problem.temperature)
-    return solution.probs.astype(problem.dtype)
+    return _weigh(ENTMAX15, prepare(logits, axis=axis, where=where, temperature=temperature))
 
 
 @in_blocks
@@ -232,9 +226,7 @@ def entmax(
     """
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     alpha = per_slice(alpha, problem.logits, problem.axes, name="alpha")
-    slices = AlongAxes(problem.axes)
-    solution = solve(ENTMAX, slices, problem.logits, problem.temperature, alpha)
-    return solution.probs.astype(problem.dtype)
+    return _weigh(ENTMAX, problem, index=alpha)
 
 
 @in_blocks
@@ -360,9 +352,14 @@ def soft_top_k(
         raise ValueError(f"`kind` must be one of {', '.join(_TOP_K)}, got {kind!r}.")
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     budget = per_slice(k, problem.logits, problem.axes, name="k")
-    slices = AlongAxes(problem.axes)
-    family = _TOP_K[kind]
-    solution = solve(family, slices, problem.logits, problem.temperature, None, budget)
+    return _weigh(_TOP_K[kind], problem, budget=budget)
+
+
+def _weigh(
+    family: Family, problem: Problem, index: Array | None = None, budget: Array | None = None
+) -> Array:
+    slices, temperature = AlongAxes(problem.axes), problem.temperature
+    solution = solve(family, slices, problem.logits, temperature, index, budget)
     return solution.probs.astype(problem.dtype)
 
 
