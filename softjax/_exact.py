@@ -4,6 +4,7 @@ A rounded difference or quotient comes with its error, so that `exp` of it can b
 exp(s + e) = exp(s) (1 + e) for |e| of the order of eps. Long sums run over short blocks.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 FAR = 1000.0  # this far below the peak a score has no weight: exp is 0 in float64 too
-BLOCKS = (64, 256)  # terms that one running sum takes, in long slices and in others
-LONG = 8192  # entries from which on a slice is long
+BLOCK = 64  # terms that one running sum takes
+LONG = 32768  # terms that XLA's sum of the last axis takes
 
 
 class Scores(NamedTuple):
@@ -65,6 +66,9 @@ def centre(
     if temperature is not None:
         divisor = spread(jnp.where(cold | jnp.isinf(temperature), 1, temperature))
         near, remainder = two_quotient(near, divisor)
+        # A quotient by a row may be a product, which a compiler may fuse, unrounded, with a
+        # difference that follows: a select comes between.
+        near = jnp.where(dead, 0, near)
         errors = remainder + errors / divisor
         dropped = spread(cold) | (values == -jnp.inf)
         values = jnp.where(dropped, -jnp.inf, values / divisor)
@@ -104,7 +108,7 @@ def two_difference(a: Array, b: Array) -> tuple[Array, Array]:
 def two_quotient(a: Array, b: Array) -> tuple[Array, Array]:
     """fl(a / b) and what is missing from it, to first order (finite, b not 0)."""
     quotient = a / b
-    q_high, b_high = _high_half(quotient), _high_half(b)
+    q_high, b_high = high_half(quotient), high_half(b)
     q_low, b_low = quotient - q_high, b - b_high
     # Each product is exact, so a compiler that contracts them to fused multiply-adds
     # changes nothing.
@@ -112,7 +116,7 @@ def two_quotient(a: Array, b: Array) -> tuple[Array, Array]:
     return quotient, remainder / b
 
 
-def _high_half(x: Array) -> Array:
+def high_half(x: Array) -> Array:
     """The leading half of the significant bits, by clearing the rest."""
     integer, mask = (
         (jnp.uint64, ~0x7FFFFFF & (2**64 - 1))
@@ -129,22 +133,61 @@ def long_sum(x: Array, axes: tuple[int, ...]) -> Array:
     Partial sums of few terms are summed in their turn, level by level.
     """
     for axis in axes:
-        block = BLOCKS[0] if x.shape[axis] > LONG else BLOCKS[1]
-        while x.shape[axis] > block:
-            x = _partial_sums(x, axis, block)
+        while _is_long(x, axis):
+            x = _partial_sums(x, axis)
         x = jnp.sum(x, axis, keepdims=True)
     return x
 
 
-def _partial_sums(x: Array, axis: int, block: int) -> Array:
+def long_total(
+    x: Array, axes: tuple[int, ...], term: Callable[[Array], Array] = lambda x: x
+) -> Array:
+    """`long_sum` of term(x) >= 0, in which only the blocks are rounded.
+
+    It is not linear: what is differentiated takes `long_sum`.
+    """
+    if not axes:
+        return term(x)
+    for axis in axes:
+        add = functools.partial(jnp.sum, axis=axis, keepdims=True)
+        if _is_long(x, axis):
+            high, low = sum_in_two(_partial_sums(x, axis, term), add, lambda row: row)
+            x = high + low
+        else:
+            x = add(term(x))
+        term = lambda x: x
+    return x
+
+
+def _is_long(x: Array, axis: int) -> bool:
+    """Whether XLA's own sum loses digits: the last axis it sums in a tree, others in a run."""
+    return x.shape[axis] > (LONG if axis == x.ndim - 1 else BLOCK)
+
+
+def sum_in_two(
+    x: Array, total: Callable[[Array], Array], spread: Callable[[Array], Array]
+) -> tuple[Array, Array]:
+    """The sum of x >= 0 as a leading part, which is exact, and what is missing from it.
+
+    Both parts of each entry are exact, and the leading ones are multiples of a unit in
+    which their sum needs no more digits than there are (Rump, Ogita and Oishi, 2008).
+    """
+    step = spread(4 * total(x))
+    leading = (x + step) - step
+    return total(leading), total(x - leading)
+
+
+def _partial_sums(x: Array, axis: int, term: Callable[[Array], Array] = lambda x: x) -> Array:
+    # Terms are formed block by block, or XLA would write them all out before it sums them.
     length = x.shape[axis]
-    whole = length - length % block
+    whole = length - length % BLOCK
     head = lax.slice_in_dim(x, 0, whole, axis=axis)
-    shape = (*x.shape[:axis], whole // block, block, *x.shape[axis + 1 :])
-    sums = jnp.sum(head.reshape(shape), axis + 1)
+    shape = (*x.shape[:axis], whole // BLOCK, BLOCK, *x.shape[axis + 1 :])
+    sums = jnp.sum(term(head.reshape(shape)), axis + 1)
     if whole == length:
         return sums
-    tail = jnp.sum(lax.slice_in_dim(x, whole, length, axis=axis), axis, keepdims=True)
+    tail = term(lax.slice_in_dim(x, whole, length, axis=axis))
+    tail = jnp.sum(tail, axis, keepdims=True)
     return jnp.concatenate([sums, tail], axis)
 
 

@@ -29,20 +29,15 @@ def _solve(
     weights = scores.exp()
     # A running sum rounds every small weight that it adds to the peak's 1 the same way, so
     # the peak is left out: steep (1 - w) is 0 for it and above w for all others. Together
-    # with the full sum this tells how many entries share the peak. (Written without the
-    # literal 1, which XLA may spread over a whole array.)
-    steep = jnp.where(
-        peak == -jnp.inf, 0, jnp.full_like(peak, 4 / float(jnp.finfo(peak.dtype).eps))
-    )
-    total = slices.sum(weights)
-    slope = slices.spread(steep)
-    others = slices.sum(jnp.minimum(weights, slope - slope * weights))
+    # with the full sum this tells how many entries share the peak.
+    total = slices.total(weights)
+    others = slices.total(weights, _but_peak)
     sink_weight = jnp.zeros_like(total)
     if sink is not None:
         sink_scores = centre(sink, peak, temperature, lambda row: row)
         sink_weight = sink_scores.exp()
         total += sink_weight
-        others += jnp.minimum(sink_weight, steep - steep * sink_weight)
+        others += _but_peak(sink_weight)
     num_peaks = jnp.round(total - others)
     empty = num_peaks == 0
     total = jnp.where(empty, 1, num_peaks + others)
@@ -58,6 +53,12 @@ def _solve(
     threshold = jnp.where(empty, -jnp.inf, threshold)
     leak = None if sink is None else sink_weight / total
     return Solution(probs, margins, threshold, others / total, leak)
+
+
+def _but_peak(weight: Array) -> Array:
+    """The weight, but 0 for exactly 1."""
+    steep = 4 / float(jnp.finfo(weight.dtype).eps)
+    return jnp.minimum(weight, steep - steep * weight)
 
 
 SOFTMAX = Family(_solve)

@@ -1,18 +1,22 @@
 """Which entries are normalised together: the slices of an array.
 
 A slice runs along axes, or gathers the entries of one segment. Either kind knows how to
-reduce entries to one number a slice and how to spread such numbers over the entries again;
-all the mathematics above is written in these words alone.
+reduce entries to one number a slice (`total` sums terms that are not negative, with fewer
+roundings than `sum`) and how to spread such numbers over the entries again; all the mathematics
+above is written in these words alone.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from softjax._exact import long_sum
+from softjax._exact import long_sum, long_total
+
+Term = Callable[[Array], Array]
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +28,9 @@ class AlongAxes:
 
     def sum(self, x: Array) -> Array:
         return long_sum(x, self.axes)
+
+    def total(self, x: Array, term: Term = lambda x: x) -> Array:
+        return long_total(x, self.axes, term)
 
     def max(self, x: Array) -> Array:
         return jnp.max(x, self.axes, keepdims=True, initial=-jnp.inf)
@@ -46,6 +53,9 @@ class BySegment:
         spread_ids = self.ids * lanes + jnp.arange(x.shape[0], dtype=self.ids.dtype) % lanes
         sums = jax.ops.segment_sum(x, spread_ids, self.num * lanes)
         return jnp.sum(sums.reshape(self.num, lanes, *x.shape[1:]), 1)
+
+    def total(self, x: Array, term: Term = lambda x: x) -> Array:
+        return self.sum(term(x))
 
     def max(self, x: Array) -> Array:
         return jax.ops.segment_max(x, self.ids, self.num)

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from softjax._exact import expm1_over_twice, log1p
 from softjax._exponential import SOFTMAX
-from softjax._inputs import Axis, check_labels, prepare, public, resolve_one_axis
+from softjax._inputs import Axis, Problem, check_labels, prepare, public, resolve_one_axis
 from softjax._slices import AlongAxes
 from softjax._threshold import Solution, solve
 
@@ -89,15 +89,26 @@ def kl_divergence(
     """
     p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits")
     q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits")
+    row = divergence(p_problem, q_problem, name="q_logits", target="p_logits")
+    dtype = jnp.promote_types(p_problem.dtype, q_problem.dtype)
+    return jnp.squeeze(row, p_problem.axes).astype(dtype)
+
+
+def divergence(p_problem: Problem, q_problem: Problem, *, name: str, target: str) -> Array:
+    """D(p || q), one number a slice, with the axes kept. The temperature is that of p."""
     if p_problem.logits.shape != q_problem.logits.shape:
         raise ValueError(
-            f"`q_logits` of shape {q_problem.logits.shape} must have the shape"
-            f" {p_problem.logits.shape} of `p_logits`."
+            f"`{name}` of shape {q_problem.logits.shape} must have the shape"
+            f" {p_problem.logits.shape} of `{target}`."
         )
     slices = AlongAxes(p_problem.axes)
-    p = solve(SOFTMAX, slices, p_problem.logits)
-    q = solve(SOFTMAX, slices, q_problem.logits)
-    ratio = _log_ratio(p_problem.logits, q_problem.logits, p, q, slices)
+    dtype = jnp.promote_types(p_problem.logits.dtype, q_problem.logits.dtype)
+    p_logits, q_logits = p_problem.logits.astype(dtype), q_problem.logits.astype(dtype)
+    temperature = p_problem.temperature
+    temperature = None if temperature is None else temperature.astype(dtype)
+    p = solve(SOFTMAX, slices, p_logits, temperature)
+    q = solve(SOFTMAX, slices, q_logits, temperature)
+    ratio = _log_ratio(p_logits, q_logits, temperature, p, q, slices)
     # Bregman's form, p log(p/q) + q - p, has terms that are never negative, and keeps its
     # digits where p and q are close; over a slice it adds up to the same.
     near = jnp.abs(ratio) < 1
@@ -108,19 +119,24 @@ def kl_divergence(
         p.probs * close * close * expm1_over_twice(-close),
         p.probs * known + (q.probs - p.probs),
     )
-    row = jnp.where(p.threshold == -jnp.inf, 0, slices.sum(terms))
-    row = jnp.squeeze(row, p_problem.axes)
-    return row.astype(jnp.promote_types(p_problem.dtype, q_problem.dtype))
+    return jnp.where(p.threshold == -jnp.inf, 0, slices.sum(terms))
 
 
 def _log_ratio(
-    p_logits: Array, q_logits: Array, p: Solution, q: Solution, slices: AlongAxes
+    p_logits: Array,
+    q_logits: Array,
+    temperature: Array | None,
+    p: Solution,
+    q: Solution,
+    slices: AlongAxes,
 ) -> Array:
     """log(p / q), where neither is dropped to many digits also where they are close."""
     both = (p_logits != -jnp.inf) & (q_logits != -jnp.inf)
     usual = both & jnp.isfinite(p_logits) & jnp.isfinite(q_logits)
     apart = jnp.where(usual, p_logits, 0) - jnp.where(usual, q_logits, 0)
     apart -= jax.lax.stop_gradient(slices.sum(p.probs * apart))
+    if temperature is not None:
+        apart /= temperature
     close = slices.max(jnp.where(p_logits == q_logits, 0, jnp.abs(apart))) < 1
     differ = (p_logits == -jnp.inf) != (q_logits == -jnp.inf)
     close &= slices.max(differ.astype(p_logits.dtype)) < 1

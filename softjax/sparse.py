@@ -16,13 +16,22 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._blocks import in_blocks
-from softjax._exact import centre, centre_at, expm1_over, expm1_over_twice, log1p_over
+from softjax._exact import (
+    centre,
+    centre_at,
+    expm1_over,
+    expm1_over_twice,
+    high_half,
+    log1p_over,
+    sum_in_two,
+    two_difference,
+)
 from softjax._inputs import NONNEGATIVE, Axis, Problem, per_slice, prepare, public, resolve_axes
 from softjax._search import bracketed_newton, climb, from_ordered, largest_threshold, ordered
 from softjax._slices import AlongAxes, Slices
 from softjax._threshold import Family, Solution, reciprocal, solve
 
-_MAX_ALPHA = 1e4
+MAX_ALPHA = 1e4
 
 __all__ = ["entmax", "entmax15", "soft_top_k", "sparsemax"]
 
@@ -83,12 +92,13 @@ def _solve_sparsemax(
         return slices.sum(above) - 1, slices.sum(jnp.sign(above))
 
     tau = climb(step, jnp.full_like(peak, -1)) + scores.poison(slices.sum)
-    margins = (scores.values - spread(tau)) + scores.errors
-    inside = margins > 0
-    excess = slices.sum(jnp.where(inside, margins, 0)) - 1
+    margins, lost = _margins(scores.near, scores.errors, spread(tau))
+    inside = (margins > 0) & ~scores.dead
+    high, low = sum_in_two(jnp.where(inside, margins, 0), slices.sum, spread)
+    excess = (high - 1) + (low + slices.sum(jnp.where(inside, lost, 0)))
     count = slices.sum(inside.astype(logits.dtype))
     shift = jnp.where(peak == -jnp.inf, 0, excess / jnp.maximum(count, 1))
-    margins -= spread(shift)
+    margins = (margins - spread(shift)) + lost
     probs = jnp.where(scores.dead | (margins < _unseen(margins)), 0, margins)
     return Solution(probs, scores.minus(spread(tau + shift)), tau + shift)
 
@@ -150,18 +160,28 @@ def _solve_entmax15(
         return slices.sum(above * above) - 1, 2 * slices.sum(above)
 
     tau = climb(step, jnp.full_like(peak, -1)) + scores.poison(slices.sum)
-    roots = (halves - spread(tau)) + scores.errors / 2
-    inside = roots > 0
+    roots, lost = _margins(scores.near / 2, scores.errors / 2, spread(tau))
+    inside = (roots > 0) & ~scores.dead
     kept = jnp.where(inside, roots, 0)
-    # On a known support the sum of squares is quadratic in tau, and is solved at once.
-    excess, first = slices.sum(kept * kept) - 1, slices.sum(kept)
-    count = slices.sum(inside.astype(logits.dtype))
+    # On a known support the sum of squares is quadratic in tau, and is solved at once. Its
+    # excess over 1 is small: the squares of leading halves are summed without rounding.
+    lead = high_half(kept)
+    rest = kept - lead
+    high, low = sum_in_two(lead * lead, slices.sum, spread)
+    excess = (high - 1) + (low + slices.sum(rest * (lead + kept) + 2 * kept * lost))
+    count, first = slices.sum(inside.astype(logits.dtype)), slices.sum(kept)
     bent = jnp.sqrt(jnp.maximum(first * first - count * excess, 0))
     shift = excess / jnp.where(peak == -jnp.inf, 1, first + bent)
-    roots -= spread(shift)
+    roots = (roots - spread(shift)) + lost
     probs = jnp.where(scores.dead | (roots < _unseen(roots)), 0, roots * roots)
     threshold = 2 * (tau + shift)
     return Solution(probs, scores.minus(spread(threshold)), threshold)
+
+
+def _margins(near: Array, errors: Array, tau: Array) -> tuple[Array, Array]:
+    """The differences near + errors - tau, in two parts."""
+    margins, lost = two_difference(near, tau)
+    return margins, lost + errors
 
 
 def _unseen(margins: Array) -> float:
@@ -177,7 +197,7 @@ def _root(probs: Array, _: None) -> Array:
 ENTMAX15 = Family(_solve_entmax15, slope=_root)
 
 
-@public("axis", temperature=NONNEGATIVE, alpha=(1, _MAX_ALPHA))
+@public("axis", temperature=NONNEGATIVE, alpha=(1, MAX_ALPHA))
 def entmax(
     logits: ArrayLike,
     alpha: ArrayLike = 1.5,
@@ -240,7 +260,7 @@ def _solve_entmax(
     peak = slices.max(logits)
     scores = centre(logits, peak, temperature, slices.spread)
     spread = slices.spread
-    bend = jnp.where((alpha >= 1) & (alpha <= _MAX_ALPHA), alpha - 1, jnp.nan)
+    bend = jnp.where((alpha >= 1) & (alpha <= MAX_ALPHA), alpha - 1, jnp.nan)
     highest = jnp.log(jnp.finfo(logits.dtype).max) - 1
 
     def stretch(rise: Array) -> Array:

@@ -83,6 +83,11 @@ def worst(actual, exact, dtype):
     return errors[regular & ~excused].max(initial=0.0)
 
 
+def thinned(n, dtype):
+    """Every how many cases are taken: few of the long ones, fewer of those computed alike."""
+    return 1 if n <= 1000 else 3 if dtype in ("float32", "float64") else 11
+
+
 @functools.cache
 def truth(name, n, dtype, temperature, masked, thin):
     """Logits, mask and the exact results."""
@@ -126,7 +131,7 @@ def test_dense_maps_of_a_hundred_thousand(dtype):
 @every_dtype
 @pytest.mark.parametrize("n", [*SMALL, 1000, 100_000])
 def test_dense_maps_in_full(n, dtype):
-    check_dense(n, dtype, TEMPERATURES, thin=1 if n <= 1000 else 3)
+    check_dense(n, dtype, TEMPERATURES, thin=thinned(n, dtype))
 
 
 def lse_errors(n, dtype, masked, thin=1):
@@ -167,7 +172,7 @@ def test_logsumexp(n, dtype):
 @every_dtype
 def test_logsumexp_in_full(dtype):
     for n in (*SMALL, 1000, 100_000):
-        check_logsumexp(n, dtype, thin=1 if n <= 1000 else 3)
+        check_logsumexp(n, dtype, thin=thinned(n, dtype))
 
 
 @every_wide_dtype
@@ -196,6 +201,8 @@ def check_sparse(name, n, dtype, chosen, thin=1, limit=8.0):
             exact = (oracles.entmax if n in SMALL else oracles.fast_entmax)(
                 logits, alpha, **options
             )
+            # What is left of an exact tie in an oracle of 50 digits is a tie.
+            exact = np.where(exact < 1e-45 ** (1 / (alpha - 1)), 0, exact)
             options["temperature"] = temperature
             actual = np.asarray(getattr(sj, name)(jnp.asarray(logits), **options))
             assert actual.dtype == jnp.dtype(dtype)
@@ -235,7 +242,7 @@ def test_sparse_maps_of_a_hundred_thousand(name, dtype):
 @every_sparse_map
 @pytest.mark.parametrize("n", [*SMALL, 1000, 100_000])
 def test_sparse_maps_in_full(name, n, dtype):
-    check_sparse(name, n, dtype, TEMPERATURES, thin=1 if n <= 1000 else 3)
+    check_sparse(name, n, dtype, TEMPERATURES, thin=thinned(n, dtype))
 
 
 @every_dtype
