@@ -2,6 +2,16 @@
 
 from softjax.dense import log_softmax, softmax
 from softjax.entropies import entropy, kl_divergence, log_prob
+from softjax.losses import (
+    class_balanced_weights,
+    cross_entropy,
+    distillation_loss,
+    entmax_loss,
+    focal_loss,
+    mean_loss,
+    soft_cross_entropy,
+    sparsemax_loss,
+)
 from softjax.reductions import logmeanexp, logsumexp, mellowmax
 from softjax.scores import (
     min_p_filter,
@@ -19,23 +29,31 @@ from softjax.sparse import entmax, entmax15, soft_top_k, sparsemax
 __version__ = "0.1.0"
 
 __all__ = [
+    "class_balanced_weights",
+    "cross_entropy",
+    "distillation_loss",
     "entmax",
     "entmax15",
+    "entmax_loss",
     "entropy",
+    "focal_loss",
     "kl_divergence",
     "log_prob",
     "log_softmax",
     "logmeanexp",
     "logsumexp",
+    "mean_loss",
     "mellowmax",
     "min_p_filter",
     "scalable_scores",
     "segment_softmax",
     "sigsoftmax_scores",
     "soft_cap",
+    "soft_cross_entropy",
     "soft_top_k",
     "softmax",
     "sparsemax",
+    "sparsemax_loss",
     "taylor_scores",
     "top_k_filter",
     "top_p_filter",
