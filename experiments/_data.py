@@ -1,8 +1,10 @@
-"""Images with labels: scikit-learn's digits, or MNIST, CIFAR and .npz files of your own.
+"""Images with labels, and text: what every machine has, or files of your own.
 
-Nothing is downloaded. A folder given as `--data-dir` is searched for the files of each data set
-in turn, under the names that they are published by; when no set is complete, one line says what
-was looked for, and the digits are used. A file that is there but malformed is an error.
+Images are scikit-learn's digits, or MNIST, CIFAR and .npz files; text is Python's reference, or
+a UTF-8 file. Nothing is downloaded. A folder given as `--data-dir` is searched for the files of
+each data set in turn, under the names that they are published by; when no set is complete, one
+line says what was looked for, and the digits, or the reference, are used. A file that is there
+but malformed is an error.
 """
 
 import gzip
@@ -12,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +22,22 @@ from sklearn.datasets import load_digits
 
 from experiments._types import NDArray
 
-__all__ = ["Dataset", "digits", "load", "read_cifar", "read_idx", "read_npz"]
+__all__ = [
+    "REFERENCE",
+    "Dataset",
+    "Text",
+    "digits",
+    "load",
+    "load_text",
+    "read_cifar",
+    "read_idx",
+    "read_npz",
+    "read_text",
+    "reference",
+]
+
+REFERENCE = "Python's reference"
+
 
 Examples = tuple[
     NDArray, NDArray
@@ -35,6 +53,13 @@ class Dataset(NamedTuple):
     num_classes: int
     num_train: int
     is_split: bool  # Whether the first `num_train` rows, and no others, are for training.
+
+
+class Text(NamedTuple):
+    """Characters in the order in which they are read."""
+
+    name: str
+    characters: str
 
 
 class _Source(NamedTuple):
@@ -61,6 +86,37 @@ def digits() -> Dataset:
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     return Dataset("digits", images, labels.astype(np.int32), 10, 1437, is_split=False)
+
+
+def load_text(data_dir: Path | None = None) -> Text:
+    """The first file *.txt in the folder; Python's reference when there is none."""
+    if data_dir is None:
+        return reference()
+    path = _find(data_dir, "*.txt")
+    if path is not None:
+        return Text(path.name, read_text(path))
+    print(f"Using {REFERENCE}: {data_dir} lacks a file *.txt.", file=sys.stderr)
+    return reference()
+
+
+def reference() -> Text:
+    """The topics that `help()` knows, in the order of their names; they come with Python."""
+    return Text(REFERENCE, "\n\n".join(topics[name] for name in sorted(topics)))
+
+
+def read_text(path: Path) -> str:
+    """The characters of a UTF-8 file, plain or compressed (.gz), without a byte order mark.
+
+    Raises:
+        ValueError: the file is empty or not UTF-8; the message names it and the place.
+    """
+    try:
+        characters = _read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problem = f"{path}: not UTF-8, {error.reason} at byte {error.start}."
+        raise ValueError(problem) from error
+    _require(len(characters) > 0, path, "there are no characters")
+    return characters
 
 
 def read_idx(path: Path) -> NDArray:

@@ -1,7 +1,7 @@
 """Minibatch training of one network over many seeds at once."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from experiments._networks import Layers, Network
 from experiments._types import Arrays, NDArray, Track, untracked
 
 __all__ = ["Fit", "descend", "fit"]
+
+
+WeightsT = TypeVar("WeightsT")  # Layers, or any tree of arrays.
 
 
 class Fit(NamedTuple):
@@ -88,11 +91,13 @@ def fit(
     return Fit(state.layers, curves, np.asarray(predicted))
 
 
-def descend(optimizer: Any, grads: Layers, state: Any, layers: Layers) -> tuple[Layers, Any]:
-    """One step of an `optax` optimiser: the new layers and its new state."""
+def descend(
+    optimizer: Any, grads: WeightsT, state: Any, weights: WeightsT
+) -> tuple[WeightsT, Any]:
+    """One step of an `optax` optimiser: the new weights and its new state."""
     with jax.numpy_dtype_promotion("standard"):  # Adam raises floats to integer powers.
-        updates, state = optimizer.update(grads, state, layers)
-    return optax.apply_updates(layers, updates), state
+        updates, state = optimizer.update(grads, state, weights)
+    return optax.apply_updates(weights, updates), state
 
 
 # An epoch is compiled in parts, as all but one of them serve every output map.

@@ -12,6 +12,7 @@ from softjax.losses import (
     soft_cross_entropy,
     sparsemax_loss,
 )
+from softjax.output_layers import linear_cross_entropy, linear_statistics
 from softjax.reductions import logmeanexp, logsumexp, mellowmax
 from softjax.scores import (
     min_p_filter,
@@ -38,6 +39,8 @@ __all__ = [
     "entropy",
     "focal_loss",
     "kl_divergence",
+    "linear_cross_entropy",
+    "linear_statistics",
     "log_prob",
     "log_softmax",
     "logmeanexp",

@@ -62,6 +62,8 @@ def centre(
     if temperature is not None:
         at_anchor |= spread(jnp.isinf(temperature))
     near, errors = two_difference(jnp.where(at_anchor, spread(anchor), x), spread(anchor))
+    at_peak = jnp.where(at_anchor & ~dead & jnp.isfinite(x), x, 0)
+    near += at_peak - lax.stop_gradient(at_peak)  # 0, but for derivatives
     values = jnp.where(spread(peak == jnp.inf), -jnp.inf, x) - spread(anchor)
     if temperature is not None:
         divisor = spread(jnp.where(cold | jnp.isinf(temperature), 1, temperature))
@@ -72,7 +74,7 @@ def centre(
         errors = remainder + errors / divisor
         dropped = spread(cold) | (values == -jnp.inf)
         values = jnp.where(dropped, -jnp.inf, values / divisor)
-    return Scores(jnp.where(dead, values, near), near, errors, dead)
+    return Scores(jnp.where(dead, values, near), near, lax.stop_gradient(errors), dead)
 
 
 def centre_at(

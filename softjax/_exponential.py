@@ -21,38 +21,49 @@ def _solve(
     budget: None,
     sink: Array | None,
 ) -> Solution:
+    # (Written so that plain differentiation would be right too, with the peak a constant and
+    # no derivative in what mends rounding: JAX 0.10 differentiates the value twice over without
+    # the rule where a scan is differentiated in reverse.)
     del index, budget
-    peak = slices.max(logits)
+    peak = lax.stop_gradient(slices.max(logits))
     if sink is not None:
-        peak = jnp.maximum(peak, sink)
+        peak = jnp.maximum(peak, lax.stop_gradient(sink))
     scores = centre(logits, peak, temperature, slices.spread)
     weights = scores.exp()
-    # A running sum rounds every small weight that it adds to the peak's 1 the same way, so
-    # the peak is left out: steep (1 - w) is 0 for it and above w for all others. Together
-    # with the full sum this tells how many entries share the peak.
-    total = slices.total(weights)
-    others = slices.total(weights, _but_peak)
-    sink_weight = jnp.zeros_like(total)
+    sink_weight = None
     if sink is not None:
-        sink_scores = centre(sink, peak, temperature, lambda row: row)
-        sink_weight = sink_scores.exp()
-        total += sink_weight
-        others += _but_peak(sink_weight)
-    num_peaks = jnp.round(total - others)
-    empty = num_peaks == 0
+        sink_weight = centre(sink, peak, temperature, lambda row: row).exp()
+    num_peaks, others = split_at_peak(weights, slices, sink_weight)
+    empty = peak == -jnp.inf
     total = jnp.where(empty, 1, num_peaks + others)
     others += jnp.where(empty, 0, num_peaks - 1)
     threshold = jnp.where(empty, 0, log1p(others))
     # XLA divides by a number a slice by multiplying with its rounded inverse; here the
     # inverse comes with its error. (Behind the barrier, or it would be found once an entry.)
     inverse, error = two_quotient(jnp.ones_like(total), total)
+    error = lax.stop_gradient(error)
     inverse, error, threshold = lax.optimization_barrier((inverse, error, threshold))
     shares = weights * slices.spread(inverse) + weights * slices.spread(error)
     probs = jnp.where(weights == 0, 0, shares)
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
-    leak = None if sink is None else sink_weight / total
+    leak = None if sink_weight is None else sink_weight / total
     return Solution(probs, margins, threshold, others / total, leak)
+
+
+def split_at_peak(
+    weights: Array, slices: Slices, sink_weight: Array | None = None
+) -> tuple[Array, Array]:
+    """How many weights are 1, as that of the peak, and the sum of all others."""
+    # A running sum rounds every small weight that it adds to the peak's 1 the same way, so
+    # the peak is left out: steep (1 - w) is 0 for it and above w for all others. Together
+    # with the full sum this tells how many entries share the peak.
+    total, others = slices.total(weights), slices.total(lax.stop_gradient(weights), _but_peak)
+    if sink_weight is not None:
+        total += sink_weight
+        others += _but_peak(lax.stop_gradient(sink_weight))
+    num_peaks = lax.stop_gradient(jnp.round(total - others))
+    return num_peaks, others + (total - lax.stop_gradient(total))
 
 
 def _but_peak(weight: Array) -> Array:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import checkify
 from jax.typing import ArrayLike, DTypeLike
 
 Axis = int | tuple[int, ...] | None
@@ -92,6 +93,11 @@ def is_one(temperature: ArrayLike | None) -> bool:
     return temperature is None or (isinstance(temperature, float) and temperature == 1)
 
 
+def is_zero(option: ArrayLike | None) -> bool:
+    """Whether it is the default 0.0, which `jit` leaves as a Python number."""
+    return isinstance(option, float) and option == 0
+
+
 def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
     """The array in its computing dtype, float32 or wider, and the dtype of the result."""
     if not isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float)):
@@ -102,7 +108,7 @@ def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         if not (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_):
             raise TypeError(f"`{name}` must hold numbers, got {x.dtype}.")
-        x = x.astype(jnp.float_)
+        x = x.astype(jnp.result_type(float))
     wide = computing_dtype(x.dtype)
     return x.astype(wide), x.dtype
 
@@ -187,3 +193,31 @@ def check_labels(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     labels = widen(labels)
     wanted = shape[:axis] + shape[axis + 1 :]
     return broadcast(labels, wanted, name="labels", target="logits without the class axis")
+
+
+def known_labels(
+    labels: Array, num_classes: int, ignore_index: int | None
+) -> tuple[Array, Array, Array | None]:
+    """Labels as classes in [0, num_classes), which were known or ignored, and which ignored.
+
+    Under `checkify`, a label that is neither is an error that names its row.
+    """
+    inside = (labels >= 0) & (labels < num_classes)
+    ignored = None if ignore_index is None else equal(labels, ignore_index)
+    known = inside if ignored is None else inside | ignored
+    if labels.size:
+        row = jnp.argmin(known)
+        checkify.debug_check(
+            jnp.all(known),
+            f"the label {{label}} of row {{row}} is not in [0, {num_classes})",
+            label=labels.reshape(-1)[row],
+            row=row,
+        )
+    return jnp.where(inside, labels, 0), known, ignored
+
+
+def equal(labels: Array, index: int) -> Array:
+    """Which labels are `index`: none if their dtype cannot hold it, where == wraps around."""
+    limits = jnp.iinfo(labels.dtype)
+    held = limits.min <= index <= limits.max
+    return labels == index if held else jnp.zeros(labels.shape, jnp.bool_)

@@ -16,18 +16,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from softjax._exact import expm1_over, expm1_over_twice, log1p
+from softjax._exact import expm1_over, expm1_over_twice, log1p, long_sum
 from softjax._exponential import SOFTMAX
 from softjax._inputs import (
     NONNEGATIVE,
     PROBABILITY,
     Axis,
-    Problem,
     broadcast,
     check_labels,
+    equal,
+    is_zero,
+    known_labels,
     per_slice,
     prepare,
     public,
@@ -107,8 +108,8 @@ def cross_entropy(
         Chowdhery et al. (2022), PaLM, for the z-loss.
     """
     rows = _rows(logits, labels, axis, where, ignore_index)
-    smoothed = not _is_zero(label_smoothing)
-    if not smoothed and _is_zero(z_loss):
+    smoothed = not is_zero(label_smoothing)
+    if not smoothed and is_zero(z_loss):
         loss = _regret(_CROSS_ENTROPY, rows.axis, rows.logits, rows.labels, None)
         return rows.finish(loss * _label_weights(class_weights, rows))
     solution = solve(SOFTMAX, AlongAxes((rows.axis,)), rows.logits)
@@ -118,7 +119,7 @@ def cross_entropy(
     if smoothed:
         epsilon = _per_label(label_smoothing, rows, "label_smoothing")
         loss = (1 - epsilon) * loss + epsilon * _even_surprise(solution, class_weights, rows)
-    if not _is_zero(z_loss):
+    if not is_zero(z_loss):
         factor = _per_label(z_loss, rows, "z_loss")
         peak = jnp.max(jax.lax.stop_gradient(rows.logits), rows.axis, initial=-jnp.inf)
         log_total = peak + jnp.squeeze(solution.threshold, rows.axis)
@@ -186,7 +187,7 @@ def soft_cross_entropy(
     return jnp.squeeze(slices.sum(terms), problem.axes)
 
 
-@public("axis")
+@public("axis", temperature=NONNEGATIVE)
 def distillation_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
@@ -269,12 +270,14 @@ def focal_loss(
     rows = _rows(logits, labels, axis, None, None)
     gamma = _per_label(gamma, rows, "gamma")
     surprise = _regret(_CROSS_ENTROPY, rows.axis, rows.logits, rows.labels, None)
-    missing = -jnp.expm1(-surprise)
+    dropped = surprise == jnp.inf
+    finite = jnp.where(dropped, 1, surprise)
+    missing = -jnp.expm1(-finite)
     some = missing > 0
     discount = jnp.where(
         some, jnp.where(some, missing, 1) ** gamma, jnp.where(gamma == 0, 1, 0)
     )
-    return rows.finish(discount * surprise)
+    return rows.finish(jnp.where(dropped, surprise, discount * finite))
 
 
 @public("axis")
@@ -407,16 +410,24 @@ def mean_loss(
     if labels is not None:
         labels = check_labels(labels, (*losses.shape, 1), losses.ndim)
         if ignore_index is not None:
-            shares = jnp.where(labels == ignore_index, 0, shares)
+            shares = jnp.where(equal(labels, ignore_index), 0, shares)
         masses = shares
         if class_weights is not None:
             weights, _ = to_float(class_weights, name="class_weights")
+            if weights.ndim != 1:
+                raise ValueError(f"`class_weights` must be a vector, got {weights.shape}.")
             known = (labels >= 0) & (labels < weights.shape[-1])
             chosen = weights.astype(losses.dtype)[jnp.where(known, labels, 0)]
             masses = shares * jnp.where(known, chosen, 1)
-    total = jnp.sum(jnp.where(shares == 0, 0, shares * losses))
-    mass = jnp.sum(masses)
+    # (A weight of 0 has its derivative, if the loss that it weighs is a number.)
+    counted = jnp.where((shares != 0) | jnp.isfinite(losses), losses, 0)
+    total, mass = _sum_of_all(shares * counted), _sum_of_all(masses)
     return total / jnp.where(mass == 0, 1, mass)
+
+
+def _sum_of_all(x: Array) -> Array:
+    # In blocks of its own: XLA may run a plain sum through all of them one by one.
+    return jnp.sum(long_sum(x.reshape(-1, 1), (0,)))
 
 
 @public(beta=PROBABILITY)
@@ -438,7 +449,7 @@ def class_balanced_weights(counts: ArrayLike, *, beta: ArrayLike) -> Array:
 
     Example:
         >>> print(class_balanced_weights(jnp.array([100, 1]), beta=1.0))
-        [0.01980198 1.9801981 ]
+        [0.01980198 1.980198  ]
 
     Reference:
         Cui et al. (2019), Class-balanced loss based on effective number of samples.
@@ -478,35 +489,18 @@ def _rows(
     where: ArrayLike | None,
     ignore_index: int | None,
 ) -> _Rows:
-    problem: Problem = prepare(logits, axis=axis, where=where)
+    problem = prepare(logits, axis=axis, where=where)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     labels = check_labels(labels, problem.logits.shape, axis)
-    num_classes = problem.logits.shape[axis]
-    known = (labels >= 0) & (labels < num_classes)
-    ignored = None if ignore_index is None else labels == ignore_index
     logits = problem.logits
+    labels, known, ignored = known_labels(labels, logits.shape[axis], ignore_index)
     if ignored is not None:
         logits = jnp.where(jnp.expand_dims(ignored, axis), 0, logits)
-        known |= ignored
-    if labels.size:
-        row = jnp.argmin(known)
-        checkify.debug_check(
-            jnp.all(known),
-            f"the label {{label}} of row {{row}} is not in [0, {num_classes})",
-            label=labels.reshape(-1)[row],
-            row=row,
-        )
-    safe = jnp.where((labels >= 0) & (labels < num_classes), labels, 0)
-    return _Rows(logits, safe, axis, known, ignored)
+    return _Rows(logits, labels, axis, known, ignored)
 
 
 def _kept_shape(rows: _Rows) -> tuple[int, ...]:
     return tuple(1 if i == rows.axis else n for i, n in enumerate(rows.logits.shape))
-
-
-def _is_zero(option: ArrayLike) -> bool:
-    """Whether it is the default, which `jit` leaves as a Python number."""
-    return isinstance(option, float) and option == 0
 
 
 def _per_label(option: ArrayLike, rows: _Rows, name: str) -> Array:
@@ -544,6 +538,11 @@ class _Regret(NamedTuple):
     missing: Callable[..., Array]  # 1 - p_y, of (solution, loss, labels, axis)
 
 
+def surprise(logits: Array, labels: Array, axis: int) -> Array:
+    """-log p of labels in [0, n): `cross_entropy` of what has been prepared."""
+    return _regret(_CROSS_ENTROPY, axis, logits, labels, None)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _regret(
     kind: _Regret, axis: int, logits: Array, labels: Array, alpha: Array | None
@@ -560,7 +559,8 @@ def _regret_jvp(kind: _Regret, axis: int, primals: Any, tangents: Any) -> tuple[
     logits_dot, _, alpha_dot = tangents
     solution = solve(kind.family, AlongAxes((axis,)), logits, index=alpha)
     loss = kind.value(solution, labels, axis, alpha)
-    missing = kind.missing(solution, loss, labels, axis)
+    dropped = pick(logits, labels, axis) == -jnp.inf
+    missing = jnp.where(dropped, 0, kind.missing(solution, loss, labels, axis))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def pair(probs: Array, missing: Array, logits_dot: Array) -> Array:
@@ -627,7 +627,9 @@ def _sparse_regret(
         )
     )
     outside = level - 1 / alpha - jnp.where(inside, 0, margin)
-    return jnp.squeeze(first + jnp.where(inside, integral, outside), axis)
+    loss = first + jnp.where(inside, integral, outside)
+    sound = ~jnp.isnan(rest + p) | (margin == -jnp.inf)  # A comparison with NaN hides it.
+    return jnp.squeeze(jnp.where(sound, loss, jnp.nan), axis)
 
 
 def _tsallis(probs: Array, alpha: Array, *, axis: int) -> Array:

@@ -61,13 +61,14 @@ def logsumexp(
     """
     problem = prepare(logits, axis=axis, where=where)
     if weights is None:
-        row = _logsumexp(problem.logits, problem.axes)
+        row = log_sum(problem.logits, problem.axes)
     else:
         row = _weighted(problem.logits, weights, problem.axes)
     return _finish(row, problem.axes, keepdims, problem.dtype)
 
 
-def _logsumexp(logits: Array, axes: tuple[int, ...]) -> Array:
+def log_sum(logits: Array, axes: tuple[int, ...]) -> Array:
+    """`logsumexp` of what has been prepared, with the axes kept."""
     slices = AlongAxes(axes)
     peak = slices.max(jax.lax.stop_gradient(logits))
     threshold = solve(SOFTMAX, slices, logits).threshold
@@ -131,7 +132,7 @@ def logmeanexp(
     slices = AlongAxes(problem.axes)
     kept = (problem.logits != -jnp.inf).astype(problem.logits.dtype)
     count = jnp.maximum(slices.sum(kept), 1)
-    row = _logsumexp(problem.logits, problem.axes) - jnp.log(count)
+    row = log_sum(problem.logits, problem.axes) - jnp.log(count)
     return _finish(row, problem.axes, keepdims, problem.dtype)
 
 
@@ -193,7 +194,7 @@ def mellowmax(
     limit = jnp.where(omega < 0, -slices.max(jnp.where(kept, -x, -jnp.inf)), slices.max(x))
     row = jnp.where(unlimited, limit, row)
     above = (top == jnp.inf) & ((rate > 0) | (bottom == jnp.inf))
-    row = jnp.where(above, _logsumexp(x, problem.axes), row)
+    row = jnp.where(above, log_sum(x, problem.axes), row)
     row = jnp.where((top == jnp.inf) & (rate == 0) & ~unlimited, jnp.inf, row)
     row = jnp.where(top == -jnp.inf, -jnp.inf, row)
     return _finish(row, problem.axes, False, problem.dtype)

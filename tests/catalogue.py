@@ -25,10 +25,16 @@ class Entry:
     make: Callable
     variant: str = ""
     invariants: tuple[str, ...] = ()
+    wide: bool = False  # whether the result is float32 or wider, whatever came
 
     @property
     def title(self):
         return f"{self.name}-{self.variant}" if self.variant else self.name
+
+    def dtype(self, dtype):
+        """That of the result for float arguments of a dtype."""
+        narrow = self.wide and dtype in ("bfloat16", "float16")
+        return jnp.dtype("float32" if narrow else dtype)
 
     def arguments(self, seed=0, dtype="float64"):
         """The float arguments and the others, two tuples of arrays."""
@@ -69,6 +75,14 @@ def _temperature(rng):
     return _per_slice(rng, 0.6, 0.9)
 
 
+def _per_label(low, high):
+    return lambda rng: rng.uniform(low, high, ROWS)
+
+
+def _labels(rng):
+    return rng.integers(0, SIZE, ROWS)
+
+
 def _both(name, call, **rest):
     """The same call of the library and of the oracle."""
     ours = lambda *args: call(sj, *args)
@@ -107,6 +121,27 @@ def _filter_entry(name, option):
         invariants=("permutation",),
     )
 
+
+def _loss_entry(name, call, *options):
+    return _both(
+        name,
+        lambda m, *args: call(getattr(m, name), *args),
+        make=_make(_logits, *options, others=(_labels,)),
+        invariants=("shift",),
+        wide=True,
+    )
+
+
+def _labels(rng):
+    return rng.integers(0, SIZE, ROWS)
+
+
+_LINEAR = (
+    lambda rng: rng.standard_normal((ROWS, 3)),
+    lambda rng: rng.standard_normal((SIZE, 3)),
+    lambda rng: rng.standard_normal(SIZE),
+    lambda rng: rng.uniform(0.6, 0.9, ROWS),
+)
 
 CATALOGUE = (
     _both(
@@ -183,7 +218,88 @@ CATALOGUE = (
     _both(
         "log_prob",
         lambda m, z, labels: m.log_prob(z, labels),
-        make=_make(_logits, others=(lambda rng: rng.integers(0, SIZE, ROWS),)),
+        make=_make(_logits, others=(_labels,)),
+    ),
+    _loss_entry("cross_entropy", lambda f, z, y: f(z, y)),
+    _both(
+        "cross_entropy",
+        lambda m, z, e, c, w, y: m.cross_entropy(
+            z, y, label_smoothing=e, z_loss=c, class_weights=w
+        ),
+        make=_make(
+            _logits,
+            _per_label(0.1, 0.4),
+            _per_label(0.1, 0.4),
+            lambda rng: rng.uniform(0.5, 1.5, SIZE),
+            others=(_labels,),
+        ),
+        variant="options",
+        wide=True,
+    ),
+    _both(
+        "soft_cross_entropy",
+        lambda m, z, t, w: m.soft_cross_entropy(z, t, where=w),
+        make=_make(_logits, lambda rng: rng.dirichlet(np.ones(SIZE), ROWS)),
+        invariants=("shift",),
+        wide=True,
+    ),
+    _both(
+        "distillation_loss",
+        lambda m, s, t, temperature: m.distillation_loss(s, t, temperature=temperature),
+        make=_make(_logits, _logits, _temperature, others=()),
+        invariants=("shift",),
+        wide=True,
+    ),
+    _loss_entry("focal_loss", lambda f, z, g, y: f(z, y, gamma=g), _per_label(1.2, 1.8)),
+    _loss_entry("sparsemax_loss", lambda f, z, y: f(z, y)),
+    _loss_entry(
+        "entmax_loss", lambda f, z, a, y: f(z, y, a), lambda rng: _per_slice(rng, 1.2, 1.4)
+    ),
+    _both(
+        "mean_loss",
+        lambda m, losses, w, a, y: m.mean_loss(
+            losses, y, ignore_index=1, class_weights=w, example_weights=a
+        ),
+        make=_make(
+            lambda rng: rng.uniform(0.5, 1.5, (ROWS, SIZE)),
+            lambda rng: rng.uniform(0.5, 1.5, 3),
+            lambda rng: rng.uniform(0.5, 1.5, (ROWS, SIZE)),
+            others=(lambda rng: rng.integers(0, 3, (ROWS, SIZE)),),
+        ),
+        wide=True,
+    ),
+    _both(
+        "class_balanced_weights",
+        lambda m, n, b: m.class_balanced_weights(n, beta=b),
+        make=_make(
+            lambda rng: rng.uniform(1.0, 9.0, SIZE),
+            lambda rng: rng.uniform(0.5, 0.9),
+            others=(),
+        ),
+        invariants=("permutation",),
+    ),
+    Entry(
+        name="linear_cross_entropy",
+        call=lambda x, w, b, t, y: sj.linear_cross_entropy(
+            x, w, y, bias=b, temperature=t, reduction=None, block_size=2
+        ),
+        oracle=lambda x, w, b, t, y: oracles.linear_cross_entropy(x, w, y, b, t),
+        make=_make(*_LINEAR, others=(_labels,)),
+        wide=True,
+    ),
+    Entry(
+        name="linear_statistics",
+        call=lambda x, w, b, t, y: jnp.stack(
+            [
+                getattr(
+                    sj.linear_statistics(x, w, y, bias=b, temperature=t, block_size=2), field
+                )
+                for field in ("logsumexp", "entropy", "log_prob")
+            ]
+        ),
+        oracle=lambda x, w, b, t, y: oracles.linear_statistics(x, w, y, b, t),
+        make=_make(*_LINEAR, others=(_labels,)),
+        wide=True,
     ),
     _both(
         "soft_cap",

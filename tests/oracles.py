@@ -406,17 +406,17 @@ def entropy(logits, *, axis=-1, where=None):
     return _reduce(_entropy_row, 0.0, (logits,), axis, where, False)
 
 
-def kl_divergence(p_logits, q_logits, *, axis=-1, where=None):
+def kl_divergence(p_logits, q_logits, *, axis=-1, where=None, temperature=1.0):
     """Where only p is dropped, q still counts in its own normaliser."""
 
-    def rule(p_values, q_values):
+    def rule(p_values, q_values, temperature):
         if any(map(_isnan, p_values + q_values)):
             return NAN
-        logs_p = _log_softmax_row(p_values, mp.mpf(1), -INF)
+        logs_p = _log_softmax_row(p_values, temperature, -INF)
         kept = [v for v in q_values if v != -INF]
         if not kept:
             return INF
-        logs_q = iter(_log_softmax_row(kept, mp.mpf(1), -INF))
+        logs_q = iter(_log_softmax_row(kept, temperature, -INF))
         logs_q = [next(logs_q) if v != -INF else -INF for v in q_values]
         terms = [(a, b) for a, b in zip(logs_p, logs_q, strict=True) if a != -INF]
         if any(b == -INF for _, b in terms):
@@ -431,12 +431,13 @@ def kl_divergence(p_logits, q_logits, *, axis=-1, where=None):
     rows_p, _, lead = _rows(p_logits, axes)
     rows_q, _, _ = _rows(q_logits, axes)
     kept, _, _ = _rows(keep, axes)
+    temperatures = _per_slice(temperature, p_logits.shape, axes)
     out = np.zeros(len(kept), np.longdouble)
     for i, mask in enumerate(kept):
         p_values = [_exact(v) for v in rows_p[i][mask]]
         q_values = [_exact(v) for v in rows_q[i][mask]]
         if any(v != -INF for v in p_values):
-            out[i] = to_longdouble(rule(p_values, q_values))
+            out[i] = to_longdouble(rule(p_values, q_values, _exact(temperatures[i])))
     return out.reshape(lead)
 
 
@@ -449,6 +450,174 @@ def log_prob(logits, labels, *, axis=-1, where=None):
         if 0 <= labels[index] < logs.shape[-1]:
             out[index] = logs[index][labels[index]]
     return out
+
+
+# Losses.
+
+
+@quiet
+def _each_label(rule, logits, labels, axis, where=None, ignore_index=None, **options):
+    """`rule(kept logits by class, label, **options)` for every label that is one."""
+    logits, keep, _ = _prepare(logits, axis, where)
+    rows = np.moveaxis(np.where(keep, logits, -np.inf), axis, -1)
+    labels = np.broadcast_to(np.asarray(labels), rows.shape[:-1])
+    options = {
+        k: np.broadcast_to(np.asarray(v).astype(np.float64), labels.shape)
+        for k, v in options.items()
+    }
+    out = np.zeros(labels.shape, np.longdouble)
+    for i in np.ndindex(labels.shape):
+        label = int(labels[i])
+        if label == ignore_index:
+            continue
+        kept = {j: _exact(v) for j, v in enumerate(rows[i]) if v != -np.inf}
+        if not 0 <= label < rows.shape[-1]:
+            out[i] = np.nan
+        elif label not in kept:
+            out[i] = np.inf
+        elif any(map(_isnan, kept.values())):
+            out[i] = np.nan
+        else:
+            out[i] = to_longdouble(
+                rule(kept, label, **{k: _exact(v[i]) for k, v in options.items()})
+            )
+    return out
+
+
+def _logs(kept):
+    logs = _log_softmax_row(list(kept.values()), mp.mpf(1), -INF)
+    return dict(zip(kept, logs, strict=True))
+
+
+def cross_entropy(
+    logits,
+    labels,
+    *,
+    axis=-1,
+    where=None,
+    ignore_index=None,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    class_weights=None,
+):
+    weights = None if class_weights is None else np.asarray(class_weights).astype(np.float64)
+
+    def rule(kept, label, epsilon, factor):
+        weight = lambda j: mp.mpf(1) if weights is None else _exact(weights[j])
+        logs = _logs(kept)
+        loss = (1 - epsilon) * weight(label) * -logs[label]
+        if epsilon:
+            even = mp.fsum(weight(j) * -log for j, log in logs.items()) / len(logs)
+            loss += epsilon * even
+        if factor:
+            total = _logsumexp_row(list(kept.values()), [mp.mpf(1)] * len(kept))
+            loss += factor * total**2
+        return loss
+
+    options = {"epsilon": label_smoothing, "factor": z_loss}
+    return _each_label(rule, logits, labels, axis, where, ignore_index, **options)
+
+
+@quiet
+def soft_cross_entropy(logits, targets, *, axis=-1, where=None):
+    """A target on an entry that `where` drops is no target; on one that -inf drops, inf."""
+    logits = np.asarray(logits).astype(np.float64)
+    targets = np.broadcast_to(np.asarray(targets).astype(np.float64), logits.shape)
+    keep = np.ones(logits.shape, bool) if where is None else where
+    keep = np.broadcast_to(np.asarray(keep), logits.shape)
+    axes = normalise_axis(axis, logits.ndim)
+    rows, _, lead = _rows(logits, axes)
+    weights, kept = _rows(targets, axes)[0], _rows(keep, axes)[0]
+    out = np.zeros(len(rows), np.longdouble)
+    for i, (row, mask) in enumerate(zip(rows, kept, strict=True)):
+        live = mask & (row != -np.inf)
+        values = [_exact(v) for v in row[live]]
+        if (weights[i][mask & ~live] > 0).any():
+            out[i] = np.inf
+        elif values:
+            logs = _log_softmax_row(values, mp.mpf(1), -INF)
+            pairs = zip(weights[i][live], logs, strict=True)
+            terms = [-_exact(t) * log for t, log in pairs if t != 0]
+            out[i] = NAN if any(map(_isnan, logs)) else to_longdouble(mp.fsum(terms))
+    return out.reshape(lead)
+
+
+def distillation_loss(student_logits, teacher_logits, *, temperature, axis=-1):
+    student = np.asarray(student_logits).astype(np.float64)
+    axes = normalise_axis(axis, student.ndim)
+    row = kl_divergence(teacher_logits, student, axis=axis, temperature=temperature)
+    factor = _per_slice(temperature, student.shape, axes).reshape(row.shape)
+    return row * factor.astype(np.longdouble) ** 2
+
+
+def focal_loss(logits, labels, *, gamma, axis=-1):
+    def rule(kept, label, gamma):
+        surprise = -_logs(kept)[label]
+        missing = -mp.expm1(-surprise)
+        return missing**gamma * surprise if gamma else surprise
+
+    return _each_label(rule, logits, labels, axis, gamma=gamma)
+
+
+def sparsemax_loss(logits, labels, *, axis=-1):
+    """Half the squared distance from z to the label, less that to its projection."""
+
+    def rule(kept, label):
+        probs = _entmax_row(list(kept.values()), mp.mpf(1), mp.mpf(2))
+        to_label = mp.fsum(((j == label) - z) ** 2 for j, z in kept.items())
+        to_probs = mp.fsum((p - z) ** 2 for p, z in zip(probs, kept.values(), strict=True))
+        return (to_label - to_probs) / 2
+
+    return _each_label(rule, logits, labels, axis)
+
+
+def entmax_loss(logits, labels, alpha=1.5, *, axis=-1):
+    """<p - e_y, z> + H_alpha(p)."""
+
+    def rule(kept, label, alpha):
+        probs = _entmax_row(list(kept.values()), mp.mpf(1), alpha)
+        if alpha == 1:
+            terms = [-p * mp.log(p) for p in probs if p > 0]
+        else:
+            terms = [(p - p**alpha) / (alpha * (alpha - 1)) for p in probs if p > 0]
+        score = mp.fsum(p * z for p, z in zip(probs, kept.values(), strict=True))
+        return score - kept[label] + mp.fsum(terms)
+
+    alpha = np.asarray(alpha)
+    if alpha.ndim == np.ndim(logits):  # One a slice, with size 1 along the axis.
+        alpha = np.squeeze(alpha, axis)
+    return _each_label(rule, logits, labels, axis, alpha=alpha)
+
+
+@quiet
+def mean_loss(
+    losses, labels=None, *, ignore_index=None, class_weights=None, example_weights=None
+):
+    losses = np.asarray(losses).astype(np.float64)
+    shares = np.ones(losses.shape) if example_weights is None else example_weights
+    shares = np.broadcast_to(np.asarray(shares).astype(np.float64), losses.shape)
+    total = mass = mp.mpf(0)
+    for i in np.ndindex(losses.shape):
+        label = None if labels is None else int(np.asarray(labels)[i])
+        if shares[i] == 0 or (label is not None and label == ignore_index):
+            continue
+        if not np.isfinite(losses[i]):
+            return np.longdouble(losses[i])
+        weight = 1.0 if class_weights is None else float(np.asarray(class_weights)[label])
+        total += _exact(shares[i]) * _exact(losses[i])
+        mass += _exact(shares[i]) * _exact(weight)
+    return to_longdouble(total / mass if mass else mp.mpf(0))
+
+
+def class_balanced_weights(counts, *, beta):
+    counts = [_exact(c) for c in np.asarray(counts).astype(np.float64)]
+    beta = _exact(beta)
+    effective = lambda c: c if beta == 1 else (1 - beta**c) / (1 - beta)
+    inverses = [1 / effective(c) if c > 0 else mp.mpf(0) for c in counts]
+    seen = sum(c > 0 for c in counts)
+    total = mp.fsum(inverses)
+    scale = seen / total if seen else mp.mpf(0)
+    return np.array([to_longdouble(scale * v) for v in inverses], np.longdouble)
 
 
 # Score transforms.
@@ -620,6 +789,16 @@ def fast_logsumexp(logits, *, where=None):
 
 
 @quiet
+def fast_cross_entropy(logits, labels, *, where=None):
+    """The loss, and minus its derivative in the label's logit: the sum of the other weights."""
+    labels = np.asarray(labels)[..., None]
+    logs = fast_log_softmax(logits, where=where)
+    others = fast_softmax(logits, where=where)
+    np.put_along_axis(others, labels, np.longdouble(0), -1)
+    return -np.take_along_axis(logs, labels, -1)[..., 0], np.sum(others, -1)
+
+
+@quiet
 def fast_entmax(logits, alpha, *, where=None, temperature=1.0):
     s, s_low, keep, _ = _scores(logits, where, temperature)
     s = np.where(keep, s + s_low, -np.inf)
@@ -656,3 +835,21 @@ def _fast_entmax_row(s, alpha):
                 high = tau
         tau = (low + high) / 2
     return np.where(s >= support[-1], power(s - tau), 0)
+
+
+def linear_cross_entropy(features, weights, labels, bias, temperature):
+    return cross_entropy(_linear_scores(features, weights, bias, temperature), labels)
+
+
+def linear_statistics(features, weights, labels, bias, temperature):
+    """Log-sum-exp, entropy and log-probability, stacked."""
+    scores = _linear_scores(features, weights, bias, temperature)
+    return np.stack([logsumexp(scores, axis=-1), entropy(scores), log_prob(scores, labels)])
+
+
+def _linear_scores(features, weights, bias, temperature):
+    """Rounded once."""
+    wide = [np.asarray(x).astype(np.longdouble) for x in (features, weights, bias, temperature)]
+    features, weights, bias, temperature = wide
+    scores = (features @ weights.T + bias[None]) / temperature[:, None]
+    return scores.astype(np.float64)

@@ -254,6 +254,52 @@ def test_fallback_says_what_was_looked_for(tmp_path, capsys, left_over):
         assert part in line
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_text(tmp_path, packed, capsys):
+    characters = "Zwölf Boxkämpfer\r\n🙂 ≥ ½\n"
+    content = characters.encode()
+    name = "own.txt.gz" if packed else "own.txt"
+    (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
+    assert _data.load_text(tmp_path) == (name, characters)
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + content)  # A byte order mark.
+    assert _data.load_text(tmp_path) == ("a.txt", characters)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "there are no characters"),
+        (b"abc\xff", "not UTF-8, invalid start byte at byte 3"),
+        ("abc é".encode()[:-1], "not UTF-8, unexpected end of data at byte 4"),
+        ("abc é".encode("latin-1") + b"  ", "not UTF-8, invalid continuation byte at byte 4"),
+    ],
+    ids=["empty", "invalid", "cut short", "latin-1"],
+)
+def test_malformed_text(tmp_path, content, problem):
+    (tmp_path / "own.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"own\.txt: {problem}"):
+        _data.load_text(tmp_path)
+
+
+def test_reference(capsys):
+    text = _data.load_text()
+    assert text == _data.load_text()
+    assert text.name == _data.REFERENCE
+    assert len(text.characters) > 400_000
+    assert text.characters.startswith('The "assert" statement')
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("folder", [".", "nowhere"])
+def test_fallback_to_the_reference(tmp_path, capsys, folder):
+    (tmp_path / "text.md").write_bytes(b"of another kind")
+    assert _data.load_text(tmp_path / folder).name == _data.REFERENCE
+    (line,) = capsys.readouterr().err.splitlines()
+    for part in (_data.REFERENCE, str(tmp_path / folder), "*.txt"):
+        assert part in line
+
+
 def test_fallback_when_there_is_no_folder(tmp_path, capsys):
     assert _data.load(tmp_path / "nowhere").name == "digits"
     assert "nowhere" in capsys.readouterr().err

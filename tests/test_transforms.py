@@ -1,5 +1,6 @@
 """Every public function under every transformation of JAX."""
 
+import functools
 import itertools
 
 import jax
@@ -16,16 +17,22 @@ from tests.helpers import DTYPES, assert_close, assert_same, eps
 
 every_entry = pytest.mark.parametrize("entry", CATALOGUE, ids=lambda e: e.title)
 
-# One entry a function by default; its variants share what is looked at here.
-_marks = {
-    entry: [pytest.mark.slow] if entry.variant not in ("", "capped") else []
-    for entry in CATALOGUE
+# One entry a kind of function by default; the others share what is looked at here.
+_KINDS = {
+    *("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax", "soft_top_k-capped"),
+    *("segment_softmax", "top_p_filter", "log_prob", "soft_cap", "cross_entropy"),
+    *("entmax_loss", "linear_cross_entropy"),
 }
+_marks = {entry: [pytest.mark.slow] if entry.title not in _KINDS else [] for entry in CATALOGUE}
 every_name = pytest.mark.parametrize(
     "entry", [pytest.param(e, marks=m, id=e.title) for e, m in _marks.items()]
 )
 
 SLOW_HALF = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16", "float16")]
+
+# They end in sums of products, which a compiler may fuse, or not, in its own way: their values
+# with and without differentiation may differ by a rounding.
+FUSED = ("entropy", "cross_entropy-options", "class_balanced_weights")
 
 # Compiled apart, the same function may be fused, and so rounded, in another way.
 ROUNDINGS = {"rtol": 32 * eps("float64"), "atol": 32 * eps("float64")}
@@ -69,11 +76,10 @@ def test_value_is_the_definition(entry):
     for seed, dtype in itertools.product(range(3), DTYPES):
         floats, others = entry.arguments(seed, dtype)
         out = entry.call(*floats, *others)
-        assert out.dtype == jnp.dtype(dtype)
+        assert out.dtype == entry.dtype(dtype)
         # Of numbers of order one: a few roundings, and one more to the dtype.
-        assert_close(
-            out, entry.oracle(*floats, *others), rtol=4 * eps(dtype), atol=4 * eps(dtype)
-        )
+        unit = eps(out.dtype)
+        assert_close(out, entry.oracle(*floats, *others), rtol=4 * unit, atol=4 * unit)
 
 
 @every_entry
@@ -136,7 +142,7 @@ def test_jit_and_no_jit(entry):
     assert_close(plain, out, **ROUNDINGS)
 
 
-@every_entry
+@every_name
 def test_a_repeated_shape_is_not_traced_again(entry):
     first, second = (sum(entry.arguments(seed), ()) for seed in (0, 1))
     jax.block_until_ready(entry.call(*first))
@@ -170,7 +176,7 @@ def in_axes_of(entry, sizes):
     return [batched for batched in everything if sum(batched) in sizes(count)]
 
 
-@every_entry
+@every_name
 def test_vmap(entry):
     """Over each argument alone, and over all at once."""
     check_vmap(entry, in_axes_of(entry, lambda count: {1, count}))
@@ -231,7 +237,7 @@ def test_jacobian_is_that_of_the_definition(entry):
         assert np.abs(block).max() > 1e-2  # A flat point would prove nothing.
 
 
-@every_entry
+@every_name
 def test_forward_and_reverse_are_transposes(entry):
     fn, vector, _ = flat(entry)
     rng = np.random.default_rng(0)
@@ -254,7 +260,7 @@ def test_two_orders_in_both_modes(entry):
     check_grads(fn, floats, order=2, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
 
 
-@every_entry
+@every_name
 def test_hessian_in_three_orders(entry):
     """Hessian times vector, against each other and against differences of the gradient."""
     fn, vector, _ = flat(entry)
@@ -311,10 +317,13 @@ def test_differentiation_does_not_change_the_value(entry, dtype):
     floats, others = entry.arguments(dtype=dtype)
     fn = lambda *f: entry.call(*f, *others)
     value = fn(*floats)
-    assert_same(jax.jit(lambda *f: jax.vjp(fn, *f)[0])(*floats), value)
+    same = assert_same
+    if entry.title in FUSED:
+        same = functools.partial(assert_close, rtol=2 * eps("float32"), atol=0)
+    same(jax.jit(lambda *f: jax.vjp(fn, *f)[0])(*floats), value)
     ones = tuple(map(jnp.ones_like, floats))
-    assert_same(jax.jit(lambda *f: jax.jvp(fn, f, ones)[0])(*floats), value)
-    assert_same(jax.linearize(fn, *floats)[0], value)
+    same(jax.jit(lambda *f: jax.jvp(fn, f, ones)[0])(*floats), value)
+    same(jax.linearize(fn, *floats)[0], value)
 
 
 @every_name

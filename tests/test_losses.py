@@ -1,0 +1,910 @@
+"""Losses: their digits, derivatives, labels, edges, and parity with PyTorch.
+
+A cross-entropy is one number of relative error 3.4 eps (4e-7 in float32), of any size, and
+the derivative in its label's logit, minus the sum of the other weights, one of 8.4 eps
+(1e-6). Below the smallest normal number XLA flushes weights to 0 on CPUs, so that n of them
+may lack n of that number.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import checkify
+from jax.test_util import check_grads
+
+import softjax as sj
+from tests import oracles
+from tests.helpers import DTYPES, INF, NAN, assert_close, assert_same, eps, finfo, wide
+
+MARGINS = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 16.0, 17.0, 20.0, 36.0, 40.0, 60.0, 80.0, 85.0)
+# Where sparse losses end: at margins of 1, 2 and more, and just below those.
+EDGES = (
+    0.25,
+    0.5,
+    0.9,
+    0.99,
+    1 - 1e-3,
+    1 - 1e-5,
+    1.0,
+    1.5,
+    1.99,
+    2 - 1e-5,
+    2.0,
+    3.0,
+    9.9,
+    20.0,
+)
+
+# Losses of logits and labels alone.
+LOSSES = {
+    "cross_entropy": sj.cross_entropy,
+    "cross_entropy options": functools.partial(
+        sj.cross_entropy, label_smoothing=0.1, z_loss=0.1
+    ),
+    "focal_loss": functools.partial(sj.focal_loss, gamma=2.0),
+    "sparsemax_loss": sj.sparsemax_loss,
+    "entmax_loss 1": functools.partial(sj.entmax_loss, alpha=1.0),
+    "entmax_loss 1.5": sj.entmax_loss,
+    "entmax_loss 3": functools.partial(sj.entmax_loss, alpha=3.0),
+}
+every_loss = pytest.mark.parametrize("name", LOSSES)
+SLOW_ALPHAS = [pytest.param(alpha, marks=pytest.mark.slow) for alpha in (1.1, 2.0, 3.0)]
+every_alpha = pytest.mark.parametrize("alpha", [1.0, 1.5, *SLOW_ALPHAS])
+# What takes long to compile, by default for one loss of each kind.
+some_losses = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (i not in (0, 5)))
+        for i, name in enumerate(LOSSES)
+    ],
+)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_wide_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+SPANS = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **_: SPANS.append(event)
+)
+
+
+def computed(dtype):
+    return "float64" if dtype == "float64" else "float32"
+
+
+def rows(n, dtype, *, seed=0, margins=MARGINS):
+    """Logits `[rows, n]`, rounded to the dtype, with labels: any, or ahead by a margin."""
+    rng = np.random.default_rng(seed)
+    logits, labels = [], []
+    for scale, offset in itertools.product((1e-3, 0.1, 1.0, 10.0), (0.0, 1e2, -1e4)):
+        logits.append(offset + scale * rng.standard_normal(n))
+        labels.append(rng.integers(n))
+    for margin, scale in itertools.product(margins, (0.0, 0.1, 1.0)):
+        row, label = scale * rng.standard_normal(n), rng.integers(n)
+        row[label] = np.delete(row, label).max() + margin
+        logits.append(row)
+        labels.append(label)
+    return np.stack(logits).astype(jnp.dtype(dtype)), np.array(labels)
+
+
+def others(probs, labels):
+    """The weights of all but the label."""
+    rest = np.array(probs)
+    np.put_along_axis(rest, labels[..., None], 0, -1)
+    return rest
+
+
+def within(actual, expected, *, rtol, atol):
+    """|actual - expected| <= atol + rtol |expected|, for an atol a row."""
+    error = np.abs(wide(actual) - expected) - atol - rtol * np.abs(expected)
+    assert (error <= 0).all(), (np.argmax(error), error.max())
+
+
+# Accuracy.
+
+
+@every_dtype
+@pytest.mark.parametrize("n", [2, 10, 1000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_cross_entropy_has_all_its_digits(n, dtype):
+    logits, labels = rows(n, dtype)
+    unit = eps(computed(dtype))
+    flushed = n * float(finfo(computed(dtype)).tiny)
+    expected, slope = oracles.fast_cross_entropy(logits, labels)
+    assert expected.min() < 1e-30
+    assert expected.max() > 5.0
+    loss = sj.cross_entropy(jnp.asarray(logits), labels)
+    assert loss.dtype == jnp.dtype(computed(dtype))
+    assert_close(loss, expected, rtol=3.35 * unit, atol=flushed)
+    # Read the gradient before it is rounded to half precision.
+    fn = lambda z: jnp.sum(sj.cross_entropy(z, labels))
+    grad = jax.grad(fn)(jnp.asarray(logits).astype(computed(dtype)))
+    at_label = -np.take_along_axis(np.asarray(grad), labels[:, None], -1)[:, 0]
+    assert_close(at_label, slope, rtol=8.35 * unit, atol=flushed)
+
+
+def test_cross_entropy_from_the_smallest_losses_to_large_ones():
+    """From 1e-37 to 1e2 in float32, by two logits, against 60 digits."""
+    margins = np.concatenate([np.linspace(-100, 85, 371), np.geomspace(1e-6, 1, 20)])
+    logits = np.stack([margins, 0 * margins], -1).astype("float32")
+    labels = np.zeros(len(logits), int)
+    expected = oracles.cross_entropy(logits, labels)
+    assert expected.min() < 2e-37
+    assert expected.max() >= 100
+    loss = sj.cross_entropy(jnp.asarray(logits), labels)
+    assert_close(loss, expected, rtol=4e-7)
+
+
+@every_wide_dtype
+@pytest.mark.parametrize("n", [10, pytest.param(60, marks=pytest.mark.slow)])
+def test_focal_loss(n, dtype):
+    """Of gamma + 1 factors, each known to 4 eps."""
+    logits, labels = rows(n, dtype, margins=MARGINS[:-2])
+    tiny = float(finfo(dtype).tiny)
+    for gamma in (0.0, 0.5, 1.0, 2.0, 5.0):
+        loss = sj.focal_loss(jnp.asarray(logits), labels, gamma=gamma)
+        expected = oracles.focal_loss(logits, labels, gamma=gamma)
+        assert_close(loss, expected, rtol=4 * (1 + gamma) * eps(dtype), atol=tiny)
+
+
+def sparse_slack(probs, labels, alpha, dtype):
+    """What the loss may lack because `entmax` knows p^(alpha - 1) to 8 eps, not p itself.
+
+    Another entry adds p^2 / 2 or p^alpha / alpha to the loss, and d(loss) is at most
+    p^min(1, 3 - alpha) d(p^(alpha - 1)) / (alpha - 1); entries of p^(alpha - 1) below eps may
+    be missed altogether.
+    """
+    if alpha == 1:
+        return 0.0
+    rest, bend, unit = others(probs, labels), alpha - 1, 8 * eps(dtype)
+    size = np.where(rest > 0, np.maximum(rest, 1e-300) ** min(1.0, 3.0 - alpha), 0).sum(-1)
+    return unit * size / bend + unit ** (min(2.0, alpha) / bend)
+
+
+@every_wide_dtype
+@pytest.mark.parametrize("n", [2, 10])
+def test_sparsemax_loss(n, dtype):
+    """A sum of positive terms, of weights that are good to 8 eps; see `sparse_slack`.
+
+    At a label of small weight p terms as large as -log p cancel to 1/2.
+    """
+    logits, labels = rows(n, dtype, margins=EDGES)
+    loss = sj.sparsemax_loss(jnp.asarray(logits), labels)
+    expected = oracles.sparsemax_loss(logits, labels)
+    slack = sparse_slack(oracles.sparsemax(logits), labels, 2.0, dtype)
+    within(loss, expected, rtol=-2 * np.log(eps(dtype)) * eps(dtype), atol=slack)
+    assert (loss >= 0).all()
+    assert ((loss == 0) == (expected == 0)).all()
+    assert (expected == 0).any()
+    assert ((expected > 0) & (expected < 1e-4)).any()
+
+
+def test_sparsemax_loss_where_it_ends():
+    """Two logits whose margin lacks d: the loss is d^2 / 4, to a few eps."""
+    for dtype in ("float32", "float64"):
+        lacking = 2.0 ** -np.arange(1, finfo(dtype).nmant)
+        logits = np.stack([1 - lacking, 0 * lacking], -1).astype(dtype)
+        loss = sj.sparsemax_loss(jnp.asarray(logits), np.zeros(len(lacking), int))
+        assert_close(loss, lacking**2 / 4, rtol=8 * eps(dtype))
+
+
+@every_wide_dtype
+@every_alpha
+def test_entmax_loss(alpha, dtype):
+    # (The bound of `entmax` itself sets that of the loss where it ends; see `sparse_slack`.)
+    rtol = -2 * np.log(eps(dtype)) * eps(dtype)
+    tiny = float(finfo(dtype).tiny)
+    for n in (2, 10):
+        logits, labels = rows(n, dtype, margins=EDGES)
+        loss = sj.entmax_loss(jnp.asarray(logits), labels, alpha)
+        expected = oracles.entmax_loss(logits, labels, alpha)
+        slack = sparse_slack(oracles.entmax(logits, alpha), labels, alpha, dtype)
+        within(loss, expected, rtol=rtol, atol=slack + tiny)
+        assert (loss >= 0).all()
+
+
+def test_labels_outside_of_the_support():
+    """There the loss is linear in the label's logit."""
+    for dtype in ("float32", "float64"):
+        logits = np.array([[3.0, 0.0, -7.0], [1.0, -4.0, 0.75]], dtype)
+        labels = np.array([2, 1])
+        for alpha in (1.5, 2.0, 3.0):
+            loss = sj.entmax_loss(jnp.asarray(logits), labels, alpha)
+            expected = oracles.entmax_loss(logits, labels, alpha)
+            assert_close(loss, expected, rtol=8 * eps(dtype))
+        loss = sj.sparsemax_loss(jnp.asarray(logits), labels)
+        assert_close(loss, oracles.sparsemax_loss(logits, labels), rtol=8 * eps(dtype))
+    grad = jax.grad(lambda z: sj.sparsemax_loss(z, jnp.asarray(2)))(jnp.array([3.0, 0.0, -7.0]))
+    assert_close(grad, [1.0, 0.0, -1.0], rtol=0)
+
+
+@every_dtype
+def test_soft_cross_entropy(dtype):
+    """A sum of products that are not negative, each known to 4 eps and 2 roundings."""
+    for n in (2, 10):
+        logits, _ = rows(n, dtype, margins=MARGINS[:-2])
+        rng = np.random.default_rng(n)
+        targets = rng.dirichlet(np.ones(n), len(logits)).astype(logits.dtype)
+        targets[::3, 0] = 0
+        keep = rng.random(logits.shape) < 0.7
+        for where in (None, keep):
+            loss = sj.soft_cross_entropy(jnp.asarray(logits), jnp.asarray(targets), where=where)
+            expected = oracles.soft_cross_entropy(logits, targets, where=where)
+            assert loss.dtype == jnp.dtype(computed(dtype))
+            assert_close(loss, expected, rtol=8 * eps(loss.dtype))
+    logits = np.linspace(-2, 2, 24).reshape(2, 3, 4)
+    targets = np.array([0.25, 0.0, 3.0, 1.0])
+    for axis in (0, 1, (0, 2), None):
+        loss = sj.soft_cross_entropy(logits, targets, axis=axis)
+        expected = oracles.soft_cross_entropy(logits, targets, axis=axis)
+        assert_close(loss, expected, rtol=16 * eps("float64"))
+
+
+@every_wide_dtype
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_distillation_loss(temperature, dtype):
+    """To 16 eps where student and teacher are close (|log p/q| < 1), however close.
+
+    Further apart, log p/q is a difference of log-probabilities, each rounded, of which the
+    divergence has the derivative p - q.
+    """
+    rng, unit = np.random.default_rng(0), eps(dtype)
+    for n, apart in itertools.product((2, 10), (1e-6, 1e-4, 1e-2, 0.3, 3.0)):
+        student = (3 * rng.standard_normal((8, n))).astype(dtype)
+        teacher = (student + apart * rng.standard_normal((8, n))).astype(dtype)
+        args = jnp.asarray(student), jnp.asarray(teacher)
+        loss = sj.distillation_loss(*args, temperature=temperature)
+        expected = oracles.distillation_loss(student, teacher, temperature=temperature)
+        log_p, log_q = (
+            oracles.log_softmax(z, temperature=temperature) for z in (teacher, student)
+        )
+        far = np.abs(log_p - log_q).max(-1) > 0.5
+        weight = np.abs(np.exp(log_p) - np.exp(log_q)) * (np.abs(log_p) + np.abs(log_q))
+        slack = np.where(far, unit * temperature**2 * weight.sum(-1), 0)
+        within(loss, expected, rtol=16 * unit, atol=slack)
+
+
+def test_class_balanced_weights():
+    """Exponentials of n log(beta), of relative error n log(beta) eps; no cancellation."""
+    for dtype in DTYPES:
+        counts = np.array([1, 3, 0, 100, 5000]).astype(jnp.dtype(dtype))
+        for beta in (0.0, 0.5, 0.9, 0.99, 1.0):
+            beta = np.asarray(beta).astype(jnp.dtype(dtype))
+            weights = sj.class_balanced_weights(jnp.asarray(counts), beta=beta)
+            assert weights.dtype == jnp.dtype(dtype)
+            expected = oracles.class_balanced_weights(counts, beta=beta)
+            assert_close(weights, expected, rtol=32 * eps(dtype))
+            assert weights[2] == 0
+    assert_close(sj.class_balanced_weights(jnp.zeros(3), beta=0.5), np.zeros(3), rtol=0)
+
+
+# Derivatives.
+
+
+@every_alpha
+def test_the_gradient_is_p_minus_the_label(alpha):
+    logits, labels = rows(7, "float64", margins=(0.5, 1.5, 3.0))
+    grad = jax.grad(lambda z: jnp.sum(sj.entmax_loss(z, labels, alpha)))(jnp.asarray(logits))
+    expected = oracles.entmax(logits, alpha) - np.eye(7)[labels]
+    # The weights are known to 8 eps of the largest (in p^(alpha - 1), where that is more).
+    unit = 8 * eps("float64")
+    assert_close(grad, expected, rtol=unit, atol=unit ** (1 / max(1.0, alpha - 1)))
+    if alpha in (1.0, 2.0):
+        other = sj.cross_entropy if alpha == 1 else sj.sparsemax_loss
+        same = jax.grad(lambda z: jnp.sum(other(z, labels)))(jnp.asarray(logits))
+        assert_close(same, expected, rtol=unit, atol=unit)
+
+
+Z = jnp.array(
+    [[0.6, -0.3, 1.1, 0.1, -0.9], [2.0, 1.4, -1.0, 0.3, 0.9], [0.1, 4.0, 1.0, 0.0, -2.0]]
+)
+Y = jnp.array([2, 3, 4])
+T3 = jnp.array([0.7, 1.2, 1.6])
+WEIGHTS = jnp.array([0.5, 1.5, 1.0, 0.7, 2.0])
+DIFFERENTIABLE = {
+    "cross_entropy": (lambda z: sj.cross_entropy(z, Y), (Z,)),
+    "cross_entropy options": (
+        lambda z, e, c, w: sj.cross_entropy(
+            z, Y, label_smoothing=e, z_loss=c, class_weights=w, ignore_index=3
+        ),
+        (Z, T3 / 4, T3 / 10, WEIGHTS),
+    ),
+    "soft_cross_entropy": (sj.soft_cross_entropy, (Z, jnp.abs(jnp.sin(Z)))),
+    "distillation_loss": (
+        lambda s, t, temperature: sj.distillation_loss(s, t, temperature=temperature),
+        (Z, Z[::-1], T3[:, None]),
+    ),
+    "focal_loss": (lambda z, g: sj.focal_loss(z, Y, gamma=g), (Z, T3)),
+    "sparsemax_loss": (lambda z: sj.sparsemax_loss(z, Y), (Z,)),
+    "entmax_loss": (lambda z, a: sj.entmax_loss(z, Y, a), (Z, 1 + T3[:, None] / 2)),
+    "mean_loss": (
+        lambda losses, w, a: sj.mean_loss(
+            losses, Y, class_weights=w, example_weights=a, ignore_index=2
+        ),
+        (T3, WEIGHTS, T3[::-1]),
+    ),
+    "class_balanced_weights": (
+        lambda n, b: sj.class_balanced_weights(n, beta=b),
+        (WEIGHTS * 4, jnp.asarray(0.8)),
+    ),
+}
+
+
+# (The catalogue's Hessians hold for all of them by default.)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name != "cross_entropy"))
+        for name in DIFFERENTIABLE
+    ],
+)
+def test_derivatives(name):
+    fn, args = DIFFERENTIABLE[name]
+    # Third derivatives times the square of the step (1e-5 ^ 2), and eps over the step.
+    check_grads(jax.jit(fn), args, order=2, modes=["fwd", "rev"], atol=1e-6, rtol=1e-6)
+    for jacobian in jax.jit(jax.jacobian(fn, argnums=tuple(range(len(args)))))(*args):
+        assert jnp.abs(jacobian).max() > 1e-2  # A flat point would prove nothing.
+
+
+def test_entmax_loss_derivative_in_alpha_at_its_ends():
+    """At 1 and 2 the derivative is that of both sides, against differences of the oracle."""
+    for alpha in (1.0, 2.0):
+        fn = lambda a: jnp.sum(sj.entmax_loss(Z, Y, a))
+        grad = jax.grad(fn)(alpha)
+        step = 2.0**-12
+        points = alpha + step * np.array([0, 1, 2])  # Alpha is at least 1.
+        values = [oracles.entmax_loss(Z, Y, a).sum() for a in points]
+        expected = (-3 * values[0] + 4 * values[1] - values[2]) / (2 * step)
+        assert_close(grad, expected, rtol=1e-6)
+
+
+# Options.
+
+
+def test_options_together():
+    rng = np.random.default_rng(3)
+    for axis, shape in ((-1, (4, 6)), (1, (2, 5, 3)), (0, (5, 4))):
+        logits = 3 * rng.standard_normal(shape)
+        lead = tuple(np.delete(shape, axis))
+        labels = rng.integers(0, 5, lead)
+        labels.flat[0] = -7
+        weights = rng.uniform(0.5, 1.5, shape[axis])
+        keep = rng.random(shape) < 0.8
+        epsilon, factor = rng.uniform(0.05, 0.4, lead), rng.uniform(0.01, 0.1, lead)
+        for ignored, smoothing, z in ((-7, epsilon, factor), (-7, 0.1, 0.0), (2, 1.0, 1e-3)):
+            options = {
+                "axis": axis,
+                "where": keep,
+                "ignore_index": ignored,
+                "label_smoothing": smoothing,
+                "z_loss": z,
+                "class_weights": weights,
+            }
+            loss = sj.cross_entropy(jnp.asarray(logits), labels, **options)
+            expected = oracles.cross_entropy(logits, labels, **options)
+            if np.ndim(smoothing) == 0 and smoothing == 1.0:
+                # 0 inf: how a dropped label counts for nothing is left open.
+                kept = np.isfinite(expected)
+                loss, expected = np.asarray(loss)[kept], expected[kept]
+            assert_close(loss, expected, rtol=16 * eps("float64"))
+            assert np.isfinite(wide(loss)).any()
+
+
+@every_dtype
+def test_options_keep_the_digits(dtype):
+    """Positive terms: 4 eps for each, and 4 for the products and the sum.
+
+    The logarithm of the total may cancel with the peak, and is known to eps of the larger.
+    """
+    logits, labels = rows(10, dtype, margins=MARGINS[:-2])
+    unit = eps(computed(dtype))
+    make = lambda *values: np.asarray(*values).astype(logits.dtype)
+    smoothing, factor, weights = make(0.125), make(0.25), make(np.linspace(0.5, 1.5, 10))
+    options = {"label_smoothing": smoothing, "class_weights": weights}
+    loss = sj.cross_entropy(jnp.asarray(logits), labels, **options)
+    assert loss.dtype == jnp.dtype(computed(dtype))
+    assert_close(loss, oracles.cross_entropy(logits, labels, **options), rtol=8 * unit)
+    loss = sj.cross_entropy(jnp.asarray(logits), labels, z_loss=factor)
+    expected = oracles.cross_entropy(logits, labels, z_loss=factor)
+    peak = np.abs(np.float64(logits)).max(-1)
+    total = np.abs(oracles.logsumexp(logits, axis=-1))
+    slack = 2 * 0.25 * total * 2 * unit * (peak + 1)
+    within(loss, expected, rtol=8 * unit, atol=slack)
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.slow)])
+def test_parity_with_pytorch(dtype):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(4)
+    tolerance = {"rtol": 32 * eps(dtype), "atol": 32 * eps(dtype)}
+    for shape in ((6, 5), (3, 5, 4)):
+        logits = (3 * rng.standard_normal(shape)).astype(dtype)
+        labels = rng.integers(0, 5, (shape[0], *shape[2:]))
+        labels.flat[1] = -100
+        weights = rng.uniform(0.5, 1.5, 5).astype(dtype)
+        for weight, smoothing, ignored in (
+            (None, 0.0, -100),
+            (weights, 0.0, -100),
+            (None, 0.1, 2),
+            (weights, 0.1, 2),
+        ):
+            if ignored == 2:
+                labels.flat[1] = 0
+            options = {"label_smoothing": smoothing, "ignore_index": ignored}
+            theirs = functools.partial(
+                torch.nn.functional.cross_entropy,
+                target=torch.tensor(labels),
+                weight=None if weight is None else torch.tensor(weight),
+                **options,
+            )
+            z = torch.tensor(logits, requires_grad=True)
+            mean = theirs(z, reduction="mean")
+            mean.backward()
+
+            def ours(z, labels=labels, weight=weight, options=options):
+                losses = sj.cross_entropy(z, labels, axis=1, class_weights=weight, **options)
+                index = options["ignore_index"]
+                total = sj.mean_loss(losses, labels, ignore_index=index, class_weights=weight)
+                return total, losses
+
+            call = jax.jit(jax.value_and_grad(ours, has_aux=True))
+            (total, losses), grad = call(jnp.asarray(logits))
+            assert_close(losses, theirs(z, reduction="none").detach().numpy(), **tolerance)
+            assert_close(total, mean.detach().numpy(), **tolerance)
+            assert_close(grad, z.grad.numpy(), **tolerance)
+            labels.flat[1] = -100
+
+
+def test_python_numbers_are_not_static():
+    calls = {
+        "label_smoothing": lambda x: sj.cross_entropy(Z, Y, label_smoothing=x),
+        "z_loss": lambda x: sj.cross_entropy(Z, Y, z_loss=x),
+        "gamma": lambda x: sj.focal_loss(Z, Y, gamma=x),
+        "alpha": lambda x: sj.entmax_loss(Z, Y, 1 + x),
+        "temperature": lambda x: sj.distillation_loss(Z, 2 * Z, temperature=x),
+        "beta": lambda x: sj.class_balanced_weights(WEIGHTS, beta=x),
+    }
+    for name, call in calls.items():
+        first = call(0.5)
+        SPANS.clear()
+        second = call(0.75)
+        assert not [event for event in SPANS if "trace" in event or "compile" in event], name
+        assert (np.asarray(first) != np.asarray(second)).any(), name
+
+
+@pytest.mark.slow
+def test_special_cases_agree():
+    logits, labels = rows(6, "float64", margins=(0.5, 3.0))
+    z = jnp.asarray(logits)
+    close = {"rtol": 16 * eps("float64")}
+    cross = sj.cross_entropy(z, labels)
+    assert_close(sj.focal_loss(z, labels, gamma=0), cross, **close)
+    assert_close(-sj.log_prob(z, labels), cross, rtol=0)
+    assert_close(sj.cross_entropy(z, labels, label_smoothing=0.0, z_loss=0.0), cross, **close)
+    one_hot = jnp.eye(6)[labels]
+    assert_close(sj.soft_cross_entropy(z, one_hot), cross, **close)
+    smoothed = sj.cross_entropy(z, labels, label_smoothing=0.3)
+    assert_close(sj.soft_cross_entropy(z, 0.7 * one_hot + 0.05), smoothed, **close)
+    divergence = sj.kl_divergence(z, z[::-1])
+    assert_close(sj.distillation_loss(z[::-1], z, temperature=1.0), divergence, rtol=0)
+    assert_close(sj.distillation_loss(z[::-1], z, temperature=1), divergence, **close)
+
+
+# The mean.
+
+
+def test_mean_loss():
+    losses, labels = jnp.array([1.0, 3.0, INF, 5.0]), jnp.array([0, 2, -1, 2])
+    weights, shares = jnp.array([0.5, 9.0, 2.0]), jnp.array([1.0, 2.0, 1.0, 0.0])
+    for ignored, w, a in itertools.product((None, -1, 0), (None, weights), (None, shares)):
+        if ignored is None and w is not None:
+            continue  # The label -1 has no weight.
+        options = {"ignore_index": ignored, "class_weights": w, "example_weights": a}
+        if ignored != -1 and w is not None:
+            continue
+        expected = oracles.mean_loss(losses, labels, **options)
+        assert_close(sj.mean_loss(losses, labels, **options), expected, rtol=1e-15)
+    assert sj.mean_loss(losses, labels - labels, ignore_index=0) == 0
+    assert sj.mean_loss(jnp.zeros((0,))) == 0
+    assert sj.mean_loss(jnp.ones((2, 3)), example_weights=jnp.zeros(3)) == 0
+    assert sj.mean_loss(jnp.array([1, 2])) == 1.5
+    assert sj.mean_loss(jnp.ones(3, "bfloat16")).dtype == jnp.float32
+
+
+def test_what_has_no_weight_does_not_count():
+    """Whatever its loss. If that is a number, the weight of 0 has its derivative."""
+    fn = lambda losses, a: sj.mean_loss(losses, example_weights=a)
+    shares = jnp.array([0.0, 1.0, 1.0])
+    for bad in (NAN, INF, -INF):
+        value, grads = jax.value_and_grad(fn, argnums=(0, 1))(
+            jnp.array([bad, 1.0, 2.0]), shares
+        )
+        assert value == 1.5
+        assert_close(grads[0], [0.0, 0.5, 0.5], rtol=0)
+        assert jnp.isfinite(grads[1]).all()
+    grad = jax.grad(fn, argnums=1)(jnp.array([5.0, 1.0, 2.0]), shares)
+    assert_close(grad, [1.75, -0.25, 0.25], rtol=1e-15)
+    for mode in (jax.grad, jax.jacfwd):
+        ignored = lambda x: sj.mean_loss(x, jnp.array([1, 0, 0]), ignore_index=1)
+        assert_close(mode(ignored)(jnp.array([NAN, 1.0, 2.0])), [0.0, 0.5, 0.5], rtol=0)
+
+
+# Labels.
+
+
+@some_losses
+def test_labels_out_of_range_make_their_rows_nan(name):
+    fn = LOSSES[name]
+    logits = jnp.asarray(np.linspace(-0.4, 0.5, 20).reshape(5, 4)[:, [2, 0, 3, 1]])
+    total = lambda z, y: (jnp.sum(fn(z, y)), fn(z, y))
+    both = jax.jit(jax.value_and_grad(total, has_aux=True))
+    for dtype, huge in (("int64", 2**60), ("int8", 127)):
+        labels = jnp.array([-1, 2, 4, huge, 0], dtype)
+        known = np.array([False, True, False, False, True])
+        (_, loss), grad = both(logits, labels)
+        assert (np.isnan(loss) == ~known).all()
+        (_, clean), clean_grad = both(logits, jnp.where(known, labels, 0))
+        assert_same(loss[known], clean[known])
+        assert_same(grad[known], clean_grad[known])
+        if name.startswith(("sparsemax", "entmax_loss 3")):  # A weight of 0 stays 0.
+            assert np.isnan(grad[~known]).any(-1).all()
+        else:
+            assert np.isnan(grad[~known]).all()
+    unsigned = fn(logits, jnp.array([0, 1, 2, 3, 255], "uint8"))
+    assert (np.isnan(unsigned) == [False, False, False, False, True]).all()
+    for dtype in ("int8", "uint8", "uint32", "uint64"):
+        same = fn(logits, jnp.array([0, 1, 2, 3, 1], dtype))
+        assert_same(same, fn(logits, jnp.array([0, 1, 2, 3, 1])))
+    wide_logits = jnp.zeros((2, 300))
+    assert jnp.isfinite(fn(wide_logits, jnp.array([200, 255], "uint8"))).all()
+    assert (
+        jnp.isnan(fn(wide_logits, jnp.array([-1, 5], "int8"))) == jnp.array([True, False])
+    ).all()
+
+
+def test_unknown_labels_in_a_mean():
+    """They stay NaN, unless they are ignored."""
+    labels = jnp.array([0, 7])
+    losses = sj.cross_entropy(jnp.zeros((2, 3)), labels)
+    weights = jnp.ones(3)
+    assert jnp.isnan(sj.mean_loss(losses, labels, class_weights=weights))
+    assert_close(
+        sj.mean_loss(losses, labels, ignore_index=7, class_weights=weights),
+        np.log(3),
+        rtol=1e-15,
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}])
+@pytest.mark.parametrize("index", [-100, pytest.param(1, marks=pytest.mark.slow)])
+def test_ignored_rows_are_zero_whatever_they_hold(index, options):
+    logits = jnp.array([[NAN, 0.0, 1.0], [0.5, 0.0, 1.0], [INF, -INF, INF], [-INF, -INF, NAN]])
+    labels = jnp.array([index, 0, index, index])
+    weights = jnp.array([1.0, 2.0, 0.5])
+    fn = lambda z: sj.cross_entropy(
+        z, labels, ignore_index=index, class_weights=weights, **options
+    )
+    with jax.debug_nans(False):  # The logits hold some already.
+        loss = fn(logits)
+        grad = jax.grad(lambda z: jnp.sum(fn(z)))(logits)
+        forward = jax.jacfwd(fn)(logits)
+    assert (loss[jnp.array([0, 2, 3])] == 0).all()
+    assert (grad[jnp.array([0, 2, 3])] == 0).all()
+    assert jnp.isfinite(forward).all()
+    assert_close(
+        loss[1],
+        oracles.cross_entropy(logits[1], 0, class_weights=weights, **options),
+        rtol=1e-15,
+    )
+    assert (grad[1] != 0).all()
+
+
+def test_an_ignore_index_that_the_labels_cannot_hold():
+    """It names no label, and does not wrap around to one."""
+    labels = jnp.array([0, 1], "int32")
+    for index in (2**40, -(2**63), 2**32, 2**32 + 1):
+        loss = sj.cross_entropy(jnp.zeros((2, 3)), labels, ignore_index=index)
+        assert (loss > 1).all()
+        assert sj.mean_loss(loss, labels, ignore_index=index) > 1
+    for dtype in ("uint8", "uint32", "int8"):
+        loss = sj.cross_entropy(jnp.zeros((2, 3)), labels.astype(dtype), ignore_index=-100)
+        assert (loss > 1).all()
+
+
+def test_a_dropped_label_has_an_infinite_loss():
+    logits, labels = jnp.array([[0.0, 1.0, -INF], [0.0, 1.0, 2.0]]), jnp.array([2, 1])
+    keep = jnp.array([[True, True, True], [True, False, True]])
+    for options in ({}, {"label_smoothing": 0.1, "z_loss": 0.1, "class_weights": jnp.ones(3)}):
+        fn = lambda z, o=options: sj.cross_entropy(z, labels, where=keep, **o)
+        assert (fn(logits) == INF).all()
+        with jax.debug_nans(True):
+            grad = jax.grad(lambda z, fn=fn: jnp.sum(fn(z)))(logits)
+            hessian = jax.hessian(lambda z, fn=fn: jnp.sum(fn(z)))(logits)
+        assert jnp.isfinite(grad).all()
+        assert jnp.isfinite(hessian).all()
+        assert grad[0, 2] == grad[1, 1] == 0
+
+
+@some_losses
+def test_a_label_on_minus_infinity(name):
+    """Loss inf; the dropped entry has no derivative, and no other is NaN."""
+    logits, label = jnp.array([0.3, -INF, 0.1]), jnp.asarray(1)
+    fn = lambda z: LOSSES[name](z, label)
+    with jax.debug_nans(True):
+        value, grad = jax.value_and_grad(fn)(logits)
+        slope = jax.jvp(fn, (logits,), (jnp.array([1.0, 5.0, 1.0]),))[1]
+    assert value == INF
+    assert grad[1] == 0
+    assert jnp.isfinite(grad).all()
+    assert jnp.isfinite(slope)
+    dirty = jax.jvp(fn, (logits,), (jnp.array([1.0, NAN, 1.0]),))[1]
+    assert dirty == slope
+
+
+def test_checkify_names_the_label_and_its_row():
+    fns = [
+        sj.cross_entropy,
+        functools.partial(sj.cross_entropy, ignore_index=-1),
+        sj.sparsemax_loss,
+        sj.entmax_loss,
+        functools.partial(sj.focal_loss, gamma=1.0),
+    ]
+    for fn in fns:
+        checked = checkify.checkify(jax.jit(fn), errors=checkify.user_checks)
+        error, _ = checked(jnp.zeros((3, 4)), jnp.array([0, 1, 7]))
+        assert "label 7 of row 2" in error.get()
+        assert "[0, 4)" in error.get()
+        error, loss = checked(jnp.zeros((3, 4)), jnp.array([0, 1, 3]))
+        assert error.get() is None
+        assert jnp.isfinite(loss).all()
+    ignoring = functools.partial(sj.cross_entropy, ignore_index=-1)
+    error, _ = checkify.checkify(ignoring, errors=checkify.user_checks)(
+        jnp.zeros((2, 4)), jnp.array([-1, 0])
+    )
+    assert error.get() is None
+
+
+# Edges.
+
+
+@some_losses
+def test_empty_and_single(name):
+    fn = LOSSES[name]
+    with jax.debug_nans(True):
+        for shape in ((0, 5), (2, 0, 5)):
+            logits, labels = jnp.zeros(shape), jnp.zeros(shape[:-1], int)
+            assert fn(logits, labels).shape == shape[:-1]
+            grad = jax.grad(lambda z, y=labels: jnp.sum(fn(z, y)))(logits)
+            assert grad.shape == shape
+        logits, labels = jnp.array([[3.0], [-2.0]]), jnp.zeros(2, int)
+        loss = fn(logits, labels)
+        grad = jax.grad(lambda z: jnp.sum(fn(z, labels)))(logits)
+    expected = 0.1 * logits[:, 0] ** 2 if "options" in name else np.zeros(2)  # The z-loss.
+    assert_close(loss, expected, rtol=1e-15)
+    assert_close(grad, 0.2 * logits if "options" in name else np.zeros((2, 1)), rtol=1e-15)
+    assert jnp.isnan(fn(jnp.zeros((2, 0)), labels)).all()
+    assert fn(jnp.array([1.0, 2.0]), 1).shape == ()
+
+
+def edges():
+    """Logits, mask and label, so that the loss is finite; NaN and inf stand where dropped."""
+    cases = [
+        ([0.0, 0.25, -INF, 0.5], [True] * 4, 1),
+        ([0.0, NAN, 0.5, INF], [True, False, True, False], 0),
+        ([NAN, 3.0, INF, -INF], [False, True, False, True], 1),
+        ([1e4, 0.0, -1e4, 0.0], [True] * 4, 0),
+        ([1e4, 0.0, -1e4, 0.0], [True] * 4, 1),
+        ([90.0, 0.0, 1.0, 2.0], [True] * 4, 0),
+        ([INF, 0.0, -INF, 1.0], [True] * 4, 0),
+    ]
+    return [jnp.array(column) for column in zip(*cases, strict=True)]
+
+
+@some_losses
+def test_edges(name):
+    """Finite, and without derivatives where dropped, in both modes and two orders."""
+    logits, keep, labels = edges()
+    live = keep & (logits != -INF)
+    # Only cross_entropy has `where`; for the others -inf stands there, by a select.
+    if name.startswith("cross"):
+        one = lambda z, w, y: LOSSES[name](z, y, where=w)
+    else:
+        one = lambda z, w, y: LOSSES[name](jnp.where(w, z, -INF), y)
+    many = lambda f: jax.jit(jax.vmap(f))(logits, keep, labels)
+    # The smoothed loss of a row with an infinite logit is infinite, and so is its z-loss.
+    usual = np.ones(7, bool)
+    if "options" in name:
+        usual[-1] = False
+    with jax.debug_nans(True):
+        loss = many(one)
+        grads = [many(mode(one)) for mode in (jax.grad, jax.jacfwd)]
+        hessians = many(jax.hessian(one))
+    assert jnp.isfinite(loss[usual]).all()
+    assert (loss[usual] >= 0).all()
+    assert jnp.isfinite(grads[0]).all()
+    assert_close(grads[0], grads[1], rtol=1e-14, atol=1e-15)
+    assert jnp.isfinite(hessians).all()
+    for grad, hessian, kept in zip(grads[0], hessians, live, strict=True):
+        assert (grad[~kept] == 0).all()
+        assert (hessian[~kept] == 0).all()
+        assert (hessian[:, ~kept] == 0).all()
+
+
+@some_losses
+def test_a_kept_nan_makes_its_own_row_nan(name):
+    logits = jnp.array([[0.0, NAN, 1.0], [0.5, 0.0, 1.0], [NAN, -INF, INF]])
+    for label in range(3):
+        labels = jnp.full(3, label)
+        loss = LOSSES[name](logits, labels)
+        assert jnp.isnan(loss[0])
+        assert jnp.isfinite(loss[1])
+        assert jnp.isnan(loss[2]) if label != 1 else ~jnp.isfinite(loss[2])  # Dropped.
+        grad = jax.grad(lambda z, y=labels: jnp.sum(LOSSES[name](z, y)))(logits)
+        assert jnp.isnan(grad[0]).any()
+        assert jnp.isfinite(grad[1]).all()
+
+
+def test_soft_cross_entropy_at_the_edges():
+    cases = [
+        ([0.0, 0.0, -INF], [0.5, 0.5, 0.0], [True] * 3, np.log(2)),
+        ([0.0, 0.0, -INF], [0.5, 0.25, 0.25], [True] * 3, INF),
+        ([0.0, 0.0, NAN], [0.5, 0.5, NAN], [True, True, False], np.log(2)),
+        ([0.0, 0.0, INF], [0.5, 0.5, 0.75], [True, True, False], np.log(2)),
+        ([-INF, -INF, -INF], [0.0, 0.0, 0.0], [True] * 3, 0.0),
+        ([1.0, 2.0, 3.0], [1.0, 1.0, 1.0], [False] * 3, 0.0),
+        ([INF, 0.0, 0.0], [1.0, 0.0, 0.0], [True] * 3, 0.0),
+        ([0.0, 0.0, 50.0], [0.0, 0.0, 0.0], [True] * 3, 0.0),
+    ]
+    logits, targets, keep, expected = (jnp.array(c) for c in zip(*cases, strict=True))
+    fn = lambda z, t, w: sj.soft_cross_entropy(z, t, where=w)
+    many = lambda f: jax.jit(jax.vmap(f))(logits, targets, keep)
+    with jax.debug_nans(True):
+        assert_close(many(fn), expected, rtol=1e-15)
+        for argument, mode in itertools.product((0, 1), (jax.grad, jax.jacfwd, jax.hessian)):
+            derivative = many(mode(fn, argnums=argument))
+            assert jnp.isfinite(derivative).all()
+            assert (derivative[~keep | (logits == -INF)] == 0).all()
+    assert jnp.isnan(sj.soft_cross_entropy(jnp.array([NAN, 0.0]), jnp.array([0.0, 1.0])))
+    # A mask of lower rank, and one that broadcasts.
+    where = jnp.array([True, False, True])
+    loss = sj.soft_cross_entropy(jnp.zeros((2, 3)), jnp.ones((2, 3)), where=where)
+    assert_close(loss, [2 * np.log(2)] * 2, rtol=1e-15)
+    assert sj.soft_cross_entropy(jnp.zeros((0, 3)), jnp.ones(3)).shape == (0,)
+    assert_close(sj.soft_cross_entropy(jnp.zeros((2, 0)), jnp.ones((2, 0))), [0, 0], rtol=0)
+
+
+@pytest.mark.slow
+def test_distillation_loss_at_the_edges():
+    student = jnp.array([[0.0, -INF, 1.0], [0.0, -INF, 1.0], [0.0, 0.0, 0.0], [-INF] * 3])
+    teacher = jnp.array([[0.0, -INF, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, -INF], [-INF] * 3])
+    expected = [0.0, INF, 4 * np.log(1.5), 0.0]
+    fn = lambda s, t: sj.distillation_loss(s, t, temperature=2.0)
+    with jax.debug_nans(True):
+        assert_close(fn(student, teacher), expected, rtol=4e-15, atol=1e-16)
+        rows = jnp.array([0, 2, 3])  # An infinite divergence has no derivative.
+        for argument, mode in itertools.product((0, 1), (jax.grad, jax.hessian)):
+            derivative = jax.jit(jax.vmap(mode(fn, argnums=argument)))
+            assert jnp.isfinite(derivative(student[rows], teacher[rows])).all()
+    assert jnp.isnan(fn(jnp.array([NAN, 0.0]), jnp.zeros(2)))
+    assert fn(jnp.zeros((0, 3)), jnp.zeros((0, 3))).shape == (0,)
+
+
+@some_losses
+def test_a_certain_label_has_no_loss_and_no_gradient(name):
+    if "options" in name:
+        return  # The smoothed loss never ends.
+    with jax.debug_nans(True):
+        for logits in ([2000.0, 0.0, -3.0], [0.0, -INF, -INF]):
+            fn = lambda z: LOSSES[name](z, jnp.asarray(0))
+            value, grad = jax.value_and_grad(fn)(jnp.array(logits))
+            assert value == 0
+            assert (grad == 0).all()
+            assert (jax.hessian(fn)(jnp.array(logits)) == 0).all()
+
+
+# Errors.
+
+
+@some_losses
+def test_what_does_not_fit_is_refused(name):
+    fn = LOSSES[name]
+    for shape in ((4,), (3, 1), (3, 5), (2, 3)):
+        with pytest.raises(ValueError, match="labels"):
+            fn(Z, jnp.zeros(shape, int))
+    for labels in (jnp.zeros(3), jnp.zeros(3, bool), jnp.zeros((3, 5)), 0.0):
+        with pytest.raises(TypeError, match="labels"):
+            fn(Z, labels)
+    for axis in ((0, 1), (1,), None, 1.0):
+        with pytest.raises(TypeError, match="axis"):
+            fn(Z, Y, axis=axis)
+    with pytest.raises(TypeError, match="axis"):
+        fn(Z, Y, axis=[1])
+    for axis in (2, -3):
+        with pytest.raises(ValueError, match="axis"):
+            fn(Z, Y, axis=axis)
+    with pytest.raises(TypeError, match="logits"):
+        fn(Z.astype(complex), Y)
+
+
+def test_options_that_do_not_fit_are_refused():
+    for shape in ((4,), (6,), (1,), (), (5, 1), (3, 5)):
+        with pytest.raises(ValueError, match="class_weights"):
+            sj.cross_entropy(Z, Y, class_weights=jnp.ones(shape))
+    for name, call in {
+        "class_weights": lambda x: sj.cross_entropy(Z, Y, class_weights=x),
+        "label_smoothing": lambda x: sj.cross_entropy(Z, Y, label_smoothing=x),
+        "z_loss": lambda x: sj.cross_entropy(Z, Y, z_loss=x),
+        "gamma": lambda x: sj.focal_loss(Z, Y, gamma=x),
+        "targets": lambda x: sj.soft_cross_entropy(Z, x),
+        "teacher_logits": lambda x: sj.distillation_loss(Z, x, temperature=1.0),
+        "student_logits": lambda x: sj.distillation_loss(x, Z, temperature=1.0),
+        "losses": lambda x: sj.mean_loss(x),
+        "example_weights": lambda x: sj.mean_loss(T3, example_weights=x),
+        "counts": lambda x: sj.class_balanced_weights(x, beta=0.5),
+    }.items():
+        with pytest.raises(TypeError, match=name):
+            call(Z.astype(complex))
+    for name, value in (("label_smoothing", 1.5), ("label_smoothing", -0.1)):
+        with pytest.raises(ValueError, match=name):
+            sj.cross_entropy(Z, Y, **{name: value})
+    for name in ("label_smoothing", "z_loss"):
+        for shape in ((3, 1), (5,), (1, 3)):
+            with pytest.raises(ValueError, match=name):
+                sj.cross_entropy(Z, Y, **{name: jnp.ones(shape)})
+    for gamma in (-1, -0.5, jnp.ones((3, 1))):
+        with pytest.raises(ValueError, match="gamma"):
+            sj.focal_loss(Z, Y, gamma=gamma)
+    for alpha in (0.5, 1e5, jnp.ones(3), jnp.ones((3, 5))):
+        with pytest.raises(ValueError, match="alpha"):
+            sj.entmax_loss(Z, Y, alpha)
+    for temperature in (-1.0, jnp.ones(3), jnp.ones((3, 5))):
+        with pytest.raises(ValueError, match="temperature"):
+            sj.distillation_loss(Z, Z, temperature=temperature)
+    with pytest.raises(ValueError, match="student_logits"):
+        sj.distillation_loss(Z[:, :4], Z, temperature=1.0)
+    with pytest.raises(ValueError, match="targets"):
+        sj.soft_cross_entropy(Z, jnp.ones((3, 4)))
+    for fn in (sj.cross_entropy, sj.soft_cross_entropy):
+        second = Y if fn is sj.cross_entropy else Z
+        with pytest.raises(ValueError, match="where"):
+            fn(Z, second, where=jnp.ones(3, bool))
+        with pytest.raises(TypeError, match="where"):
+            fn(Z, second, where=jnp.ones((3, 5)))
+    for beta in (-0.1, 1.1):
+        with pytest.raises(ValueError, match="beta"):
+            sj.class_balanced_weights(WEIGHTS, beta=beta)
+
+
+def test_mean_loss_refuses_what_does_not_fit():
+    for options in ({"ignore_index": 1}, {"class_weights": WEIGHTS}):
+        with pytest.raises(ValueError, match="labels"):
+            sj.mean_loss(T3, **options)
+    with pytest.raises(ValueError, match="labels"):
+        sj.mean_loss(T3, jnp.zeros(4, int))
+    with pytest.raises(TypeError, match="labels"):
+        sj.mean_loss(T3, jnp.zeros(3))
+    with pytest.raises(ValueError, match="example_weights"):
+        sj.mean_loss(T3, example_weights=jnp.ones(4))
+    for weights in (jnp.asarray(1.0), jnp.ones((1, 5))):
+        with pytest.raises(ValueError, match="class_weights"):
+            sj.mean_loss(T3, Y, class_weights=weights)
+
+
+# Memory.
+
+
+@pytest.mark.parametrize(
+    "name", ["cross_entropy", "sparsemax_loss", "entmax_loss 1.5", "focal_loss"]
+)
+def test_the_gradient_holds_one_array(name):
+    """The probabilities, and no one-hot array beside them."""
+    shape = (512, 4096)
+    logits = jax.ShapeDtypeStruct(shape, "float32")
+    labels = jax.ShapeDtypeStruct(shape[:1], "int32")
+    mean = lambda z, y: sj.mean_loss(LOSSES[name](z, y))
+    compiled = jax.jit(jax.grad(mean)).lower(logits, labels).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 1.1 * 4 * shape[0] * shape[1]
