@@ -1,5 +1,6 @@
 """From scores to choices: softmax and its relatives, exact and differentiable in JAX."""
 
+from softjax.contrastive import info_nce, siglip_loss
 from softjax.dense import log_softmax, softmax
 from softjax.entropies import entropy, kl_divergence, log_prob
 from softjax.losses import (
@@ -38,6 +39,7 @@ __all__ = [
     "entmax_loss",
     "entropy",
     "focal_loss",
+    "info_nce",
     "kl_divergence",
     "linear_cross_entropy",
     "linear_statistics",
@@ -50,6 +52,7 @@ __all__ = [
     "min_p_filter",
     "scalable_scores",
     "segment_softmax",
+    "siglip_loss",
     "sigsoftmax_scores",
     "soft_cap",
     "soft_cross_entropy",

@@ -136,6 +136,10 @@ def _labels(rng):
     return rng.integers(0, SIZE, ROWS)
 
 
+def _pairs(rng):
+    return rng.standard_normal((4, 3))
+
+
 _LINEAR = (
     lambda rng: rng.standard_normal((ROWS, 3)),
     lambda rng: rng.standard_normal((SIZE, 3)),
@@ -299,6 +303,24 @@ CATALOGUE = (
         ),
         oracle=lambda x, w, b, t, y: oracles.linear_statistics(x, w, y, b, t),
         make=_make(*_LINEAR, others=(_labels,)),
+        wide=True,
+    ),
+    _both(
+        "info_nce",
+        lambda m, q, k, t: m.info_nce(q, k, temperature=t),
+        make=_make(_pairs, _pairs, lambda rng: rng.uniform(0.6, 0.9), others=()),
+        wide=True,
+    ),
+    _both(
+        "siglip_loss",
+        lambda m, q, k, t, b: m.siglip_loss(q, k, temperature=t, bias=b),
+        make=_make(
+            _pairs,
+            _pairs,
+            lambda rng: rng.uniform(0.6, 0.9),
+            lambda rng: rng.uniform(-1.0, 0.0),
+            others=(),
+        ),
         wide=True,
     ),
     _both(

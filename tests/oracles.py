@@ -853,3 +853,21 @@ def _linear_scores(features, weights, bias, temperature):
     features, weights, bias, temperature = wide
     scores = (features @ weights.T + bias[None]) / temperature[:, None]
     return scores.astype(np.float64)
+
+
+def info_nce(queries, keys, *, temperature, symmetric=True):
+    own = np.arange(len(queries))
+    scores = _linear_scores(
+        queries, keys, np.zeros(len(keys)), np.full(len(queries), temperature)
+    )
+    sides = (scores, scores.T) if symmetric else (scores,)
+    return np.mean([np.mean(cross_entropy(side, own)) for side in sides])
+
+
+def siglip_loss(queries, keys, *, temperature, bias):
+    scores = _linear_scores(
+        queries, keys, np.zeros(len(keys)), np.full(len(queries), temperature)
+    )
+    signs = 2 * np.eye(len(queries)) - 1
+    exponents = (-signs * (scores + np.asarray(bias, np.float64))).astype(np.longdouble)
+    return np.sum(np.log1p(np.exp(exponents))) / len(queries)

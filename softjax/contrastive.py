@@ -1,0 +1,151 @@
+"""Contrastive losses: which key belongs to which query, over all pairs of a batch.
+
+The N x N similarities are formed block by block and never stored, in either mode, so that
+memory grows with N D and not with N^2.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from softjax._inputs import NONNEGATIVE, computing_dtype, public, to_float
+from softjax.output_layers import ENTRIES, linear_cross_entropy
+
+__all__ = ["info_nce", "siglip_loss"]
+
+
+@public("symmetric", temperature=NONNEGATIVE)
+def info_nce(
+    queries: ArrayLike, keys: ArrayLike, *, temperature: ArrayLike, symmetric: bool = True
+) -> Array:
+    r"""Measures the surprise at each query's own key among all keys, and the other way round.
+
+    .. math:: \frac{1}{N} \sum_i -\log
+        \frac{e^{\langle q_i, k_i \rangle / T}}{\sum_j e^{\langle q_i, k_j \rangle / T}}
+
+    Args:
+        queries: q, `[N, D]`, real, usually of unit length; differentiable.
+        keys: k, `[N, D]`, of the dtype of `queries`; differentiable. The i-th belongs to the
+            i-th query.
+        temperature: T > 0, one number; differentiable.
+        symmetric: whether to average with the same among all queries for each key (CLIP).
+
+    Returns:
+        One number, float32 or wider, at least 0.
+
+    Raises:
+        TypeError: `queries` or `keys` is not real, or their dtypes differ.
+        ValueError: the shapes are not `[N, D]` alike, or `temperature` is not one number or a
+            negative Python number.
+
+    Example:
+        >>> print(info_nce(jnp.eye(2), jnp.eye(2), temperature=0.05))
+        2.0611537e-09
+
+    Note:
+        `linear_cross_entropy` with the keys as weights: O(N^2 D) time and O(N D) memory from
+        2048 pairs on (below, the similarities are kept), in both modes and at any order. The
+        digits of a confident match are kept.
+
+    Reference:
+        van den Oord, Li and Vinyals (2018), Representation learning with contrastive predictive
+        coding; Radford et al. (2021), Learning transferable visual models, for the two sides.
+    """
+    queries, keys = _pairs(queries, keys)
+    temperature = _one_number(temperature, "temperature")
+    if queries.shape[0] == 0:
+        return jnp.zeros((), computing_dtype(queries.dtype))
+    labels = jnp.arange(queries.shape[0])
+    loss = functools.partial(
+        linear_cross_entropy, labels=labels, temperature=temperature, reduction="mean"
+    )
+    if not symmetric:
+        return loss(queries, keys)
+    return (loss(queries, keys) + loss(keys, queries)) / 2
+
+
+@public(temperature=NONNEGATIVE)
+def siglip_loss(
+    queries: ArrayLike, keys: ArrayLike, *, temperature: ArrayLike, bias: ArrayLike
+) -> Array:
+    r"""Measures the surprise at each pair's being a match or none, each on its own.
+
+    .. math:: \frac{1}{N} \sum_{i, j} \log\big(1 + e^{-y_{ij} z_{ij}}\big), \qquad
+        z_{ij} = \langle q_i, k_j \rangle / T + b, \quad y_{ij} = \pm 1
+
+    Args:
+        queries: q, `[N, D]`, real, usually of unit length; differentiable.
+        keys: k, `[N, D]`, of the dtype of `queries`; differentiable. y is 1 where i = j, and
+            else -1.
+        temperature: T > 0, one number; differentiable. (The paper's t is 1 / T.)
+        bias: b, one number; differentiable.
+
+    Returns:
+        One number, float32 or wider, at least 0.
+
+    Raises:
+        TypeError: as `info_nce`.
+        ValueError: as `info_nce`; also if `bias` is not one number.
+
+    Example:
+        >>> print(siglip_loss(jnp.eye(2), jnp.eye(2), temperature=1.0, bias=0.0).round(4))
+        1.0064
+
+    Note:
+        O(N^2 D) time; a block of keys at a time, which the derivative forms again: O(N D)
+        memory. Both modes, any order.
+
+    Reference:
+        Zhai et al. (2023), Sigmoid loss for language image pre-training.
+    """
+    queries, keys = _pairs(queries, keys)
+    dtype = computing_dtype(queries.dtype)
+    rate = 1 / _one_number(temperature, "temperature").astype(dtype)
+    bias = _one_number(bias, "bias").astype(dtype)
+    num_pairs = queries.shape[0]
+    if num_pairs == 0:
+        return jnp.zeros((), dtype)
+    block = max(1, min(num_pairs, ENTRIES // num_pairs))
+
+    @jax.checkpoint
+    def part(first: Array, some: Array, queries: Array, rate: Array, bias: Array) -> Array:
+        products = lax.dot_general(
+            queries, some, (((1,), (1,)), ((), ())), preferred_element_type=dtype
+        )
+        scores = rate * products + bias
+        own = jnp.arange(num_pairs)[:, None] == first + jnp.arange(some.shape[0])[None]
+        return jnp.sum(jax.nn.softplus(jnp.where(own, -scores, scores)))
+
+    whole = num_pairs - num_pairs % block
+    total = jnp.zeros((), dtype)
+    if whole:
+        firsts = jnp.arange(0, whole, block)
+        several = keys[:whole].reshape(-1, block, keys.shape[1])
+        sums = lax.map(lambda xs: part(*xs, queries, rate, bias), (firsts, several))
+        total += jnp.sum(sums)
+    if whole < num_pairs:
+        total += part(jnp.array(whole), keys[whole:], queries, rate, bias)
+    return total / num_pairs
+
+
+def _pairs(queries: ArrayLike, keys: ArrayLike) -> tuple[Array, Array]:
+    _, dtype = to_float(queries, name="queries")
+    _, keys_dtype = to_float(keys, name="keys")
+    if keys_dtype != dtype:
+        raise TypeError(f"`keys` must have the dtype {dtype} of `queries`, got {keys_dtype}.")
+    queries, keys = jnp.asarray(queries).astype(dtype), jnp.asarray(keys).astype(dtype)
+    if queries.ndim != 2 or keys.shape != queries.shape:
+        raise ValueError(
+            f"`queries` and `keys` must be [N, D] alike, got {queries.shape} and {keys.shape}."
+        )
+    return queries, keys
+
+
+def _one_number(option: ArrayLike, name: str) -> Array:
+    value, _ = to_float(option, name=name)
+    if value.ndim:
+        raise ValueError(f"`{name}` must be one number, got the shape {value.shape}.")
+    return value
