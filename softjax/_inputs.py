@@ -195,12 +195,23 @@ def check_labels(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     return broadcast(labels, wanted, name="labels", target="logits without the class axis")
 
 
-def known_labels(
-    labels: Array, num_classes: int, ignore_index: int | None
-) -> tuple[Array, Array, Array | None]:
-    """Labels as classes in [0, num_classes), which were known or ignored, and which ignored.
+class Classes(NamedTuple):
+    """Labels as classes, and which of them are none."""
 
-    Under `checkify`, a label that is neither is an error that names its row.
+    labels: Array  # in [0, n)
+    known: Array  # whether the label was in range, or ignored
+    ignored: Array | None
+
+    def finish(self, loss: Array) -> Array:
+        """The loss, NaN (in the gradient too) where the label is unknown, 0 where ignored."""
+        loss = loss * jnp.where(self.known, 1, jnp.nan).astype(loss.dtype)
+        return loss if self.ignored is None else jnp.where(self.ignored, 0, loss)
+
+
+def known_labels(labels: Array, num_classes: int, ignore_index: int | None) -> Classes:
+    """Labels as classes in [0, num_classes).
+
+    Under `checkify`, a label that is neither known nor ignored is an error that names its row.
     """
     inside = (labels >= 0) & (labels < num_classes)
     ignored = None if ignore_index is None else equal(labels, ignore_index)
@@ -213,7 +224,7 @@ def known_labels(
             label=labels.reshape(-1)[row],
             row=row,
         )
-    return jnp.where(inside, labels, 0), known, ignored
+    return Classes(jnp.where(inside, labels, 0), known, ignored)
 
 
 def equal(labels: Array, index: int) -> Array:

@@ -24,6 +24,7 @@ from softjax._inputs import (
     NONNEGATIVE,
     PROBABILITY,
     Axis,
+    Classes,
     broadcast,
     check_labels,
     equal,
@@ -110,7 +111,7 @@ def cross_entropy(
     rows = _rows(logits, labels, axis, where, ignore_index)
     smoothed = not is_zero(label_smoothing)
     if not smoothed and is_zero(z_loss):
-        loss = _regret(_CROSS_ENTROPY, rows.axis, rows.logits, rows.labels, None)
+        loss = surprise(rows.logits, rows.labels, rows.axis)
         return rows.finish(loss * _label_weights(class_weights, rows))
     solution = solve(SOFTMAX, AlongAxes((rows.axis,)), rows.logits)
     loss = _surprise(solution, rows.labels, rows.axis, None) * _label_weights(
@@ -269,15 +270,15 @@ def focal_loss(
     """
     rows = _rows(logits, labels, axis, None, None)
     gamma = _per_label(gamma, rows, "gamma")
-    surprise = _regret(_CROSS_ENTROPY, rows.axis, rows.logits, rows.labels, None)
-    dropped = surprise == jnp.inf
-    finite = jnp.where(dropped, 1, surprise)
+    nats = surprise(rows.logits, rows.labels, rows.axis)
+    dropped = nats == jnp.inf
+    finite = jnp.where(dropped, 1, nats)
     missing = -jnp.expm1(-finite)
     some = missing > 0
     discount = jnp.where(
         some, jnp.where(some, missing, 1) ** gamma, jnp.where(gamma == 0, 1, 0)
     )
-    return rows.finish(jnp.where(dropped, surprise, discount * finite))
+    return rows.finish(jnp.where(dropped, nats, discount * finite))
 
 
 @public("axis")
@@ -468,18 +469,18 @@ def class_balanced_weights(counts: ArrayLike, *, beta: ArrayLike) -> Array:
 
 
 class _Rows(NamedTuple):
-    """Logits with one label a slice, and what is wrong with some of them."""
+    """Logits with one label a slice."""
 
     logits: Array
-    labels: Array  # in [0, n), of the shape of logits without the axis
+    classes: Classes  # of the shape of logits without the axis
     axis: int
-    known: Array  # whether a label was in range
-    ignored: Array | None
+
+    @property
+    def labels(self) -> Array:
+        return self.classes.labels
 
     def finish(self, loss: Array) -> Array:
-        """The loss, NaN (in the gradient too) where the label is unknown, 0 where ignored."""
-        loss = loss * jnp.where(self.known, 1, jnp.nan).astype(loss.dtype)
-        return loss if self.ignored is None else jnp.where(self.ignored, 0, loss)
+        return self.classes.finish(loss)
 
 
 def _rows(
@@ -493,10 +494,10 @@ def _rows(
     axis = resolve_one_axis(axis, problem.logits.ndim)
     labels = check_labels(labels, problem.logits.shape, axis)
     logits = problem.logits
-    labels, known, ignored = known_labels(labels, logits.shape[axis], ignore_index)
-    if ignored is not None:
-        logits = jnp.where(jnp.expand_dims(ignored, axis), 0, logits)
-    return _Rows(logits, labels, axis, known, ignored)
+    classes = known_labels(labels, logits.shape[axis], ignore_index)
+    if classes.ignored is not None:
+        logits = jnp.where(jnp.expand_dims(classes.ignored, axis), 0, logits)
+    return _Rows(logits, classes, axis)
 
 
 def _kept_shape(rows: _Rows) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from softjax._exponential import split_at_peak
 from softjax._inputs import (
     NONNEGATIVE,
     PROBABILITY,
+    Classes,
     broadcast,
     check_labels,
     computing_dtype,
@@ -146,10 +147,7 @@ def linear_cross_entropy(
         loss = (1 - epsilon) * loss + epsilon * even
     if not is_zero(z_loss):
         loss += tokens.row(z_loss, "z_loss") * found.logsumexp**2
-    loss = loss * jnp.where(rows.known, 1, jnp.nan).astype(loss.dtype)
-    if rows.ignored is not None:
-        loss = jnp.where(rows.ignored, 0, loss)
-    loss = loss.reshape(tokens.shape)
+    loss = rows.finish(loss).reshape(tokens.shape)
     if reduction == "mean":
         return mean_loss(
             loss,
@@ -212,8 +210,7 @@ def linear_statistics(
     found = _statistics(plan, tokens.layer, rows.labels)
     log_prob = None
     if labels is not None:
-        log_prob = -found.surprise * jnp.where(rows.known, 1, jnp.nan).astype(tokens.dtype)
-        log_prob = log_prob.reshape(tokens.shape)
+        log_prob = -rows.finish(found.surprise).reshape(tokens.shape)
     shaped = lambda x: x.reshape(tokens.shape)
     return Statistics(
         shaped(found.logsumexp), shaped(found.entropy), shaped(found.argmax), log_prob
@@ -262,12 +259,6 @@ class _Tokens(NamedTuple):
         return value.reshape(-1)
 
 
-class _LabelRows(NamedTuple):
-    labels: Array  # [N], in [0, V)
-    known: Array
-    ignored: Array | None
-
-
 def _prepare(
     features: ArrayLike,
     weights: ArrayLike,
@@ -314,9 +305,9 @@ def _prepare(
     return tokens._replace(layer=layer)
 
 
-def _label_rows(tokens: _Tokens, labels: ArrayLike, ignore_index: int | None) -> _LabelRows:
+def _label_rows(tokens: _Tokens, labels: ArrayLike, ignore_index: int | None) -> Classes:
     labels = check_labels(labels, (*tokens.shape, 1), len(tokens.shape)).reshape(-1)
-    return _LabelRows(*known_labels(labels, tokens.layer.weights.shape[0], ignore_index))
+    return known_labels(labels, tokens.layer.weights.shape[0], ignore_index)
 
 
 def _class_weights(class_weights: ArrayLike, tokens: _Tokens) -> Array:
@@ -426,8 +417,8 @@ def _stream_jvp(plan: _Plan, primals: Any, tangents: Any) -> tuple[_Found, _Foun
     )
     missing = -jnp.expm1(-found.surprise)
 
-    def visit(dots: _Found, start: Array, blocks: tuple[_Layer, _Layer]) -> _Found:
-        return jax.tree.map(jnp.add, dots, tangent(start, *blocks, labels, found, missing))
+    def visit(dots: _Found, start: Array, block: _Layer, dot: _Layer) -> _Found:
+        return jax.tree.map(jnp.add, dots, tangent(start, block, dot, labels, found, missing))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tangent(
@@ -455,7 +446,7 @@ def _stream_jvp(plan: _Plan, primals: Any, tangents: Any) -> tuple[_Found, _Foun
             jnp.sum(pull * scores_dot, 1), jnp.sum(probs * scores_dot, 1), even, entropy, None
         )
 
-    dots = _over_blocks(plan.block, visit, start, (layer, layer_dot))
+    dots = _over_blocks(plan.block, visit, start, layer, layer_dot)
     if found.argmax is not None:
         dots = dots._replace(argmax=np.zeros(found.argmax.shape, jax.dtypes.float0))
     return found, dots
@@ -465,14 +456,11 @@ def _push(block: _Layer, dot: _Layer) -> tuple[Array, Array]:
     """The scores of a block, and their tangent in the arrays that move."""
     moving = {name: x for name, x in dot._asdict().items() if x is not None}
     moving.pop("classes", None)
-    fixed = lambda **moved: _scores(block._replace(**moved))
     if not moving:
         scores = _scores(block)
         return scores, jnp.zeros_like(scores)
-    names = list(moving)
-    function = lambda *values: fixed(**dict(zip(names, values, strict=True)))
-    at = tuple(getattr(block, name) for name in names)
-    return jax.jvp(function, at, tuple(moving.values()))
+    at = {name: getattr(block, name) for name in moving}
+    return jax.jvp(lambda moved: _scores(block._replace(**moved)), (at,), (moving,))
 
 
 def _scores(block: _Layer) -> Array:
@@ -560,22 +548,19 @@ def _finish(plan: _Plan, seen: _Seen) -> _Found:
     return _Found(surprise, logsumexp, seen.even, entropy, argmax)
 
 
-def _over_blocks(block: int, visit: Callable[..., Any], state: Any, layers: Any) -> Any:
-    """Visits the classes block by block: visit(state, first class, the layer of the block).
+def _over_blocks(block: int, visit: Callable[..., Any], state: Any, *layers: _Layer) -> Any:
+    """Visits the classes block by block: visit(state, first class, the block of each layer).
 
-    `layers` is a `_Layer` or a tuple of them, all cut alike; the last block may be smaller.
+    The layers are all cut alike; the last block may be smaller.
     """
     by_class = ("weights", "bias", "classes")
-    several = layers if type(layers) is tuple else (layers,)
-    num_classes = several[0].weights.shape[0]
+    num_classes = layers[0].weights.shape[0]
     whole = num_classes - num_classes % block
-    cut = [{name: getattr(layer, name) for name in by_class} for layer in several]
+    cut = [{name: getattr(layer, name) for name in by_class} for layer in layers]
 
     def visit_cut(state: Any, start: Array, parts: Any) -> Any:
-        blocks = tuple(
-            layer._replace(**part) for layer, part in zip(several, parts, strict=True)
-        )
-        return visit(state, start, blocks if type(layers) is tuple else blocks[0])
+        blocks = [layer._replace(**part) for layer, part in zip(layers, parts, strict=True)]
+        return visit(state, start, *blocks)
 
     def step(state: Any, xs: Any) -> tuple[Any, None]:
         return visit_cut(state, *xs), None
