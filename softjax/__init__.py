@@ -14,6 +14,25 @@ from softjax.losses import (
     sparsemax_loss,
 )
 from softjax.output_layers import linear_cross_entropy, linear_statistics
+from softjax.policies.actions import (
+    policy_entropy,
+    policy_log_prob,
+    policy_probs,
+    select_action,
+)
+from softjax.policies.backups import (
+    actor_critic_value,
+    bellman_target,
+    expected_value,
+    soft_value,
+)
+from softjax.policies.objectives import clipped_surrogate_loss, policy_gradient_loss
+from softjax.policies.temperatures import (
+    exponential_temperature,
+    mellowmax_temperature,
+    target_entropy_temperature,
+    visit_count_temperature,
+)
 from softjax.reductions import logmeanexp, logsumexp, mellowmax
 from softjax.scores import (
     min_p_filter,
@@ -31,13 +50,18 @@ from softjax.sparse import entmax, entmax15, soft_top_k, sparsemax
 __version__ = "0.1.0"
 
 __all__ = [
+    "actor_critic_value",
+    "bellman_target",
     "class_balanced_weights",
+    "clipped_surrogate_loss",
     "cross_entropy",
     "distillation_loss",
     "entmax",
     "entmax15",
     "entmax_loss",
     "entropy",
+    "expected_value",
+    "exponential_temperature",
     "focal_loss",
     "info_nce",
     "kl_divergence",
@@ -49,19 +73,28 @@ __all__ = [
     "logsumexp",
     "mean_loss",
     "mellowmax",
+    "mellowmax_temperature",
     "min_p_filter",
+    "policy_entropy",
+    "policy_gradient_loss",
+    "policy_log_prob",
+    "policy_probs",
     "scalable_scores",
     "segment_softmax",
+    "select_action",
     "siglip_loss",
     "sigsoftmax_scores",
     "soft_cap",
     "soft_cross_entropy",
     "soft_top_k",
+    "soft_value",
     "softmax",
     "sparsemax",
     "sparsemax_loss",
+    "target_entropy_temperature",
     "taylor_scores",
     "top_k_filter",
     "top_p_filter",
     "typical_filter",
+    "visit_count_temperature",
 ]
