@@ -1,6 +1,7 @@
 """From scores to choices: softmax and its relatives, exact and differentiable in JAX."""
 
 from softjax.contrastive import info_nce, siglip_loss
+from softjax.decoding import repetition_penalty
 from softjax.dense import log_softmax, softmax
 from softjax.entropies import entropy, kl_divergence, log_prob
 from softjax.losses import (
@@ -15,6 +16,7 @@ from softjax.losses import (
 )
 from softjax.output_layers import linear_cross_entropy, linear_statistics
 from softjax.reductions import logmeanexp, logsumexp, mellowmax
+from softjax.sampling import gumbel, gumbel_given_argmax, sample
 from softjax.scores import (
     min_p_filter,
     scalable_scores,
@@ -27,6 +29,7 @@ from softjax.scores import (
 )
 from softjax.segments import segment_softmax
 from softjax.sparse import entmax, entmax15, soft_top_k, sparsemax
+from softjax.subsets import ranking_log_prob, sample_without_replacement, weighted_subset
 
 __version__ = "0.1.0"
 
@@ -39,6 +42,8 @@ __all__ = [
     "entmax_loss",
     "entropy",
     "focal_loss",
+    "gumbel",
+    "gumbel_given_argmax",
     "info_nce",
     "kl_divergence",
     "linear_cross_entropy",
@@ -50,6 +55,10 @@ __all__ = [
     "mean_loss",
     "mellowmax",
     "min_p_filter",
+    "ranking_log_prob",
+    "repetition_penalty",
+    "sample",
+    "sample_without_replacement",
     "scalable_scores",
     "segment_softmax",
     "siglip_loss",
@@ -64,4 +73,5 @@ __all__ = [
     "top_k_filter",
     "top_p_filter",
     "typical_filter",
+    "weighted_subset",
 ]
