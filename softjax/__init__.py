@@ -1,6 +1,7 @@
 """From scores to choices: softmax and its relatives, exact and differentiable in JAX."""
 
 from softjax.contrastive import info_nce, siglip_loss
+from softjax.decoding import repetition_penalty
 from softjax.dense import log_softmax, softmax
 from softjax.entropies import entropy, kl_divergence, log_prob
 from softjax.losses import (
@@ -34,6 +35,7 @@ from softjax.policies.temperatures import (
     visit_count_temperature,
 )
 from softjax.reductions import logmeanexp, logsumexp, mellowmax
+from softjax.sampling import gumbel, gumbel_given_argmax, sample
 from softjax.scores import (
     min_p_filter,
     scalable_scores,
@@ -46,6 +48,7 @@ from softjax.scores import (
 )
 from softjax.segments import segment_softmax
 from softjax.sparse import entmax, entmax15, soft_top_k, sparsemax
+from softjax.subsets import ranking_log_prob, sample_without_replacement, weighted_subset
 
 __version__ = "0.1.0"
 
@@ -63,6 +66,8 @@ __all__ = [
     "expected_value",
     "exponential_temperature",
     "focal_loss",
+    "gumbel",
+    "gumbel_given_argmax",
     "info_nce",
     "kl_divergence",
     "linear_cross_entropy",
@@ -79,6 +84,10 @@ __all__ = [
     "policy_gradient_loss",
     "policy_log_prob",
     "policy_probs",
+    "ranking_log_prob",
+    "repetition_penalty",
+    "sample",
+    "sample_without_replacement",
     "scalable_scores",
     "segment_softmax",
     "select_action",
@@ -97,4 +106,5 @@ __all__ = [
     "top_p_filter",
     "typical_filter",
     "visit_count_temperature",
+    "weighted_subset",
 ]

@@ -148,6 +148,14 @@ _LINEAR = (
     lambda rng: rng.uniform(0.6, 0.9, ROWS),
 )
 
+KEY = jax.random.key(7)
+
+
+def _noise(logits):
+    """What is added to logits of a dtype: wider noise is other noise."""
+    wide = jnp.promote_types(jnp.asarray(logits).dtype, "float32")
+    return np.asarray(sj.gumbel(KEY, logits.shape, dtype=wide))
+
 
 def _epsilon(rng):
     return _per_slice(rng, 0.1, 0.4)
@@ -160,8 +168,7 @@ def _advantages(rng):
 
 def _drawn(values, temperature, epsilon, where):
     """One action a row, and its log-probability."""
-    key = jax.random.key(0)
-    return sj.select_action(key, values, temperature=temperature, epsilon=epsilon, where=where)
+    return sj.select_action(KEY, values, temperature=temperature, epsilon=epsilon, where=where)
 
 
 CATALOGUE = (
@@ -367,6 +374,47 @@ CATALOGUE = (
         lambda m, z: m.taylor_scores(z),
         make=_make(_logits, others=()),
         invariants=("permutation",),
+    ),
+    _both(
+        "repetition_penalty",
+        lambda m, z, p, a, b, t: m.repetition_penalty(z, t, p, presence=a, frequency=b),
+        make=_make(
+            _logits,
+            lambda rng: _per_slice(rng, 1.2, 1.8),
+            lambda rng: _per_slice(rng, 0.2, 0.8),
+            lambda rng: _per_slice(rng, 0.2, 0.8),
+            others=(lambda rng: rng.permuted([[0, 2, 2, -1], [1, 4, 4, 9]], axis=-1),),
+        ),
+    ),
+    _both(
+        "ranking_log_prob",
+        lambda m, z, i, w: m.ranking_log_prob(z, i, where=w),
+        make=_make(
+            _logits,
+            others=(
+                lambda rng: rng.permuted(np.tile(np.arange(SIZE), (ROWS, 1)), axis=-1),
+                _mask,
+            ),
+        ),
+        invariants=("shift",),
+        wide=True,
+    ),
+    Entry(
+        name="sample_without_replacement",
+        call=lambda z, w: sj.sample_without_replacement(KEY, z, 3, where=w)[1],
+        oracle=lambda z, w: oracles.ranking_log_prob(
+            z, sj.sample_without_replacement(KEY, z, 3, where=w)[0], where=w
+        ),
+        make=_make(_logits),
+        invariants=("shift",),
+        wide=True,
+    ),
+    Entry(
+        name="gumbel_given_argmax",
+        call=lambda z, y: sj.gumbel_given_argmax(KEY, z, y),
+        oracle=lambda z, y: oracles.gumbel_given_argmax(z, y, _noise(z)),
+        make=_make(_logits, others=(_labels,)),
+        wide=True,
     ),
     # Policies.
     Entry(

@@ -32,6 +32,7 @@ from softjax._inputs import (
 from softjax._slices import AlongAxes
 from softjax._threshold import solve
 from softjax.entropies import pick
+from softjax.sampling import sample
 
 __all__ = ["policy_entropy", "policy_log_prob", "policy_probs", "select_action"]
 
@@ -65,10 +66,11 @@ def select_action(
     Returns:
         Actions, int32, and their log-probabilities under the mixture, float32 or wider, both
         of the shape of `values` without `axis`. An action is -1, with log-probability -inf,
-        where nothing is legal.
+        where nothing is legal, and with NaN where a legal value is NaN.
 
     Raises:
-        TypeError: `values` is not real, `where` not bool, or `axis` not one int.
+        TypeError: `key` is no random key, `values` not real, `where` not bool, or `axis` not
+            one int.
         ValueError: `where`, `temperature` or `epsilon` does not broadcast as above, `axis` is
             out of range, or `temperature` or `epsilon` is a Python number out of its range.
 
@@ -79,8 +81,9 @@ def select_action(
         1 0.0
 
     Note:
-        O(n). Epsilon-greedy is `temperature=0`. The log-probability has the precision of
-        `policy_log_prob`. Both modes, any order; no derivative goes through the choice.
+        O(n). Epsilon-greedy is `temperature=0`. Drawn by `sample`, with 64 random bits an
+        action; the log-probability has the precision of `policy_log_prob`. Both modes, any
+        order; no derivative goes through the choice.
 
     Reference:
         Sutton and Barto (2018), Reinforcement learning: an introduction, chapter 2.
@@ -88,15 +91,8 @@ def select_action(
     problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
     axis = resolve_one_axis(axis, problem.logits.ndim)
     log_probs = mixture(problem, epsilon).log_probs
-    actions = _draw(key, jax.lax.stop_gradient(log_probs), axis)
+    actions = sample(key, jax.lax.stop_gradient(log_probs), axis=axis)
     return actions, chosen(log_probs, actions, axis)
-
-
-def _draw(key: Array, log_probs: Array, axis: int) -> Array:
-    empty = jnp.all(log_probs == -jnp.inf, axis)
-    if log_probs.shape[axis] == 0:
-        return jnp.full(empty.shape, -1, jnp.int32)
-    return jnp.where(empty, -1, jax.random.categorical(key, log_probs, axis)).astype(jnp.int32)
 
 
 @public("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
