@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 import softjax as sj
 from tests import oracles
@@ -608,18 +607,6 @@ def test_ends_of_the_temperatures_and_their_scale():
     assert_close(grad @ values[0], sj.target_entropy_temperature(values[0], 0.6)[0], rtol=1e-13)
     wide = sj.target_entropy_temperature(values * 2.0**50, 0.6)[0]
     assert_close(wide, 2.0**50 * sj.target_entropy_temperature(values, 0.6)[0], rtol=1e-14)
-
-
-@pytest.mark.slow
-def test_temperatures_have_three_derivatives():
-    values, option = jnp.array([0.1, 0.5, 1.3]), jnp.asarray(0.8)
-    for call in (
-        lambda v, h: sj.target_entropy_temperature(v, h)[0],
-        lambda v, o: sj.mellowmax_temperature(v, omega=o)[0],
-    ):
-        check_grads(
-            jax.jit(call), (values, option), order=3, modes=["fwd"], atol=1e-4, rtol=1e-4
-        )
 
 
 # Transformations.

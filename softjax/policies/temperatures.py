@@ -1,13 +1,14 @@
 """Temperatures for exploration: by time, by visits, by entropy, by value.
 
 Those made of values are one number a slice, of size 1 along `axis`, ready to be passed as
-`temperature` with the same values. What defines them implicitly is solved for by a search,
-and differentiated by two steps of Newton's method from the solution, which do not move it.
+`temperature` with the same values. Where an equation defines them, it is solved by a search,
+and their derivatives are those of its implicit function.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -177,8 +178,8 @@ def target_entropy_temperature(
         0.5
 
     Note:
-        O(n) a pass, in about 20 passes of a bracketed Newton method in log T. Both modes;
-        derivatives up to the third are exact.
+        O(n) a pass, in about 20 passes of a bracketed Newton method in log T. Both modes, any
+        order.
 
     Reference:
         Haarnoja et al. (2018), Soft actor-critic algorithms and applications, for the target.
@@ -187,25 +188,26 @@ def target_entropy_temperature(
     slices = AlongAxes(problem.axes)
     below, scale = _below(problem, slices)
     target = per_slice(target, problem.logits, problem.axes, name="target")
-    at_peak = (below == 0).astype(below.dtype)
-    num_peaks = jnp.maximum(slices.sum(at_peak), 1)
     num_legal = jnp.maximum(slices.sum((below != -jnp.inf).astype(below.dtype)), 1)
-    coldest, hottest = jnp.log(num_peaks), jnp.log(num_legal)
+    coldest, hottest = jnp.log(_count_peaks(below, slices)), jnp.log(num_legal)
     cold, hot = target <= coldest, target >= hottest
     target = jnp.where(cold | hot, (coldest + hottest) / 2, target)
-
-    def excess(below: Array, target: Array, log_temperature: Array) -> Array:
-        scores, weights = _boltzmann(below, slices.spread(log_temperature))
-        total = slices.sum(weights)
-        # As log(total), but with the digits of a total close to the number of peaks.
-        others = jax.lax.stop_gradient(slices.sum(jnp.where(below == 0, 0, weights)))
-        others = (others + (total - jax.lax.stop_gradient(total))) / num_peaks
-        mean = slices.sum(weights * -scores) / (num_peaks * (1 + others))
-        return target - (coldest + log1p(others) + mean)
-
-    temperature = _solve_temperature(excess, below, target, scale)
+    temperature = scale * jnp.exp(_solve(_missing_entropy, problem.axes, below, target))
     temperature = jnp.where(cold, 0, jnp.where(hot, jnp.inf, temperature))
     return _finish(temperature, problem, slices)
+
+
+def _missing_entropy(
+    axes: tuple[int, ...], below: Array, target: Array, log_temperature: Array
+) -> Array:
+    slices = AlongAxes(axes)
+    scores, weights = _boltzmann(below, log_temperature)
+    num_peaks, total = _count_peaks(below, slices), slices.sum(weights)
+    # As log(total), but with the digits of a total close to the number of peaks.
+    others = jax.lax.stop_gradient(slices.sum(jnp.where(below == 0, 0, weights)))
+    others = (others + (total - jax.lax.stop_gradient(total))) / num_peaks
+    mean = slices.sum(weights * -scores) / (num_peaks * (1 + others))
+    return target - (jnp.log(num_peaks) + log1p(others) + mean)
 
 
 @public("axis")
@@ -248,8 +250,7 @@ def mellowmax_temperature(
     Note:
         Of all policies worth as much, the one of the largest entropy. O(n) a pass, in about 20
         passes of a bracketed Newton method in log T. Its relative error grows as 1 / (omega
-        times the spread of the values) where that is large. Both modes; derivatives up to the
-        third are exact.
+        times the spread of the values) where that is large. Both modes, any order.
 
     Reference:
         Asadi and Littman (2017), An alternative softmax operator for reinforcement learning.
@@ -264,14 +265,18 @@ def mellowmax_temperature(
     value = jnp.expand_dims(mellowmax(below, omega=rate, axis=problem.axes), problem.axes)
     value = jnp.where(jnp.isneginf(value), 0, value)
 
-    def excess(below: Array, value: Array, log_temperature: Array) -> Array:
-        _, weights = _boltzmann(below, slices.spread(log_temperature))
-        legal = jnp.where(below == -jnp.inf, 0, below)
-        return slices.sum(weights * (legal - value)) / jnp.maximum(slices.sum(weights), 1)
-
-    temperature = _solve_temperature(excess, below, value, scale)
+    temperature = scale * jnp.exp(_solve(_spare_value, problem.axes, below, value))
     temperature = jnp.where(hot, jnp.inf, jnp.where(cold, 0, temperature))
     return _finish(temperature, problem, slices)
+
+
+def _spare_value(
+    axes: tuple[int, ...], below: Array, value: Array, log_temperature: Array
+) -> Array:
+    slices = AlongAxes(axes)
+    _, weights = _boltzmann(below, log_temperature)
+    legal = jnp.where(below == -jnp.inf, 0, below)
+    return slices.sum(weights * (legal - value)) / jnp.maximum(slices.sum(weights), 1)
 
 
 def _below(problem: Problem, slices: AlongAxes) -> tuple[Array, Array]:
@@ -295,28 +300,40 @@ def _boltzmann(below: Array, log_temperature: Array) -> tuple[Array, Array]:
     return scores, jnp.where(legal, jnp.exp(scores), 0)
 
 
-Excess = Callable[[Array, Array, Array], Array]  # of (below, target, log T); decreasing in it
+def _count_peaks(below: Array, slices: AlongAxes) -> Array:
+    return jnp.maximum(slices.sum((below == 0).astype(below.dtype)), 1)
 
 
-def _solve_temperature(excess: Excess, below: Array, target: Array, scale: Array) -> Array:
-    """The temperature, in units of the values, at which the excess is 0."""
+Excess = Callable[[tuple[int, ...], Array, Array, Array], Array]
 
-    def step(below: Array, target: Array, log_temperature: Array) -> tuple[Array, Array]:
-        level = functools.partial(excess, below, target)
-        ones = jnp.ones_like(log_temperature)
-        value, slope = jax.jvp(level, (log_temperature,), (ones,))
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _solve(excess: Excess, axes: tuple[int, ...], below: Array, goal: Array) -> Array:
+    """The log T at which excess(axes, below, goal, log T), which decreases in it, is 0."""
+
+    def step(log_temperature: Array) -> tuple[Array, Array]:
+        level = functools.partial(excess, axes, below, goal)
+        value, slope = jax.jvp(level, (log_temperature,), (jnp.ones_like(log_temperature),))
         return value, -slope
 
-    fixed = functools.partial(step, *jax.lax.stop_gradient((below, target)))
     reach = 0.9 * math.log(jnp.finfo(below.dtype).max)
-    zeros = jnp.zeros_like(target)
-    log_temperature = bracketed_newton(fixed, zeros - reach, zeros + reach, zeros)
-    log_temperature = jax.lax.stop_gradient(log_temperature)
-    for _ in range(2):
-        value, slope = step(below, target, log_temperature)
-        move = jnp.where(slope > 0, value / jnp.where(slope > 0, slope, 1), 0)
-        log_temperature += move - jax.lax.stop_gradient(move)
-    return scale * jnp.exp(log_temperature)
+    zeros = jnp.zeros_like(goal)
+    return bracketed_newton(step, zeros - reach, zeros + reach, zeros)
+
+
+@_solve.defjvp
+def _solve_jvp(
+    excess: Excess, axes: tuple[int, ...], primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    # The search is not to be differentiated: the root moves as the implicit function.
+    root = _solve(excess, axes, *primals)
+    level = functools.partial(excess, axes, *primals)
+    _, slope = jax.jvp(level, (root,), (jnp.ones_like(root),))
+    below_dot = jnp.where(primals[0] == -jnp.inf, 0, tangents[0])
+    at_root = lambda below, goal: excess(axes, below, goal, root)
+    _, excess_dot = jax.jvp(at_root, primals, (below_dot, tangents[1]))
+    falling = slope < 0
+    return root, jnp.where(falling, -excess_dot / jnp.where(falling, slope, 1), 0)
 
 
 def _finish(temperature: Array, problem: Problem, slices: AlongAxes) -> Array:
