@@ -15,7 +15,19 @@ import softjax as sj
 from tests.catalogue import CATALOGUE
 from tests.helpers import DTYPES, assert_close, assert_same, eps
 
-every_entry = pytest.mark.parametrize("entry", CATALOGUE, ids=lambda e: e.title)
+# Made of the same parts as others that are looked at here, and tested in their own file.
+_ALIKE = {
+    *("select_action", "policy_probs", "policy_entropy", "policy_gradient_loss"),
+    *("expected_value", "actor_critic_value", "bellman_target", "exponential_temperature"),
+    *("visit_count_temperature", "target_entropy_temperature", "mellowmax_temperature"),
+}
+every_entry = pytest.mark.parametrize(
+    "entry",
+    [
+        pytest.param(e, marks=[pytest.mark.slow] if e.name in _ALIKE else [], id=e.title)
+        for e in CATALOGUE
+    ],
+)
 
 # One entry a kind of function by default; the others share what is looked at here.
 _KINDS = {
