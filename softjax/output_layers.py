@@ -18,7 +18,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from softjax._exact import log1p, where_finite
-from softjax._exponential import split_at_peak
+from softjax._exponential import mark_peaks, split_at_peak
 from softjax._inputs import (
     NONNEGATIVE,
     PROBABILITY,
@@ -496,7 +496,7 @@ def _observe(plan: _Plan, start: Array, block: _Layer, labels: Array) -> _Seen:
     peak = lax.stop_gradient(jnp.max(scores, 1))
     below = scores - where_finite(peak)[:, None]
     weights = jnp.exp(below)
-    num_peaks, others = split_at_peak(weights, AlongAxes((1,)))
+    num_peaks, others = split_at_peak(mark_peaks(weights), AlongAxes((1,)))
     rest = jnp.where(peak == -jnp.inf, 0, jnp.squeeze(others + (num_peaks - 1), 1))
     moment = jnp.zeros_like(peak)
     argmax = jnp.zeros(peak.shape, jnp.int32)
