@@ -1,5 +1,6 @@
 """From scores to choices: softmax and its relatives, exact and differentiable in JAX."""
 
+from softjax.budgets import soft_top_k
 from softjax.contrastive import info_nce, siglip_loss
 from softjax.dense import log_softmax, softmax
 from softjax.entropies import entropy, kl_divergence, log_prob
@@ -26,7 +27,7 @@ from softjax.scores import (
     typical_filter,
 )
 from softjax.segments import segment_softmax
-from softjax.sparse import entmax, entmax15, soft_top_k, sparsemax
+from softjax.sparse import entmax, entmax15, sparsemax
 
 __version__ = "0.1.0"
 

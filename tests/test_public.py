@@ -21,7 +21,7 @@ PACKAGE = ROOT / "softjax"
 ORDER = [
     *("_inputs", "_exact", "_slices", "_blocks", "_search", "_threshold", "_exponential"),
     *("_online", "_mesh"),
-    *("reductions", "dense", "sparse", "segments", "scores", "entropies"),
+    *("reductions", "dense", "sparse", "budgets", "segments", "scores", "entropies"),
     *("losses", "output_layers", "contrastive", "sampling", "estimators", "policies"),
     *("calibration", "masks", "attention", "kernels", "__init__"),
 ]
