@@ -280,7 +280,12 @@ def scalable_scores(
     kept = x != -jnp.inf
     count = slices.sum(kept.astype(x.dtype))
     factor = scale * jnp.log(jnp.maximum(count, 1))
-    return jnp.where(kept, jnp.where(kept, x, 0) * factor, -jnp.inf).astype(problem.dtype)
+    infinite = x == jnp.inf
+    scores = jnp.where(kept & ~infinite, x, 0) * factor
+    # One kept entry alone has factor 0, and score 0 whatever it is.
+    limit = jnp.where(factor > 0, jnp.inf, jnp.where(factor < 0, -jnp.inf, factor))
+    scores = jnp.where(infinite, limit, scores)
+    return jnp.where(kept, scores, -jnp.inf).astype(problem.dtype)
 
 
 @public()
