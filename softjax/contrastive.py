@@ -12,7 +12,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._inputs import NONNEGATIVE, computing_dtype, public, to_float
-from softjax.output_layers import ENTRIES, linear_cross_entropy
+from softjax.output_layers import linear_cross_entropy
+from softjax.output_layers._stream import ENTRIES
 
 __all__ = ["info_nce", "siglip_loss"]
 

@@ -11,7 +11,7 @@ from jax.experimental import checkify
 from jax.test_util import check_grads
 
 import softjax as sj
-from softjax import output_layers
+from softjax.output_layers import _stream
 from tests.helpers import INF, NAN
 
 TOKENS, WIDTH, CLASSES = 7, 5, 23
@@ -143,7 +143,7 @@ def test_second_derivatives_whatever_the_tokens_at_once(name, at_once, monkeypat
     (JAX 0.10 drops custom rules where the reverse of a scan is differentiated again: the value
     must differentiate rightly by itself.)
     """
-    monkeypatch.setattr(output_layers, "TOKENS", at_once)
+    monkeypatch.setattr(_stream, "TOKENS", at_once)
     jax.clear_caches()
     features, weights, labels = draw()
     rest = {name: options()[name]}
