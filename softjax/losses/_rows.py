@@ -11,6 +11,7 @@ from softjax._inputs import (
     broadcast,
     check_labels,
     known_labels,
+    per_class,
     prepare,
     resolve_one_axis,
     to_float,
@@ -64,14 +65,9 @@ def spread_weights(class_weights: ArrayLike | None, rows: Rows) -> Array:
     """Class weights along the axis of the classes."""
     if class_weights is None:
         return jnp.ones((1,) * rows.logits.ndim, rows.logits.dtype)
-    weights, _ = to_float(class_weights, name="class_weights")
-    num_classes = rows.logits.shape[rows.axis]
-    if weights.shape != (num_classes,):
-        raise ValueError(
-            f"`class_weights` must have the shape ({num_classes},), got {weights.shape}."
-        )
+    weights = per_class(class_weights, rows.logits.shape[rows.axis], rows.logits.dtype)
     others = tuple(i for i in range(rows.logits.ndim) if i != rows.axis)
-    return jnp.expand_dims(weights.astype(rows.logits.dtype), others)
+    return jnp.expand_dims(weights, others)
 
 
 def label_weights(class_weights: ArrayLike | None, rows: Rows) -> Array:

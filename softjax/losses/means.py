@@ -5,7 +5,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._exact import expm1_over, long_sum
-from softjax._inputs import PROBABILITY, broadcast, check_labels, equal, public, to_float
+from softjax._inputs import (
+    PROBABILITY,
+    broadcast,
+    check_labels,
+    equal,
+    per_class,
+    public,
+    to_float,
+)
 
 __all__ = ["class_balanced_weights", "mean_loss"]
 
@@ -66,11 +74,9 @@ def mean_loss(
             shares = jnp.where(equal(labels, ignore_index), 0, shares)
         masses = shares
         if class_weights is not None:
-            weights, _ = to_float(class_weights, name="class_weights")
-            if weights.ndim != 1:
-                raise ValueError(f"`class_weights` must be a vector, got {weights.shape}.")
-            known = (labels >= 0) & (labels < weights.shape[-1])
-            chosen = weights.astype(losses.dtype)[jnp.where(known, labels, 0)]
+            weights = per_class(class_weights, None, losses.dtype)
+            known = (labels >= 0) & (labels < weights.size)
+            chosen = weights[jnp.where(known, labels, 0)]
             masses = shares * jnp.where(known, chosen, 1)
     # (A weight of 0 has its derivative, if the loss that it weighs is a number.)
     counted = jnp.where((shares != 0) | jnp.isfinite(losses), losses, 0)

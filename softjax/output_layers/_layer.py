@@ -13,6 +13,7 @@ from softjax._inputs import (
     computing_dtype,
     is_one,
     known_labels,
+    per_class,
     to_float,
 )
 
@@ -69,10 +70,7 @@ def prepare_layer(
         dtype,
     )
     if bias is not None:
-        bias, _ = to_float(bias, name="bias")
-        if bias.shape != weights.shape[:1]:
-            raise ValueError(f"`bias` must be [V], {weights.shape[:1]}, got {bias.shape}.")
-        bias = bias.astype(dtype)
+        bias = per_class(bias, weights.shape[0], dtype, name="bias")
     if soft_cap is not None:
         soft_cap, _ = to_float(soft_cap, name="soft_cap")
         if soft_cap.ndim:
@@ -89,16 +87,6 @@ def prepare_layer(
 def token_labels(tokens: Tokens, labels: ArrayLike, ignore_index: int | None) -> Classes:
     labels = check_labels(labels, (*tokens.shape, 1), len(tokens.shape)).reshape(-1)
     return known_labels(labels, tokens.layer.weights.shape[0], ignore_index)
-
-
-def _class_weights(class_weights: ArrayLike, tokens: Tokens) -> Array:
-    weights, _ = to_float(class_weights, name="class_weights")
-    if weights.shape != tokens.layer.weights.shape[:1]:
-        raise ValueError(
-            f"`class_weights` must be [V], {tokens.layer.weights.shape[:1]}, got"
-            f" {weights.shape}."
-        )
-    return weights.astype(tokens.dtype)
 
 
 def without(features: Array, ignored: Array | None) -> Array:

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from softjax._blocks import scan_blocks
 from softjax._exact import log1p, where_finite
 from softjax._exponential import split_at_peak
 from softjax._inputs import computing_dtype
@@ -62,12 +63,13 @@ def statistics(plan: Plan, layer: Layer, labels: Array) -> Found:
         return _stream(plan, layer, labels)
     rows = (layer.features, layer.temperature, labels)
 
-    def some(rows: tuple[Array, Array | None, Array]) -> Found:
+    def visit(_: None, first: Array, rows: Any) -> tuple[None, Found]:
         features, temperature, labels = rows
         part = layer._replace(features=features, temperature=temperature)
-        return _stream(plan, part, labels)
+        return None, _stream(plan, part, labels)
 
-    return _in_parts(some, rows, num_tokens)
+    found: Found = scan_blocks(visit, None, rows, TOKENS)[1]
+    return found
 
 
 def _keep_logits(plan: Plan, layer: Layer, labels: Array) -> Found:
@@ -78,17 +80,6 @@ def _keep_logits(plan: Plan, layer: Layer, labels: Array) -> Found:
         even = jnp.sum(jnp.where(scores == -jnp.inf, 0, scores) * _class_row(layer), 1)
     log_total = jnp.squeeze(log_sum(scores, (1,)), 1)
     return Found(surprise(scores, labels, 1), log_total, even, None, None)
-
-
-def _in_parts(some: Callable[[Any], Found], rows: Any, num_tokens: int) -> Found:
-    whole = num_tokens - num_tokens % TOKENS
-    shaped = lambda x: x[:whole].reshape(-1, TOKENS, *x.shape[1:])
-    found = lax.map(some, jax.tree.map(shaped, rows))
-    found = jax.tree.map(lambda x: x.reshape(whole), found)
-    if whole == num_tokens:
-        return found
-    tail = some(jax.tree.map(lambda x: x[whole:], rows))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), found, tail)
 
 
 class _Seen(NamedTuple):
@@ -247,27 +238,13 @@ def _finish(plan: Plan, seen: _Seen) -> Found:
 def over_blocks(block: int, visit: Callable[..., Any], state: Any, *layers: Layer) -> Any:
     """Visits the classes block by block: visit(state, first class, the block of each layer).
 
-    The layers are all cut alike; the last block may be smaller.
+    The layers are all cut alike.
     """
     by_class = ("weights", "bias", "classes")
-    num_classes = layers[0].weights.shape[0]
-    whole = num_classes - num_classes % block
     cut = [{name: getattr(layer, name) for name in by_class} for layer in layers]
 
-    def visit_cut(state: Any, start: Array, parts: Any) -> Any:
+    def visit_cut(state: Any, first: Array, parts: Any) -> tuple[Any, None]:
         blocks = [layer._replace(**part) for layer, part in zip(layers, parts, strict=True)]
-        return visit(state, start, *blocks)
+        return visit(state, first, *blocks), None
 
-    def step(state: Any, xs: Any) -> tuple[Any, None]:
-        return visit_cut(state, *xs), None
-
-    if whole == block:
-        state = visit_cut(state, jnp.array(0), jax.tree.map(lambda x: x[:whole], cut))
-    elif whole:
-        shaped = lambda x: x[:whole].reshape(-1, block, *x.shape[1:])
-        starts = jnp.arange(0, whole, block)
-        state = lax.scan(step, state, (starts, jax.tree.map(shaped, cut)))[0]
-    if whole < num_classes:
-        tail = jax.tree.map(lambda x: x[whole:], cut)
-        state = visit_cut(state, jnp.array(whole), tail)
-    return state
+    return scan_blocks(visit_cut, state, cut, block)[0]

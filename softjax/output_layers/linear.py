@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._inputs import NONNEGATIVE, PROBABILITY, is_zero, public
+from softjax._inputs import NONNEGATIVE, PROBABILITY, is_zero, per_class, public
 from softjax.losses import mean_loss
-from softjax.output_layers._layer import _class_weights, prepare_layer, token_labels, without
+from softjax.output_layers._layer import prepare_layer, token_labels, without
 from softjax.output_layers._stream import plan_for, statistics
 
 __all__ = ["linear_cross_entropy", "linear_statistics"]
@@ -100,7 +100,9 @@ def linear_cross_entropy(
         raise ValueError(f'`reduction` must be "mean", "sum" or None, got {reduction!r}.')
     tokens = prepare_layer(features, weights, bias, temperature, soft_cap)
     rows = token_labels(tokens, labels, ignore_index)
-    classes = None if class_weights is None else _class_weights(class_weights, tokens)
+    classes = None
+    if class_weights is not None:
+        classes = per_class(class_weights, tokens.layer.weights.shape[0], tokens.dtype)
     layer = tokens.layer._replace(
         features=without(tokens.layer.features, rows.ignored), classes=classes
     )
