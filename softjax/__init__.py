@@ -9,6 +9,7 @@ from softjax.losses import (
     distillation_loss,
     entmax_loss,
     focal_loss,
+    logit_adjustment,
     mean_loss,
     soft_cross_entropy,
     sparsemax_loss,
@@ -16,6 +17,7 @@ from softjax.losses import (
 from softjax.output_layers import linear_cross_entropy, linear_statistics
 from softjax.reductions import logmeanexp, logsumexp, mellowmax
 from softjax.scores import (
+    adjusted_scores,
     min_p_filter,
     scalable_scores,
     sigsoftmax_scores,
@@ -31,6 +33,7 @@ from softjax.sparse import entmax, entmax15, soft_top_k, sparsemax
 __version__ = "0.1.0"
 
 __all__ = [
+    "adjusted_scores",
     "class_balanced_weights",
     "cross_entropy",
     "distillation_loss",
@@ -45,6 +48,7 @@ __all__ = [
     "linear_statistics",
     "log_prob",
     "log_softmax",
+    "logit_adjustment",
     "logmeanexp",
     "logsumexp",
     "mean_loss",

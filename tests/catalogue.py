@@ -351,4 +351,19 @@ CATALOGUE = (
         make=_make(_logits, others=()),
         invariants=("permutation",),
     ),
+    _both(
+        "adjusted_scores",
+        lambda m, z, a: m.adjusted_scores(z, a),
+        make=_make(_logits, lambda rng: rng.uniform(-2.0, 0.0, SIZE), others=()),
+    ),
+    _both(
+        "logit_adjustment",
+        lambda m, n, s: m.logit_adjustment(n, scale=s),
+        make=_make(
+            lambda rng: rng.uniform(1.0, 9.0, SIZE),
+            lambda rng: rng.uniform(0.5, 1.5),
+            others=(),
+        ),
+        invariants=("permutation",),
+    ),
 )

@@ -620,7 +620,22 @@ def class_balanced_weights(counts, *, beta):
     return np.array([to_longdouble(scale * v) for v in inverses], np.longdouble)
 
 
+def logit_adjustment(counts, *, scale=1.0):
+    counts = [_exact(c) for c in np.asarray(counts).astype(np.float64)]
+    total, scale = mp.fsum(counts), _exact(scale)
+    logs = [scale * mp.log(c / total) if c > 0 else -mp.inf for c in counts]
+    return np.array([to_longdouble(v) for v in logs], np.longdouble)
+
+
 # Score transforms.
+
+
+@quiet
+def adjusted_scores(logits, adjustment, *, axis=-1):
+    rows = np.moveaxis(np.asarray(logits).astype(np.longdouble), axis, -1)
+    shifts = np.asarray(adjustment).astype(np.longdouble)
+    dropped = (rows == -np.inf) | (shifts == -np.inf)
+    return np.moveaxis(np.where(dropped, -np.inf, rows + shifts), -1, axis)
 
 
 @quiet

@@ -16,7 +16,7 @@ from softjax.losses.cross_entropies import (
     soft_cross_entropy,
 )
 from softjax.losses.fenchel_young import entmax_loss, sparsemax_loss
-from softjax.losses.means import class_balanced_weights, mean_loss
+from softjax.losses.means import class_balanced_weights, logit_adjustment, mean_loss
 
 __all__ = [
     "class_balanced_weights",
@@ -24,6 +24,7 @@ __all__ = [
     "distillation_loss",
     "entmax_loss",
     "focal_loss",
+    "logit_adjustment",
     "mean_loss",
     "soft_cross_entropy",
     "sparsemax_loss",

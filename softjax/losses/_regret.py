@@ -19,11 +19,10 @@ class Regret(NamedTuple):
 
     family: Family
     value: Callable[..., Array]  # of (solution, labels, axis, alpha)
-    missing: Callable[..., Array]  # 1 - p_y, of (solution, loss, labels, axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def regret(kind: Regret, axis: int, logits: Array, labels: Array, alpha: Array | None) -> Array:
+def regret(kind: Regret, axis: int, logits: Array, labels: Array, alpha: Array) -> Array:
     solution = solve(kind.family, AlongAxes((axis,)), logits, index=alpha)
     return kind.value(solution, labels, axis, alpha)
 
@@ -36,21 +35,23 @@ def _regret_jvp(kind: Regret, axis: int, primals: Any, tangents: Any) -> tuple[A
     logits_dot, _, alpha_dot = tangents
     solution = solve(kind.family, AlongAxes((axis,)), logits, index=alpha)
     loss = kind.value(solution, labels, axis, alpha)
-    dropped = pick(logits, labels, axis) == -jnp.inf
-    missing = jnp.where(dropped, 0, kind.missing(solution, loss, labels, axis))
+    # (The loss of a dropped label is infinite, and constant.)
+    kept = pick(logits, labels, axis) != -jnp.inf
+    by_row = functools.partial(jnp.expand_dims, axis=axis)
+    others = jnp.where(hit_by(solution.probs, labels, axis), 0, solution.probs)
+    missing = jnp.where(kept, jnp.squeeze(AlongAxes((axis,)).sum(others), axis), 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def pair(probs: Array, missing: Array, logits_dot: Array) -> Array:
         hit = hit_by(probs, labels, axis)
-        slope = jnp.where(hit, -jnp.expand_dims(missing, axis), probs)
+        slope = jnp.where(hit, -by_row(missing), jnp.where(by_row(kept), probs, 0))
         terms = jnp.where(slope != 0, slope * logits_dot, 0)
         return jnp.squeeze(AlongAxes((axis,)).sum(terms), axis)
 
     loss_dot = pair(solution.probs, missing, logits_dot)
-    if alpha is not None:
-        entropy = functools.partial(_tsallis, solution.probs, axis=axis)
-        loss_dot += jax.jvp(entropy, (alpha,), (alpha_dot,))[1]
-    return loss, loss_dot
+    entropy = functools.partial(_tsallis, solution.probs, axis=axis)
+    entropy_dot = jax.jvp(entropy, (alpha,), (alpha_dot,))[1]
+    return loss, loss_dot + jnp.where(kept, entropy_dot, 0)
 
 
 def hit_by(x: Array, labels: Array, axis: int) -> Array:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -74,3 +75,11 @@ def label_weights(class_weights: ArrayLike | None, rows: Rows) -> Array:
     if class_weights is None:
         return jnp.ones((), rows.logits.dtype).reshape((1,) * rows.labels.ndim)
     return spread_weights(class_weights, rows).reshape(-1)[rows.labels]
+
+
+def times_nats(factor: Array, nats: Array) -> Array:
+    """Factor * nats, where a factor of 0 counts nothing, and infinitely many are constant."""
+    infinite = nats == jnp.inf
+    constant = jnp.where(factor == 0, 0, jnp.sign(factor) * jnp.inf)
+    product = factor * jnp.where(infinite, 0, nats)
+    return jnp.where(infinite, jax.lax.stop_gradient(constant), product)

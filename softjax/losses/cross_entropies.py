@@ -1,6 +1,5 @@
 """Cross-entropies: the surprise of softmax at labels, targets or a teacher's weights."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -10,6 +9,7 @@ from softjax._inputs import (
     NONNEGATIVE,
     PROBABILITY,
     Axis,
+    Problem,
     broadcast,
     is_zero,
     prepare,
@@ -17,10 +17,18 @@ from softjax._inputs import (
     to_float,
 )
 from softjax._slices import AlongAxes
-from softjax._threshold import Solution, solve
+from softjax._threshold import solve
 from softjax.entropies import divergence
-from softjax.losses._rows import Rows, label_rows, label_weights, per_label, spread_weights
-from softjax.losses._surprise import of_solution, surprise
+from softjax.losses._rows import (
+    label_rows,
+    label_weights,
+    per_label,
+    spread_weights,
+    times_nats,
+)
+from softjax.losses._surprise import statistics, surprise
+
+_HOT = 1e15  # above, the loss is its limit to working precision
 
 __all__ = ["cross_entropy", "distillation_loss", "focal_loss", "soft_cross_entropy"]
 
@@ -58,7 +66,8 @@ def cross_entropy(
 
     Returns:
         One loss a label, float32 or wider, of the shape of `labels`; never negative.
-        `mean_loss` averages them.
+        `mean_loss` averages them. A dropped label has loss inf, which is constant: no logit
+        has a derivative. A class weight of 0, or a smoothing of 1, counts it for nothing.
 
     Raises:
         TypeError: `logits` is not real, `labels` not integer, `where` not bool, or `axis` not
@@ -71,9 +80,10 @@ def cross_entropy(
         [6.9314718e-01 1.9287499e-22]
 
     Note:
-        O(n) time; the gradient keeps nothing but the probabilities, and no one-hot array.
-        Computed as (max - z_y) + log1p(sum over the others), of relative error about 2e-7 in
-        float32 at every size of the loss; the label's derivative is minus the sum of the other
+        O(n) time; no temporary array for the value (of up to 32768 classes along the last
+        axis), one for the gradient with whatever options, and no one-hot array. Computed as
+        (max - z_y) + log1p(sum over the others), of relative error about 2e-7 in float32 at
+        every size of the loss; the label's derivative is minus the sum of the other
         probabilities, not p - 1. Both modes, any order.
 
     Reference:
@@ -82,32 +92,19 @@ def cross_entropy(
     """
     rows = label_rows(logits, labels, axis, where, ignore_index)
     smoothed = not is_zero(label_smoothing)
-    if not smoothed and is_zero(z_loss):
-        loss = surprise(rows.logits, rows.labels, rows.axis)
-        return rows.finish(loss * label_weights(class_weights, rows))
-    solution = solve(SOFTMAX, AlongAxes((rows.axis,)), rows.logits)
-    loss = of_solution(solution, rows.labels, rows.axis, None) * label_weights(
-        class_weights, rows
-    )
+    weights = spread_weights(class_weights, rows) if smoothed else None
+    found = statistics(rows.axis, rows.logits, rows.labels, weights)
+    factor = label_weights(class_weights, rows)
     if smoothed:
         epsilon = per_label(label_smoothing, rows, "label_smoothing")
-        loss = (1 - epsilon) * loss + epsilon * _even_surprise(solution, class_weights, rows)
+        factor = factor * (1 - epsilon)
+    loss = times_nats(factor, found.surprise)
+    if found.even is not None:
+        loss += times_nats(epsilon, found.even)
     if not is_zero(z_loss):
-        factor = per_label(z_loss, rows, "z_loss")
-        peak = jnp.max(jax.lax.stop_gradient(rows.logits), rows.axis, initial=-jnp.inf)
-        log_total = peak + jnp.squeeze(solution.threshold, rows.axis)
-        loss += factor * jnp.where(jnp.isfinite(log_total), log_total, 0) ** 2
+        finite = jnp.where(jnp.isfinite(found.logsumexp), found.logsumexp, 0)
+        loss += per_label(z_loss, rows, "z_loss") * finite**2
     return rows.finish(loss)
-
-
-def _even_surprise(solution: Solution, class_weights: ArrayLike | None, rows: Rows) -> Array:
-    """The mean of -w log p over the kept classes."""
-    kept = rows.logits != -jnp.inf
-    count = jnp.sum(kept, rows.axis, dtype=rows.logits.dtype)
-    weights = spread_weights(class_weights, rows)
-    terms = jnp.where(kept, -solution.margins, 0) * weights
-    total = jnp.squeeze(AlongAxes((rows.axis,)).sum(terms), rows.axis)
-    return total / jnp.maximum(count, 1)
 
 
 @public("axis")
@@ -175,12 +172,14 @@ def distillation_loss(
     Args:
         student_logits: scores s, `[*shape]`, real or -inf (dropped); differentiable.
         teacher_logits: scores t, `[*shape]`, real or -inf (dropped); differentiable.
-        temperature: T in (0, inf), one number or one a slice; differentiable.
+        temperature: T in [0, inf], one number or one a slice; differentiable. At 0 (in float32
+            below 1e-19) and inf the loss is its limit, and the derivative in T is 0.
         axis: axis, axes, or None for all, along which a slice runs.
 
     Returns:
         One loss a slice, float32 or wider, at least 0; inf where the student drops what the
-        teacher keeps.
+        teacher keeps. The limit at T = 0 is 0, at inf half the variance of s - t over what is
+        kept (and inf where the two keep different entries).
 
     Raises:
         TypeError: logits are not real.
@@ -200,11 +199,34 @@ def distillation_loss(
     """
     student = prepare(student_logits, axis=axis, temperature=temperature, name="student_logits")
     teacher = prepare(teacher_logits, axis=axis, temperature=temperature, name="teacher_logits")
-    row = divergence(teacher, student, name="student_logits", target="teacher_logits")
-    scale = jnp.asarray(temperature).astype(row.dtype)
-    if student.temperature is not None:
-        scale = jnp.broadcast_to(student.temperature, row.shape)
-    return jnp.squeeze(row * scale * scale, student.axes)
+    names = {"name": "student_logits", "target": "teacher_logits"}
+    if student.temperature is None or teacher.temperature is None:
+        return jnp.squeeze(divergence(teacher, student, **names), student.axes)
+    heat = jnp.promote_types(student.temperature.dtype, teacher.temperature.dtype)
+    given = student.temperature.astype(heat)
+    cold, hot = jnp.abs(given) < float(jnp.finfo(heat).tiny) ** 0.5, given > _HOT
+    usual = jnp.where(cold | hot, 1, given)
+    row = divergence(
+        teacher._replace(temperature=usual), student._replace(temperature=usual), **names
+    )
+    limit = jnp.where(
+        cold, jnp.where(row == jnp.inf, jnp.inf, 0), _half_variance(teacher, student)
+    )
+    return jnp.squeeze(jnp.where(cold | hot, limit, row * usual * usual), student.axes)
+
+
+def _half_variance(teacher: Problem, student: Problem) -> Array:
+    """Half the variance of the logits' difference: the distillation loss of endless heat."""
+    kept, slices = teacher.logits != -jnp.inf, AlongAxes(student.axes)
+    both = kept & (student.logits != -jnp.inf)
+    dtype = jnp.promote_types(teacher.logits.dtype, student.logits.dtype)
+    apart = [jnp.where(both, x.logits, 0).astype(dtype) for x in (teacher, student)]
+    count = jnp.maximum(slices.sum(both.astype(dtype)), 1)
+    mean = slices.sum(apart[0] - apart[1]) / count
+    rest = jnp.where(both, apart[0] - apart[1] - mean, 0)
+    differ = slices.max((kept != (student.logits != -jnp.inf)).astype(dtype)) > 0
+    some = slices.max(kept.astype(dtype)) > 0
+    return jnp.where(some & differ, jnp.inf, slices.sum(rest * rest) / (2 * count))
 
 
 @public("axis", gamma=NONNEGATIVE)

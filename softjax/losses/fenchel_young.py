@@ -95,11 +95,6 @@ def entmax_loss(
     return rows.finish(regret(_ENTMAX, rows.axis, rows.logits, rows.labels, alpha))
 
 
-def _sum_of_others(solution: Solution, _: Array, labels: Array, axis: int) -> Array:
-    others = jnp.where(hit_by(solution.probs, labels, axis), 0, solution.probs)
-    return jnp.squeeze(AlongAxes((axis,)).sum(others), axis)
-
-
 def _sparse_regret(
     level: float, solution: Solution, labels: Array, axis: int, alpha: Array
 ) -> Array:
@@ -137,5 +132,5 @@ def _sparse_regret(
     return jnp.squeeze(jnp.where(sound, loss, jnp.nan), axis)
 
 
-_SPARSEMAX = Regret(SPARSEMAX, functools.partial(_sparse_regret, 1.0), _sum_of_others)
-_ENTMAX = Regret(ENTMAX, functools.partial(_sparse_regret, 0.0), _sum_of_others)
+_SPARSEMAX = Regret(SPARSEMAX, functools.partial(_sparse_regret, 1.0))
+_ENTMAX = Regret(ENTMAX, functools.partial(_sparse_regret, 0.0))
