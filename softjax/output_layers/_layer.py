@@ -47,34 +47,40 @@ def prepare_layer(
     bias: ArrayLike | None,
     temperature: ArrayLike,
     soft_cap: ArrayLike | None,
+    *,
+    prefix: str = "",
 ) -> Tokens:
-    dtype = computing_dtype(to_float(features, name="features")[1])
-    if to_float(weights, name="weights")[1] != to_float(features, name="features")[1]:
+    """Checks the arguments of a linear layer; `prefix` tells their names from another's."""
+    given = to_float(features, name=f"{prefix}features")[1]
+    dtype = computing_dtype(given)
+    if to_float(weights, name=f"{prefix}weights")[1] != given:
         raise TypeError(
-            f"`weights` must have the dtype {jnp.asarray(features).dtype} of `features`, got"
-            f" {jnp.asarray(weights).dtype}."
+            f"`{prefix}weights` must have the dtype {jnp.asarray(features).dtype} of"
+            f" `{prefix}features`, got {jnp.asarray(weights).dtype}."
         )
     features, weights = jnp.asarray(features), jnp.asarray(weights)
     if not jnp.issubdtype(features.dtype, jnp.floating):
         features, weights = features.astype(dtype), weights.astype(dtype)
     if features.ndim < 1 or weights.ndim != 2 or features.shape[-1] != weights.shape[1]:
         raise ValueError(
-            f"`features` must be [..., D] and `weights` [V, D], got {features.shape} and"
-            f" {weights.shape}."
+            f"`{prefix}features` must be [..., D] and `{prefix}weights` [V, D], got"
+            f" {features.shape} and {weights.shape}."
         )
     if weights.shape[0] == 0:
-        raise ValueError("`weights` must hold at least one class, got 0.")
+        raise ValueError(f"`{prefix}weights` must hold at least one class, got 0.")
     tokens = Tokens(
         Layer(features.reshape(-1, features.shape[-1]), weights, None, None, None),
         features.shape[:-1],
         dtype,
     )
     if bias is not None:
-        bias = per_class(bias, weights.shape[0], dtype, name="bias")
+        bias = per_class(bias, weights.shape[0], dtype, name=f"{prefix}bias")
     if soft_cap is not None:
-        soft_cap, _ = to_float(soft_cap, name="soft_cap")
+        soft_cap, _ = to_float(soft_cap, name=f"{prefix}soft_cap")
         if soft_cap.ndim:
-            raise ValueError(f"`soft_cap` must be one number, got the shape {soft_cap.shape}.")
+            raise ValueError(
+                f"`{prefix}soft_cap` must be one number, got the shape {soft_cap.shape}."
+            )
         soft_cap = soft_cap.astype(dtype)
     layer = tokens.layer._replace(
         bias=bias,

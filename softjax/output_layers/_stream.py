@@ -15,9 +15,8 @@ from softjax._exact import log1p, where_finite
 from softjax._exponential import split_at_peak
 from softjax._inputs import computing_dtype
 from softjax._slices import AlongAxes
-from softjax.losses._surprise import surprise
+from softjax.losses._surprise import statistics as row_statistics
 from softjax.output_layers._layer import Layer, layer_scores
-from softjax.reductions import log_sum
 
 ENTRIES = 2**20  # logits formed at once
 TOKENS = 4096  # at most so many tokens are taken at once
@@ -39,7 +38,7 @@ class Found(NamedTuple):
 
     surprise: Array  # -log p of the label
     logsumexp: Array
-    even: Array | None  # sum(classes * s), over the classes not dropped
+    even: Array | None  # mean(-c log p) over the classes not dropped, with c their weights
     entropy: Array | None
     argmax: Array | None
 
@@ -56,11 +55,9 @@ def plan_for(layer: Layer, block_size: int | None) -> Plan:
 
 
 def statistics(plan: Plan, layer: Layer, labels: Array) -> Found:
+    """What is asked for of the logits of a layer, at labels in [0, V)."""
     if plan.dense:
         return _keep_logits(plan, layer, labels)
-    num_tokens = layer.features.shape[0]
-    if num_tokens <= TOKENS:
-        return _stream(plan, layer, labels)
     rows = (layer.features, layer.temperature, labels)
 
     def visit(_: None, first: Array, rows: Any) -> tuple[None, Found]:
@@ -68,18 +65,27 @@ def statistics(plan: Plan, layer: Layer, labels: Array) -> Found:
         part = layer._replace(features=features, temperature=temperature)
         return None, _stream(plan, part, labels)
 
-    found: Found = scan_blocks(visit, None, rows, TOKENS)[1]
-    return found
+    num_tokens = layer.features.shape[0]
+    if num_tokens <= TOKENS:
+        found = visit(None, jnp.array(0), rows)[1]
+    else:
+        found = scan_blocks(visit, None, rows, TOKENS)[1]
+    if found.even is None:
+        return found
+    classes = _class_row(layer)[0]
+    kept = jnp.ones(layer.weights.shape[0], bool)
+    if layer.bias is not None:
+        kept = layer.bias != -jnp.inf
+    total = jnp.sum(jnp.where(kept, classes, 0))
+    count = jnp.maximum(jnp.sum(kept, dtype=total.dtype), 1)
+    return found._replace(even=(total * found.logsumexp - found.even) / count)
 
 
 def _keep_logits(plan: Plan, layer: Layer, labels: Array) -> Found:
-    """The plain way, for few logits: the derivative remembers their probabilities."""
-    scores = layer_scores(layer)
-    even = None
-    if plan.even:
-        even = jnp.sum(jnp.where(scores == -jnp.inf, 0, scores) * _class_row(layer), 1)
-    log_total = jnp.squeeze(log_sum(scores, (1,)), 1)
-    return Found(surprise(scores, labels, 1), log_total, even, None, None)
+    """The plain way, for few logits: the derivative remembers their weights."""
+    classes = _class_row(layer) if plan.even else None
+    found = row_statistics(1, layer_scores(layer), labels, classes)
+    return Found(found.surprise, found.logsumexp, found.even, None, None)
 
 
 class _Seen(NamedTuple):
@@ -90,7 +96,7 @@ class _Seen(NamedTuple):
     moment: Array  # sum((s - peak) exp(s - peak)), at most 0
     argmax: Array
     chosen: Array  # s of the label; -inf where it has not been seen
-    even: Array | None
+    even: Array | None  # sum(c s) over the classes not dropped
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -122,7 +128,8 @@ def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
     )
     zero = jnp.zeros_like(found.logsumexp)
     start = Found(zero, zero, zero if plan.even else None, zero if plan.entropy else None, None)
-    missing = -jnp.expm1(-found.surprise)
+    finite = found.surprise != jnp.inf  # An infinite surprise is constant.
+    missing = jnp.where(finite, -jnp.expm1(-found.surprise), 0)
 
     def visit(dots: Found, start: Array, block: Layer, dot: Layer) -> Found:
         return jax.tree.map(jnp.add, dots, tangent(start, block, dot, labels, found, missing))
@@ -131,7 +138,7 @@ def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
     def tangent(
         start: Array, block: Layer, dot: Layer, labels: Array, found: Found, missing: Array
     ) -> Found:
-        scores, scores_dot = _push(block, dot)
+        scores, scores_dot = push(block, dot)
         kept = scores != -jnp.inf
         margins = jnp.where(kept, scores - found.logsumexp[:, None], 0)
         probs = jnp.where(kept, jnp.exp(margins), 0)
@@ -140,7 +147,7 @@ def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
             labels.dtype
         )
         hit = places == labels[:, None]
-        pull = jnp.where(hit, -missing[:, None], probs)
+        pull = jnp.where(hit, -missing[:, None], jnp.where(finite[:, None], probs, 0))
         even = entropy = None
         if plan.even:
             even = jnp.sum(scores_dot * _class_row(block), 1)
@@ -159,7 +166,7 @@ def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
     return found, dots
 
 
-def _push(block: Layer, dot: Layer) -> tuple[Array, Array]:
+def push(block: Layer, dot: Layer) -> tuple[Array, Array]:
     """The scores of a block, and their tangent in the arrays that move."""
     moving = {name: x for name, x in dot._asdict().items() if x is not None}
     moving.pop("classes", None)
