@@ -14,7 +14,13 @@ from softjax.losses import (
     soft_cross_entropy,
     sparsemax_loss,
 )
-from softjax.output_layers import linear_cross_entropy, linear_statistics
+from softjax.output_layers import (
+    adaptive_log_softmax,
+    linear_cross_entropy,
+    linear_distillation_loss,
+    linear_statistics,
+    sampled_cross_entropy,
+)
 from softjax.reductions import logmeanexp, logsumexp, mellowmax
 from softjax.scores import (
     adjusted_scores,
@@ -33,6 +39,7 @@ from softjax.sparse import entmax, entmax15, soft_top_k, sparsemax
 __version__ = "0.1.0"
 
 __all__ = [
+    "adaptive_log_softmax",
     "adjusted_scores",
     "class_balanced_weights",
     "cross_entropy",
@@ -45,6 +52,7 @@ __all__ = [
     "info_nce",
     "kl_divergence",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "linear_statistics",
     "log_prob",
     "log_softmax",
@@ -54,6 +62,7 @@ __all__ = [
     "mean_loss",
     "mellowmax",
     "min_p_filter",
+    "sampled_cross_entropy",
     "scalable_scores",
     "segment_softmax",
     "siglip_loss",

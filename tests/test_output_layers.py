@@ -160,6 +160,37 @@ def test_dropped_labels_and_weights_of_zero(block_size):
         close(call(features, **rest), sj.cross_entropy(logits, labels, **rest))
 
 
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=SLOW) for seed in range(1, 8))])
+def test_sampled_combinations_of_options(seed):
+    """Any of the options, against the definition: value, gradient, JVP and Hessian."""
+    rng = np.random.default_rng(seed)
+    features, weights, labels = draw(seed)
+    ignored = int(labels[3]) if rng.random() < 0.5 else None
+    reduction = ("mean", "sum", None)[rng.integers(3)]
+    block_size = (None, 6, 1, 23)[rng.integers(4)]
+    rest = {name: x for name, x in options(seed).items() if rng.random() < 0.5}
+
+    def loss(function, args, **static):
+        features, weights, rest = args
+        static |= {"reduction": reduction, "ignore_index": ignored}
+        return jnp.sum(jnp.sin(function(features, weights, labels, **static, **rest)))
+
+    ours = lambda args: loss(sj.linear_cross_entropy, args, block_size=block_size)
+    theirs = lambda args: loss(plain_loss, args)
+    args = features, weights, rest
+    dots = jax.tree.map(lambda x: jnp.cos(7 * x), args)
+    close(ours(args), theirs(args))
+    close(jax.jit(jax.grad(ours))(args), jax.grad(theirs)(args))
+    close(jax.jvp(ours, (args,), (dots,))[1], jax.jvp(theirs, (args,), (dots,))[1])
+    twice = lambda f: jax.jit(lambda a: jax.jvp(jax.grad(f), (a,), (dots,))[1])(args)
+    close(twice(ours), twice(theirs), 1e-10, 1e-10)
+    if reduction is not None:
+        forward = lambda args: loss(
+            sj.linear_cross_entropy, args, block_size=block_size, forward_gradient=True
+        )
+        close(jax.jit(jax.grad(forward))(args), jax.grad(theirs)(args))
+
+
 @SLOW
 @pytest.mark.parametrize("name", sorted(options()))
 def test_each_option_alone(name):

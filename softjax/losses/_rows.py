@@ -77,6 +77,11 @@ def label_weights(class_weights: ArrayLike | None, rows: Rows) -> Array:
     return spread_weights(class_weights, rows).reshape(-1)[rows.labels]
 
 
+def constant_where_infinite(loss: Array) -> Array:
+    """The loss, which nothing moves where it is infinite."""
+    return jnp.where(jnp.isinf(loss), jax.lax.stop_gradient(loss), loss)
+
+
 def times_nats(factor: Array, nats: Array) -> Array:
     """Factor * nats, where a factor of 0 counts nothing, and infinitely many are constant."""
     infinite = nats == jnp.inf

@@ -20,6 +20,7 @@ from softjax._slices import AlongAxes
 from softjax._threshold import solve
 from softjax.entropies import divergence
 from softjax.losses._rows import (
+    constant_where_infinite,
     label_rows,
     label_weights,
     per_label,
@@ -104,7 +105,7 @@ def cross_entropy(
     if not is_zero(z_loss):
         finite = jnp.where(jnp.isfinite(found.logsumexp), found.logsumexp, 0)
         loss += per_label(z_loss, rows, "z_loss") * finite**2
-    return rows.finish(loss)
+    return rows.finish(constant_where_infinite(loss))
 
 
 @public("axis")

@@ -14,7 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from softjax._blocks import scan_blocks
 from softjax._inputs import Classes, computing_dtype
-from softjax.losses._rows import times_nats
+from softjax.losses._rows import constant_where_infinite, times_nats
 from softjax.losses.means import sum_of_counted
 from softjax.output_layers._layer import Layer
 from softjax.output_layers._stream import ENTRIES, Plan, statistics
@@ -39,7 +39,7 @@ def token_losses(plan: Plan, parts: Parts, rows: Classes) -> Array:
     if z_loss is not None:
         finite = jnp.where(jnp.isfinite(found.logsumexp), found.logsumexp, 0)
         loss += z_loss * finite**2
-    return rows.finish(loss)
+    return rows.finish(constant_where_infinite(loss))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
