@@ -10,13 +10,21 @@ from softjax.losses import (
     distillation_loss,
     entmax_loss,
     focal_loss,
+    logit_adjustment,
     mean_loss,
     soft_cross_entropy,
     sparsemax_loss,
 )
-from softjax.output_layers import linear_cross_entropy, linear_statistics
+from softjax.output_layers import (
+    adaptive_log_softmax,
+    linear_cross_entropy,
+    linear_distillation_loss,
+    linear_statistics,
+    sampled_cross_entropy,
+)
 from softjax.reductions import logmeanexp, logsumexp, mellowmax
 from softjax.scores import (
+    adjusted_scores,
     min_p_filter,
     scalable_scores,
     sigsoftmax_scores,
@@ -32,6 +40,8 @@ from softjax.sparse import entmax, entmax15, sparsemax
 __version__ = "0.1.0"
 
 __all__ = [
+    "adaptive_log_softmax",
+    "adjusted_scores",
     "class_balanced_weights",
     "cross_entropy",
     "distillation_loss",
@@ -43,14 +53,17 @@ __all__ = [
     "info_nce",
     "kl_divergence",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "linear_statistics",
     "log_prob",
     "log_softmax",
+    "logit_adjustment",
     "logmeanexp",
     "logsumexp",
     "mean_loss",
     "mellowmax",
     "min_p_filter",
+    "sampled_cross_entropy",
     "scalable_scores",
     "segment_softmax",
     "siglip_loss",

@@ -16,7 +16,17 @@ from jax.typing import ArrayLike
 from softjax._blocks import in_blocks
 from softjax._exact import log1p, where_finite
 from softjax._exponential import SOFTMAX
-from softjax._inputs import NONNEGATIVE, PROBABILITY, Axis, per_slice, prepare, public, to_float
+from softjax._inputs import (
+    NONNEGATIVE,
+    PROBABILITY,
+    Axis,
+    per_class,
+    per_slice,
+    prepare,
+    public,
+    resolve_one_axis,
+    to_float,
+)
 from softjax._search import largest_threshold, ordered
 from softjax._slices import AlongAxes, Slices
 from softjax._threshold import solve
@@ -24,6 +34,7 @@ from softjax._threshold import solve
 Rank = Callable[[Slices, Array], tuple[Array, Array | None]]  # keys and weights
 
 __all__ = [
+    "adjusted_scores",
     "min_p_filter",
     "scalable_scores",
     "sigsoftmax_scores",
@@ -286,6 +297,46 @@ def scalable_scores(
     limit = jnp.where(factor > 0, jnp.inf, jnp.where(factor < 0, -jnp.inf, factor))
     scores = jnp.where(infinite, limit, scores)
     return jnp.where(kept, scores, -jnp.inf).astype(problem.dtype)
+
+
+@public("axis")
+def adjusted_scores(logits: ArrayLike, adjustment: ArrayLike, *, axis: int = -1) -> Array:
+    r"""Shifts logits by one number a class: logit adjustment for long tails, or a prior.
+
+    .. math:: z_c + a_c
+
+    Args:
+        logits: scores z, `[*shape]`; differentiable. -inf stays -inf: dropped.
+        adjustment: shifts a, `[C]`, real or -inf (drops a class); differentiable.
+            `logit_adjustment` makes them from class counts: added in the training loss, they
+            teach the logits of equally frequent classes; subtracted from other logits when
+            they are used, they correct for the frequencies.
+        axis: the one axis of the C classes.
+
+    Returns:
+        Scores `[*shape]` in the dtype of `logits`; -inf where dropped.
+
+    Raises:
+        TypeError: `logits` or `adjustment` is not real, or `axis` not one int.
+        ValueError: `adjustment` is not `[C]`, or `axis` is out of range.
+
+    Example:
+        >>> print(adjusted_scores(jnp.array([1.0, 2.0]), jnp.array([0.0, -jnp.inf])))
+        [  1. -inf]
+
+    Note:
+        O(n). Both modes, any order.
+
+    Reference:
+        Menon et al. (2021), Long-tail learning via logit adjustment.
+    """
+    x, dtype = to_float(logits, name="logits")
+    axis = resolve_one_axis(axis, x.ndim)
+    shifts = per_class(adjustment, x.shape[axis], x.dtype, name="adjustment")
+    shifts = jnp.expand_dims(shifts, tuple(i for i in range(x.ndim) if i != axis))
+    kept = (x != -jnp.inf) & (shifts != -jnp.inf)
+    scores = jnp.where(kept, x, 0) + jnp.where(kept, shifts, 0)
+    return jnp.where(kept, scores, -jnp.inf).astype(dtype)
 
 
 @public()

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import graphlib
 import inspect
 import pathlib
 import re
@@ -95,6 +96,22 @@ def test_imports_point_one_way():
                     inside = other == room(path) and len(path.parts) > 1
                     before = ORDER.index(other) < ORDER.index(room(path))
                     assert inside or before, (path, name)
+
+
+def test_the_modules_of_a_room_import_each_other_without_a_circle():
+    """Their order is what `graphlib` finds; a room's `__init__` is its last."""
+    imported = {}
+    for path in modules():
+        if len(path.parts) > 1:
+            name = ".".join(("softjax", *path.with_suffix("").parts))
+            tree = ast.parse((PACKAGE / path).read_text(encoding="utf-8"))
+            froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+            inside = {n.module for n in froms if n.module.startswith(f"softjax.{room(path)}")}
+            imported[name] = {f"{m}.__init__" if m.count(".") == 1 else m for m in inside}
+    order = list(graphlib.TopologicalSorter(imported).static_order())
+    for name in imported:
+        last = f"{name.rpartition('.')[0]}.__init__"
+        assert order.index(name) <= order.index(last), name
 
 
 def test_the_package_needs_jax_alone():
