@@ -4,6 +4,13 @@ from softjax.contrastive import info_nce, siglip_loss
 from softjax.decoding import repetition_penalty
 from softjax.dense import log_softmax, softmax
 from softjax.entropies import entropy, kl_divergence, log_prob
+from softjax.estimators import (
+    gumbel_softmax,
+    rao_blackwell_gumbel_softmax,
+    reinmax,
+    relaxed_log_density,
+)
+from softjax.gradients import clip_gradient, reverse_gradient, score_function, straight_through
 from softjax.losses import (
     class_balanced_weights,
     cross_entropy,
@@ -35,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "class_balanced_weights",
+    "clip_gradient",
     "cross_entropy",
     "distillation_loss",
     "entmax",
@@ -44,6 +52,7 @@ __all__ = [
     "focal_loss",
     "gumbel",
     "gumbel_given_argmax",
+    "gumbel_softmax",
     "info_nce",
     "kl_divergence",
     "linear_cross_entropy",
@@ -56,10 +65,15 @@ __all__ = [
     "mellowmax",
     "min_p_filter",
     "ranking_log_prob",
+    "rao_blackwell_gumbel_softmax",
+    "reinmax",
+    "relaxed_log_density",
     "repetition_penalty",
+    "reverse_gradient",
     "sample",
     "sample_without_replacement",
     "scalable_scores",
+    "score_function",
     "segment_softmax",
     "siglip_loss",
     "sigsoftmax_scores",
@@ -69,6 +83,7 @@ __all__ = [
     "softmax",
     "sparsemax",
     "sparsemax_loss",
+    "straight_through",
     "taylor_scores",
     "top_k_filter",
     "top_p_filter",

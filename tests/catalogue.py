@@ -396,6 +396,17 @@ CATALOGUE = (
         wide=True,
     ),
     Entry(
+        name="relaxed_log_density",
+        call=lambda z, y, t, w: sj.relaxed_log_density(z, y, temperature=t, where=w),
+        oracle=oracles.relaxed_log_density,
+        make=_make(
+            _logits,
+            lambda rng: np.log(rng.dirichlet(np.full(SIZE, 3.0), ROWS)),
+            _temperature,
+        ),
+        wide=True,
+    ),
+    Entry(
         name="gumbel_given_argmax",
         call=lambda z, y: sj.gumbel_given_argmax(KEY, z, y),
         oracle=lambda z, y: oracles.gumbel_given_argmax(z, y, _noise(z)),

@@ -906,6 +906,20 @@ def gumbel_given_argmax(logits, labels, noise):
 
 
 @quiet
+def relaxed_log_density(logits, log_samples, temperature, where):
+    """Of the concrete distribution (Maddison et al., 2017), as a product, one a row."""
+    logits, log_y = (np.asarray(a).astype(np.longdouble) for a in (logits, log_samples))
+    out = np.zeros(len(logits), np.longdouble)
+    for row, keep in enumerate(np.asarray(where)):
+        z, log_y_row = logits[row][keep], log_y[row][keep]
+        t, n = np.longdouble(np.asarray(temperature)[row, 0]), len(z)
+        total = np.sum(np.exp(z - t * log_y_row))
+        terms = z - (t + 1) * log_y_row - np.log(total)
+        out[row] = math.lgamma(n) + (n - 1) * np.log(t) + np.sum(terms)
+    return out
+
+
+@quiet
 def repetition_penalty(logits, tokens, penalty=1.0, *, presence=0.0, frequency=0.0):
     logits = np.asarray(logits).astype(np.longdouble)
     options = (np.asarray(o).astype(np.longdouble) for o in (penalty, presence, frequency))

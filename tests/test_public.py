@@ -22,8 +22,8 @@ ORDER = [
     *("_inputs", "_exact", "_slices", "_blocks", "_search", "_threshold", "_exponential"),
     *("_online", "_mesh", "_wide", "_noise", "_inverse_cdf"),
     *("reductions", "dense", "sparse", "segments", "scores", "decoding", "entropies"),
-    *("losses", "output_layers", "contrastive", "sampling", "subsets", "estimators"),
-    *("policies",),
+    *("losses", "output_layers", "contrastive", "sampling", "subsets", "gradients"),
+    *("estimators", "policies"),
     *("calibration", "masks", "attention", "kernels", "__init__"),
 ]
 SECTIONS = ["Args", "Returns", "Raises", "Example", "Note", "Reference"]
@@ -43,6 +43,14 @@ def room(path):
 
 # What has no place in the catalogue, whose functions have values and derivatives of their own.
 APART = {
+    **dict.fromkeys(
+        ("clip_gradient", "reverse_gradient", "score_function", "straight_through"),
+        "the derivative is not that of the value: test_gradients",
+    ),
+    **dict.fromkeys(
+        ("gumbel_softmax", "rao_blackwell_gumbel_softmax", "reinmax"),
+        "the derivative is an estimate: test_estimators",
+    ),
     "gumbel": "random, of no array: test_sampling",
     "sample": "random integers: test_sampling",
     "weighted_subset": "its derivative is an estimator's: test_subsets",
