@@ -2,8 +2,16 @@
 
 from softjax.budgets import soft_top_k
 from softjax.contrastive import info_nce, siglip_loss
+from softjax.decoding import repetition_penalty
 from softjax.dense import log_softmax, softmax
 from softjax.entropies import entropy, kl_divergence, log_prob
+from softjax.estimators import (
+    gumbel_softmax,
+    rao_blackwell_gumbel_softmax,
+    reinmax,
+    relaxed_log_density,
+)
+from softjax.gradients import clip_gradient, reverse_gradient, score_function, straight_through
 from softjax.losses import (
     class_balanced_weights,
     cross_entropy,
@@ -23,6 +31,7 @@ from softjax.output_layers import (
     sampled_cross_entropy,
 )
 from softjax.reductions import logmeanexp, logsumexp, mellowmax
+from softjax.sampling import gumbel, gumbel_given_argmax, sample
 from softjax.scores import (
     adjusted_scores,
     min_p_filter,
@@ -36,6 +45,7 @@ from softjax.scores import (
 )
 from softjax.segments import segment_softmax
 from softjax.sparse import entmax, entmax15, sparsemax
+from softjax.subsets import ranking_log_prob, sample_without_replacement, weighted_subset
 
 __version__ = "0.1.0"
 
@@ -43,6 +53,7 @@ __all__ = [
     "adaptive_log_softmax",
     "adjusted_scores",
     "class_balanced_weights",
+    "clip_gradient",
     "cross_entropy",
     "distillation_loss",
     "entmax",
@@ -50,6 +61,9 @@ __all__ = [
     "entmax_loss",
     "entropy",
     "focal_loss",
+    "gumbel",
+    "gumbel_given_argmax",
+    "gumbel_softmax",
     "info_nce",
     "kl_divergence",
     "linear_cross_entropy",
@@ -63,8 +77,17 @@ __all__ = [
     "mean_loss",
     "mellowmax",
     "min_p_filter",
+    "ranking_log_prob",
+    "rao_blackwell_gumbel_softmax",
+    "reinmax",
+    "relaxed_log_density",
+    "repetition_penalty",
+    "reverse_gradient",
+    "sample",
+    "sample_without_replacement",
     "sampled_cross_entropy",
     "scalable_scores",
+    "score_function",
     "segment_softmax",
     "siglip_loss",
     "sigsoftmax_scores",
@@ -74,8 +97,10 @@ __all__ = [
     "softmax",
     "sparsemax",
     "sparsemax_loss",
+    "straight_through",
     "taylor_scores",
     "top_k_filter",
     "top_p_filter",
     "typical_filter",
+    "weighted_subset",
 ]

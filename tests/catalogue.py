@@ -149,6 +149,15 @@ _LINEAR = (
     lambda rng: rng.uniform(0.6, 0.9, ROWS),
 )
 
+KEY = jax.random.key(7)
+
+
+def _noise(logits):
+    """What is added to logits of a dtype: wider noise is other noise."""
+    wide = jnp.promote_types(jnp.asarray(logits).dtype, "float32")
+    return np.asarray(sj.gumbel(KEY, logits.shape, dtype=wide))
+
+
 CATALOGUE = (
     _both(
         "logsumexp",
@@ -409,6 +418,58 @@ CATALOGUE = (
             x, w, y, log_uniform(jax.random.key(0), 4, SIZE), b, t
         ),
         make=_make(*_LINEAR, others=(_labels,)),
+        wide=True,
+    ),
+    _both(
+        "repetition_penalty",
+        lambda m, z, p, a, b, t: m.repetition_penalty(z, t, p, presence=a, frequency=b),
+        make=_make(
+            _logits,
+            lambda rng: _per_slice(rng, 1.2, 1.8),
+            lambda rng: _per_slice(rng, 0.2, 0.8),
+            lambda rng: _per_slice(rng, 0.2, 0.8),
+            others=(lambda rng: rng.permuted([[0, 2, 2, -1], [1, 4, 4, 9]], axis=-1),),
+        ),
+    ),
+    _both(
+        "ranking_log_prob",
+        lambda m, z, i, w: m.ranking_log_prob(z, i, where=w),
+        make=_make(
+            _logits,
+            others=(
+                lambda rng: rng.permuted(np.tile(np.arange(SIZE), (ROWS, 1)), axis=-1),
+                _mask,
+            ),
+        ),
+        invariants=("shift",),
+        wide=True,
+    ),
+    Entry(
+        name="sample_without_replacement",
+        call=lambda z, w: sj.sample_without_replacement(KEY, z, 3, where=w)[1],
+        oracle=lambda z, w: oracles.ranking_log_prob(
+            z, sj.sample_without_replacement(KEY, z, 3, where=w)[0], where=w
+        ),
+        make=_make(_logits),
+        invariants=("shift",),
+        wide=True,
+    ),
+    Entry(
+        name="relaxed_log_density",
+        call=lambda z, y, t, w: sj.relaxed_log_density(z, y, temperature=t, where=w),
+        oracle=oracles.relaxed_log_density,
+        make=_make(
+            _logits,
+            lambda rng: np.log(rng.dirichlet(np.full(SIZE, 3.0), ROWS)),
+            _temperature,
+        ),
+        wide=True,
+    ),
+    Entry(
+        name="gumbel_given_argmax",
+        call=lambda z, y: sj.gumbel_given_argmax(KEY, z, y),
+        oracle=lambda z, y: oracles.gumbel_given_argmax(z, y, _noise(z)),
+        make=_make(_logits, others=(_labels,)),
         wide=True,
     ),
 )

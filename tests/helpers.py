@@ -5,6 +5,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from scipy import stats
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -110,3 +111,20 @@ def _interpret(jaxpr, consts, args, found):
 def _has_nan(value):
     is_float = jnp.issubdtype(jnp.result_type(value), jnp.floating)
     return bool(is_float and jnp.isnan(value).any())
+
+
+def g_test(counts, probs):
+    """The p-value of counts under probabilities, of which those that are 0 must not occur.
+
+    Classes are put together, in the order of their probability, until each group is expected
+    100 times, where the distribution of G is that of chi-square.
+    """
+    counts, probs = np.asarray(counts, float), np.asarray(probs, float)
+    assert not counts[probs == 0].any()
+    order = np.argsort(probs)
+    expected = probs[order] * counts.sum() / probs.sum()
+    group = np.floor(np.cumsum(expected) / 100).astype(int)
+    expected, observed = (np.bincount(group, w) for w in (expected, counts[order]))
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    ratio = np.where(observed > 0, observed, 1) / expected
+    return float(stats.chi2.sf(2 * np.sum(observed * np.log(ratio)), len(expected) - 1))

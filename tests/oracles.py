@@ -919,3 +919,65 @@ def siglip_loss(queries, keys, *, temperature, bias):
     signs = 2 * np.eye(len(queries)) - 1
     exponents = (-signs * (scores + np.asarray(bias, np.float64))).astype(np.longdouble)
     return np.sum(np.log1p(np.exp(exponents))) / len(queries)
+
+
+# Sampling and decoding.
+
+
+@quiet
+def ranking_log_prob(logits, indices, *, where=None):
+    """Of each draw given those before it, along the last axis; float64 serves."""
+    logits, keep, _ = _prepare(logits, -1, where)
+    indices = np.asarray(indices)
+    out = np.zeros(indices.shape, np.longdouble)
+    for row in np.ndindex(indices.shape[:-1]):
+        left = np.where(keep[row], logits[row], -INF).astype(np.longdouble)
+        for j, i in enumerate(indices[row]):
+            if i == -1:
+                continue
+            if left[i] == -INF:
+                out[row][j] = -INF
+                continue
+            score, left[i] = left[i], -INF
+            out[row][j] = -np.log1p(np.sum(np.exp(left - score)))
+    return out
+
+
+def gumbel_given_argmax(logits, labels, noise):
+    """The noise at the label becomes that of the largest; the others are cut off at it."""
+    logits, noise = (np.asarray(a).astype(np.longdouble) for a in (logits, noise))
+    labels = np.asarray(labels)[..., None]
+    largest = np.log(np.sum(np.exp(logits), -1, keepdims=True))
+    top = largest + np.take_along_axis(noise, labels, -1)
+    others = -np.log(np.exp(-top) + np.exp(-(logits + noise)))
+    return np.where(np.arange(logits.shape[-1]) == labels, top, others)
+
+
+@quiet
+def relaxed_log_density(logits, log_samples, temperature, where):
+    """Of the concrete distribution (Maddison et al., 2017), as a product, one a row."""
+    logits, log_y = (np.asarray(a).astype(np.longdouble) for a in (logits, log_samples))
+    out = np.zeros(len(logits), np.longdouble)
+    for row, keep in enumerate(np.asarray(where)):
+        z, log_y_row = logits[row][keep], log_y[row][keep]
+        t, n = np.longdouble(np.asarray(temperature)[row, 0]), len(z)
+        total = np.sum(np.exp(z - t * log_y_row))
+        terms = z - (t + 1) * log_y_row - np.log(total)
+        out[row] = math.lgamma(n) + (n - 1) * np.log(t) + np.sum(terms)
+    return out
+
+
+@quiet
+def repetition_penalty(logits, tokens, penalty=1.0, *, presence=0.0, frequency=0.0):
+    logits = np.asarray(logits).astype(np.longdouble)
+    options = (np.asarray(o).astype(np.longdouble) for o in (penalty, presence, frequency))
+    penalty, presence, frequency = (np.broadcast_to(o, logits.shape) for o in options)
+    tokens = np.broadcast_to(tokens, (*logits.shape[:-1], np.shape(tokens)[-1]))
+    out = logits.copy()
+    for place in np.ndindex(logits.shape):
+        count = int(np.sum(tokens[place[:-1]] == place[-1]))
+        z = logits[place]
+        if count and z > -INF:
+            bent = z / penalty[place] if z > 0 else z * penalty[place]
+            out[place] = bent - presence[place] - frequency[place] * count
+    return out

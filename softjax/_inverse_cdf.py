@@ -1,0 +1,190 @@
+"""Draws by inverse CDF, with 64 random bits a draw and integers for weights.
+
+Each weight is rounded once, to a multiple of about 2^-40 of the largest; from there on all
+sums are exact, so that no class gains or loses by where it stands, and a class of weight 0
+is never drawn. Weights are summed in blocks; a draw finds its block, and then its class in
+the block, by bisection.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from softjax import _wide
+from softjax._exact import centre
+from softjax._wide import Wide
+
+FEW = 16  # classes that are added up one by one
+LONGEST = 128  # entries of a block, at most
+
+
+class Rows(NamedTuple):
+    """What turns the logits of a row into weights, one number a row."""
+
+    peak: Array
+    temperature: Array | None
+
+    def weights(self, x: Array) -> Array:
+        """exp((x - peak) / temperature) of logits with the rows along their first axis."""
+        grow = lambda row: row.reshape(-1, *(1,) * (x.ndim - 1))
+        temperature = None if self.temperature is None else grow(self.temperature)
+        scores = centre(x, grow(self.peak), temperature, lambda row: row)
+        return jnp.where(scores.dead, 0, jnp.exp(scores.near))
+
+
+class Parts(NamedTuple):
+    """A weight as an integer, high 2^shift + low, of which blocks add up without rounding."""
+
+    high: Array  # whole numbers as floats, so that a NaN is not lost
+    low: Array  # int32, of either sign
+
+
+class Scale(NamedTuple):
+    """How many bits the parts of a weight have, for sums over a block and over a row."""
+
+    high: int
+    low: int
+
+    def split(self, weights: Array) -> Parts:
+        scaled = weights * 2.0**self.high
+        high = jnp.round(scaled)
+        return Parts(high, jnp.round((scaled - high) * 2.0**self.low).astype(jnp.int32))
+
+    def join(self, parts: Parts) -> Wide:
+        return _wide.from_parts(parts.high.astype(jnp.int32), parts.low, self.low)
+
+
+def _scale(size: int, block: int) -> Scale:
+    """A block's sum of `high` fits the 24 bits of float32, that of `low` 32, a row's 63."""
+    log_block, log_size = (math.ceil(math.log2(n)) for n in (block, size))
+    high = 24 - log_block
+    return Scale(high, min(31 - log_block, 62 - high - log_size))
+
+
+def draw(x: Array, temperature: Array | None, bits: Wide) -> Array:
+    """Classes `[rows, draws]` of logits `[rows, n]`, n > 0, by 64 bits a draw; -1 for none."""
+    if x.shape[1] <= FEW:
+        return _draw_of_few(x, temperature, bits)
+    rows = Rows(jnp.max(x, 1), temperature)
+    block = _block_size(x.shape[1])
+    spare = -x.shape[1] % block
+    if spare:
+        x = jnp.pad(x, ((0, 0), (0, spare)), constant_values=-jnp.inf)
+    x = x.reshape(len(x), -1, block)
+    scale = _scale(x.shape[1] * block, block)
+    if bits.low.shape[1] * block < x.shape[1] * block:
+        return _draw_from_sums(x, rows, scale, bits)
+    return _draw_from_prefixes(x, rows, scale, bits)
+
+
+def _block_size(size: int) -> int:
+    """About the square root; a divisor if there is one, as padding makes a copy."""
+    wanted = min(LONGEST, 1 << math.ceil(math.log2(size) / 2))
+    for candidate in range(wanted, wanted // 8, -1):
+        if size % candidate == 0:
+            return candidate
+    return wanted
+
+
+def _draw_of_few(x: Array, temperature: Array | None, bits: Wide) -> Array:
+    """All in one pass over the draws."""
+    columns = [x[:, i] for i in range(x.shape[1])]
+    rows = Rows(functools.reduce(jnp.maximum, columns), temperature)
+    scale = _scale(len(columns), len(columns))
+    parts = [scale.split(rows.weights(column)) for column in columns]
+    sums = [scale.join(parts[0])]
+    for part in parts[1:]:
+        sums.append(_wide.add(sums[-1], scale.join(part)))
+    columns_of_sums = [Wide(s.high[:, None], s.low[:, None]) for s in sums]
+    target = _wide.multiply_high(bits, columns_of_sums[-1])
+    index = functools.reduce(
+        jnp.add, [_wide.at_most(s, target).astype(jnp.int32) for s in columns_of_sums]
+    )
+    return _or_none(
+        index, columns_of_sums[-1], functools.reduce(jnp.add, [part.high for part in parts])
+    )
+
+
+def _draw_from_sums(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array:
+    """Only the blocks that are hit are looked into."""
+    block = x.shape[2]
+    high, low = scale.split(rows.weights(x))
+    # (One reduction of both: two would weigh every entry twice, or write all weights out.)
+    sums = Parts(
+        *lax.reduce(
+            (high, low),
+            (np.zeros((), high.dtype), np.zeros((), low.dtype)),
+            lambda a, b: (a[0] + b[0], a[1] + b[1]),
+            (2,),
+        )
+    )
+    which, rest, total = _find_block(scale.join(sums), bits)
+    hit = jnp.take_along_axis(x, which[:, :, None], 1)  # [rows, draws, block]
+    parts = scale.split(rows.weights(hit))
+    prefix = _prefix(scale, parts)
+    # Weighed anew, the block may weigh a rounding less: its last class takes the rest.
+    weight = Wide(prefix.high[..., -1], prefix.low[..., -1])
+    one = Wide(jnp.zeros_like(weight.high), jnp.ones_like(weight.low))
+    rest = _wide.smaller(rest, _wide.subtract(weight, one))
+    read = lambda array, place: jnp.take_along_axis(array, place[..., None], 2)[..., 0]
+    inside = _bisect(lambda place: Wide(*(read(a, place) for a in prefix)), block, rest)
+    inside = jnp.where(_wide.is_zero(weight), jnp.argmax(hit, -1).astype(inside.dtype), inside)
+    return _or_none(which * block + inside, total, jnp.sum(sums.high, 1))
+
+
+def _draw_from_prefixes(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array:
+    """The weights of all classes are summed up in advance, for many draws."""
+    num_rows, _, block = x.shape
+    parts = scale.split(rows.weights(x))
+    prefixes = _prefix(scale, parts)
+    which, rest, total = _find_block(Wide(*(a[..., -1] for a in prefixes)), bits)
+    flat = Wide(*(a.reshape(num_rows, -1) for a in prefixes))
+    start = which * block
+    inside = _bisect(lambda place: _read(flat, start + place), block, rest)
+    return _or_none(start + inside, total, jnp.sum(parts.high, (1, 2)))
+
+
+def _find_block(sums: Wide, bits: Wide) -> tuple[Array, Wide, Wide]:
+    """Of sums `[rows, blocks]`: the block, what is left of the draw in it, the row's total."""
+    ends = _wide.running_sums(sums)
+    total = Wide(ends.high[:, -1:], ends.low[:, -1:])
+    target = _wide.multiply_high(bits, total)
+    size = ends.low.shape[1]
+    which = jnp.minimum(_bisect(lambda place: _read(ends, place), size, target), size - 1)
+    before = _read(ends, jnp.maximum(which - 1, 0))
+    before = Wide(*(jnp.where(which > 0, word, 0) for word in before))
+    return which, _wide.subtract(target, before), total
+
+
+def _read(table: Wide, place: Array) -> Wide:
+    return Wide(*(jnp.take_along_axis(word, place, 1) for word in table))
+
+
+def _prefix(scale: Scale, parts: Parts) -> Wide:
+    """Running sums of integer weights along the last axis, a block."""
+    high = parts.high.astype(jnp.int32)
+    sums = Parts(*(jnp.cumsum(a, -1, dtype=jnp.int32) for a in (high, parts.low)))
+    return scale.join(sums)
+
+
+def _bisect(read: Callable[[Array], Wide], size: int, target: Wide) -> Array:
+    """How many of `size` sums in ascending order are at most the target."""
+    num_steps = size.bit_length()
+
+    def step(number: Array, place: Array) -> Array:
+        ahead = place + jnp.left_shift(1, num_steps - 1 - number).astype(place.dtype)
+        passed = _wide.at_most(read(jnp.minimum(ahead, size) - 1), target)
+        return jnp.where(passed & (ahead <= size), ahead, place)
+
+    return lax.fori_loop(0, num_steps, step, jnp.zeros(target.low.shape, jnp.int32))
+
+
+def _or_none(index: Array, total: Wide, check: Array) -> Array:
+    """-1 where nothing is kept, or where a weight is NaN, and with it the check."""
+    none = _wide.is_zero(total) | jnp.isnan(check)[:, None]
+    return jnp.where(none, -1, index)
