@@ -158,6 +158,20 @@ def _noise(logits):
     return np.asarray(sj.gumbel(KEY, logits.shape, dtype=wide))
 
 
+def _epsilon(rng):
+    return _per_slice(rng, 0.1, 0.4)
+
+
+def _advantages(rng):
+    """Of both signs, and not small."""
+    return np.array([1.0, -1.0]) * rng.uniform(0.5, 1.5, ROWS)
+
+
+def _drawn(values, temperature, epsilon, where):
+    """One action a row, and its log-probability."""
+    return sj.select_action(KEY, values, temperature=temperature, epsilon=epsilon, where=where)
+
+
 CATALOGUE = (
     _both(
         "logsumexp",
@@ -471,5 +485,104 @@ CATALOGUE = (
         oracle=lambda z, y: oracles.gumbel_given_argmax(z, y, _noise(z)),
         make=_make(_logits, others=(_labels,)),
         wide=True,
+    ),
+    # Policies.
+    Entry(
+        name="select_action",
+        call=lambda q, t, e, w: _drawn(q, t, e, w)[1],
+        oracle=lambda q, t, e, w: oracles.policy_log_prob(
+            q, _drawn(q, t, e, w)[0], temperature=t, epsilon=e, where=w
+        ),
+        make=_make(_logits, _temperature, _epsilon),
+        wide=True,
+    ),
+    _both(
+        "policy_probs",
+        lambda m, q, t, e, w: m.policy_probs(q, temperature=t, epsilon=e, where=w),
+        make=_make(_logits, _temperature, _epsilon),
+        invariants=("mass", "shift", "permutation", "order"),
+    ),
+    _both(
+        "policy_log_prob",
+        lambda m, q, t, e, a: m.policy_log_prob(q, a, temperature=t, epsilon=e),
+        make=_make(_logits, _temperature, _epsilon, others=(_labels,)),
+        invariants=("shift",),
+        wide=True,
+    ),
+    _both(
+        "policy_entropy",
+        lambda m, q, t, e, w: m.policy_entropy(q, temperature=t, epsilon=e, where=w),
+        make=_make(_logits, _temperature, _epsilon),
+        invariants=("shift",),
+        wide=True,
+    ),
+    _both(
+        "policy_gradient_loss",
+        lambda m, z, b, c, a: m.policy_gradient_loss(z, a, b, entropy_cost=c),
+        make=_make(_logits, _advantages, _per_label(0.1, 0.4), others=(_labels,)),
+        invariants=("shift",),
+        wide=True,
+    ),
+    _both(
+        "clipped_surrogate_loss",
+        lambda m, z, o, b, d, c, a: m.clipped_surrogate_loss(
+            z, a, o, b, clip=d, entropy_cost=c
+        ),
+        make=_make(
+            _logits,
+            _per_label(-2.5, -1.0),
+            _advantages,
+            _per_label(0.1, 0.2),
+            _per_label(0.1, 0.4),
+            others=(_labels,),
+        ),
+        invariants=("shift",),
+        wide=True,
+    ),
+    _both(
+        "soft_value",
+        lambda m, q, t, w: m.soft_value(q, temperature=t, where=w),
+        make=_make(_logits, _temperature),
+    ),
+    _both(
+        "expected_value",
+        lambda m, q, t, e, w: m.expected_value(q, temperature=t, epsilon=e, where=w),
+        make=_make(_logits, _temperature, _epsilon),
+    ),
+    _both(
+        "actor_critic_value",
+        lambda m, q, z, t, w: m.actor_critic_value(q, z, temperature=t, where=w),
+        make=_make(_logits, _logits, _temperature),
+    ),
+    _both(
+        "bellman_target",
+        lambda m, r, g, v: m.bellman_target(r, g, v),
+        make=_make(_advantages, _per_label(0.5, 1.0), _advantages, others=()),
+    ),
+    _both(
+        "exponential_temperature",
+        lambda m, t, i, h, f: m.exponential_temperature(t, initial=i, half_life=h, final=f),
+        make=_make(
+            _per_label(1.0, 3.0),
+            _per_label(1.0, 2.0),
+            _per_label(1.0, 3.0),
+            _per_label(0.1, 0.4),
+            others=(),
+        ),
+    ),
+    _both(
+        "visit_count_temperature",
+        lambda m, q, n, w: m.visit_count_temperature(q, n, where=w),
+        make=_make(_logits, lambda rng: _per_slice(rng, 2.0, 5.0)),
+    ),
+    _both(
+        "target_entropy_temperature",
+        lambda m, q, h, w: m.target_entropy_temperature(q, h, where=w),
+        make=_make(_logits, lambda rng: _per_slice(rng, 0.6, 1.1)),
+    ),
+    _both(
+        "mellowmax_temperature",
+        lambda m, q, o, w: m.mellowmax_temperature(q, omega=o, where=w),
+        make=_make(_logits, lambda rng: _per_slice(rng, 2.0, 5.0)),
     ),
 )

@@ -10,6 +10,7 @@ Values come back as `numpy.longdouble`, so that an error of a hundredth of a flo
 is still seen.
 """
 
+import functools
 import math
 
 import mpmath
@@ -981,3 +982,177 @@ def repetition_penalty(logits, tokens, penalty=1.0, *, presence=0.0, frequency=0
             bent = z / penalty[place] if z > 0 else z * penalty[place]
             out[place] = bent - presence[place] - frequency[place] * count
     return out
+
+
+# Policies.
+
+
+def _policy_row(values, temperature, epsilon):
+    """Probabilities of a Boltzmann policy mixed with the uniform one."""
+    logs = _log_softmax_row(values, temperature, -INF)
+    if any(map(_isnan, logs)) or not 0 <= epsilon <= 1:
+        return [NAN] * len(values)
+    share = epsilon / len(values)
+    return [(1 - epsilon) * mp.exp(log) + share for log in logs]
+
+
+def policy_probs(values, *, temperature=1.0, epsilon=0.0, axis=-1, where=None):
+    options = {"temperature": temperature, "epsilon": epsilon}
+    return _map(_policy_row, 0.0, values, axis, where, **options)
+
+
+def policy_log_probs(values, *, temperature=1.0, epsilon=0.0, axis=-1, where=None):
+    """Of all actions."""
+    rule = lambda *args, **options: [_log(p) for p in _policy_row(*args, **options)]
+    options = {"temperature": temperature, "epsilon": epsilon}
+    return _map(rule, -INF, values, axis, where, **options)
+
+
+def policy_log_prob(values, actions, *, axis=-1, **options):
+    logs = np.moveaxis(policy_log_probs(values, axis=axis, **options), axis, -1)
+    actions = np.asarray(actions)
+    out = np.full(actions.shape, np.nan, np.longdouble)
+    for index in np.ndindex(actions.shape):
+        if 0 <= actions[index] < logs.shape[-1]:
+            out[index] = logs[index][actions[index]]
+        elif actions[index] == -1 and (logs[index] == -np.inf).all():
+            out[index] = -np.inf
+    return out
+
+
+def _with_options(rule, nothing, values, axis, where, keepdims=False, **options):
+    """`rule(legal values, **options of the slice)` for every slice that has a legal value."""
+    values = np.asarray(values).astype(np.float64)
+    axes = normalise_axis(axis, values.ndim)
+    lists = {k: _per_slice(v, values.shape, axes) for k, v in options.items()}
+    _, keep, _ = _prepare(values, axis, where)
+    rows, _, lead = _rows(values, axes)
+    out = np.full(len(rows), nothing, np.longdouble)
+    for i, (row, mask) in enumerate(zip(rows, _rows(keep, axes)[0], strict=True)):
+        if mask.any():
+            legal = [_exact(v) for v in row[mask]]
+            out[i] = to_longdouble(rule(legal, **{k: _exact(v[i]) for k, v in lists.items()}))
+    out = out.reshape(lead)
+    return np.expand_dims(out, axes) if keepdims else out
+
+
+def policy_entropy(values, *, temperature=1.0, epsilon=0.0, axis=-1, where=None):
+    def rule(legal, temperature, epsilon):
+        probs = _policy_row(legal, temperature, epsilon)
+        return NAN if any(map(_isnan, probs)) else -mp.fsum(p * mp.log(p) for p in probs if p)
+
+    options = {"temperature": temperature, "epsilon": epsilon}
+    return _with_options(rule, 0.0, values, axis, where, **options)
+
+
+def policy_gradient_loss(logits, actions, advantages, *, entropy_cost=0.0, where=None):
+    logs = policy_log_prob(logits, actions, where=where)
+    advantages = np.broadcast_to(np.asarray(advantages).astype(np.longdouble), logs.shape)
+    with np.errstate(all="ignore"):
+        loss = np.where((advantages == 0) & (logs == -np.inf), 0, -advantages * logs)
+    costs = np.asarray(entropy_cost).astype(np.longdouble)
+    return loss - costs * policy_entropy(logits, where=where)
+
+
+def clipped_surrogate_loss(
+    logits, actions, old_log_probs, advantages, *, clip=0.2, entropy_cost=0.0, where=None
+):
+    logs = policy_log_prob(logits, actions, where=where)
+    old, advantages, clip, costs = (
+        np.asarray(x).astype(np.longdouble)
+        for x in (old_log_probs, advantages, clip, entropy_cost)
+    )
+    ratio = np.exp(logs - old)
+    clipped = np.clip(ratio, 1 - clip, 1 + clip)
+    surrogate = np.minimum(ratio * advantages, clipped * advantages)
+    return -surrogate - costs * policy_entropy(logits, where=where)
+
+
+def soft_value(values, *, temperature=1.0, axis=-1, where=None):
+    def rule(legal, temperature):
+        if any(map(_isnan, legal)):
+            return NAN
+        if temperature == 0 or max(legal) == INF:
+            return max(legal)
+        if temperature == INF:
+            return INF if len(legal) > 1 else legal[0]
+        return temperature * mp.log(mp.fsum(mp.exp(v / temperature) for v in legal))
+
+    return _with_options(rule, -INF, values, axis, where, temperature=temperature)
+
+
+def expected_value(values, *, temperature=1.0, epsilon=0.0, axis=-1, where=None):
+    def rule(legal, temperature, epsilon):
+        if any(map(_isnan, legal)) or max(legal) == INF:
+            return sum(map(float, legal))
+        probs = _policy_row(legal, temperature, epsilon)
+        return mp.fsum(p * v for p, v in zip(probs, legal, strict=True))
+
+    options = {"temperature": temperature, "epsilon": epsilon}
+    return _with_options(rule, 0.0, values, axis, where, **options)
+
+
+def actor_critic_value(values, logits, *, temperature=1.0, axis=-1, where=None):
+    probs = softmax(logits, axis=axis, where=where)
+    logs = log_softmax(logits, axis=axis, where=where)
+    temperature = np.asarray(temperature).astype(np.longdouble)
+    values = np.asarray(values).astype(np.longdouble)
+    with np.errstate(all="ignore"):
+        terms = np.where(probs > 0, probs * (values - temperature * logs), 0)
+    return terms.sum(normalise_axis(axis, values.ndim))
+
+
+def bellman_target(rewards, discounts, next_values):
+    rewards, discounts, values = (
+        np.asarray(x).astype(np.longdouble) for x in (rewards, discounts, next_values)
+    )
+    with np.errstate(all="ignore"):
+        return rewards + np.where(discounts == 0, 0, discounts * values)
+
+
+def exponential_temperature(step, *, initial, half_life, final=0.0):
+    step, initial, half_life, final = (
+        np.asarray(x).astype(np.longdouble) for x in (step, initial, half_life, final)
+    )
+    with np.errstate(all="ignore"):
+        kept = np.where(step == 0, np.longdouble(1), np.longdouble(2) ** (-step / half_life))
+    return final + (initial - final) * kept
+
+
+def visit_count_temperature(values, counts, *, axis=-1, where=None):
+    def rule(legal, counts):
+        return INF if counts <= 1 else (max(legal) - min(legal)) / mp.log(counts)
+
+    return _with_options(rule, 0.0, values, axis, where, keepdims=True, counts=counts)
+
+
+def _boltzmann_mean(rewards, legal, log_temperature):
+    """The mean of `rewards(log p)` under a Boltzmann policy."""
+    logs = _log_softmax_row(legal, mp.exp(log_temperature), -INF)
+    return mp.fsum(mp.exp(log) * r for log, r in zip(logs, rewards(logs), strict=True))
+
+
+def target_entropy_temperature(values, target, *, axis=-1, where=None):
+    def rule(legal, target):
+        if target <= mp.log(legal.count(max(legal))):
+            return mp.mpf(0)
+        if target >= mp.log(len(legal)):
+            return INF
+        entropy = functools.partial(_boltzmann_mean, lambda logs: [-v for v in logs], legal)
+        return mp.exp(_root(lambda u: target - entropy(u), mp.mpf(-40), mp.mpf(40)))
+
+    return _with_options(rule, 0.0, values, axis, where, keepdims=True, target=target)
+
+
+def mellowmax_temperature(values, *, omega, axis=-1, where=None):
+    def rule(legal, omega):
+        if omega <= 0:
+            return INF
+        if omega == INF or max(legal) == min(legal):
+            return mp.mpf(0)
+        mean = mp.fsum(mp.exp(omega * v) for v in legal) / len(legal)
+        goal = mp.log(mean) / omega
+        value = functools.partial(_boltzmann_mean, lambda _: legal, legal)
+        return mp.exp(_root(lambda u: value(u) - goal, mp.mpf(-40), mp.mpf(40)))
+
+    return _with_options(rule, 0.0, values, axis, where, keepdims=True, omega=omega)

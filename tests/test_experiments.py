@@ -20,14 +20,18 @@ from experiments._train import fit
 
 NAMES = tuple(command_line.questions())
 FIGURES = {
+    "bandit": {"exploration", "gradient", "parameters"},
     "blobs": {"curves", "regions", "sigmoid", "simplex"},
+    "cartpole": {"return"},
     "classification": {"confusion", "curves"},
     "language_model": {"loss", "memory"},
     "precision": {"precision"},
     "toy": {"loss", "steps"},
 }
 IMPOSSIBLE = {
+    "bandit": {"tolerance": -0.01},
     "blobs": {"max_loss": -1.0},
+    "cartpole": {"min_return": 501.0},
     "classification": {"min_mlp_accuracy": 1.01},
     "language_model": {"max_loss": -1.0},
     "precision": {"max_ulps": -1.0},
@@ -79,7 +83,9 @@ def test_unknown_name(capsys):
         ["toy", "--num-seeds", "0"],
         ["toy", "--row", "8"],
         ["blobs", "--maps", "sparsemax"],
+        ["bandit", "--num-arms", "0"],
         ["blobs", "--num-test", "1000"],
+        ["cartpole", "--num-minibatches", "3"],
         ["classification", "--maps"],
         ["language_model", "--window", "0"],
     ],

@@ -31,7 +31,7 @@ SLOW_HALF = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("bfloat16
 
 # They end in sums of products, which a compiler may fuse, or not, in its own way: their values
 # with and without differentiation may differ by a rounding.
-FUSED = ("entropy", "cross_entropy-options", "class_balanced_weights")
+FUSED = ("entropy", "cross_entropy-options", "class_balanced_weights", "policy_entropy")
 
 # Compiled apart, the same function may be fused, and so rounded, in another way.
 ROUNDINGS = {"rtol": 32 * eps("float64"), "atol": 32 * eps("float64")}
@@ -356,6 +356,13 @@ SCALAR_OPTIONS = {
     "min_p_filter": lambda z, x: sj.min_p_filter(z, x),
     "typical_filter": lambda z, x: sj.typical_filter(z, x),
     "scalable_scores": lambda z, x: sj.scalable_scores(z, x),
+    "policy_probs": lambda z, x: sj.policy_probs(z, temperature=x),
+    "policy_probs epsilon": lambda z, x: sj.policy_probs(z, epsilon=x),
+    "soft_value": lambda z, x: sj.soft_value(z, temperature=x),
+    "target_entropy_temperature": lambda z, x: sj.target_entropy_temperature(z, x),
+    "exponential_temperature": lambda z, x: sj.exponential_temperature(
+        z**2, initial=x, half_life=1.0
+    ),
 }
 
 

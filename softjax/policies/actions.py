@@ -1,0 +1,298 @@
+"""Choosing actions: a softmax of the values, mixed with uniform exploration.
+
+    pi_i = (1 - epsilon) softmax(q / T)_i + epsilon m_i / sum(m)
+
+Only legal actions count: those that `where` keeps and whose value is not -inf. An illegal one
+has probability 0 under exploration too. Temperature 0 is greedy, with ties shared, so that
+epsilon-greedy, Boltzmann and uniform policies are one function.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from softjax._exact import log1p
+from softjax._exponential import SOFTMAX
+from softjax._inputs import (
+    NONNEGATIVE,
+    PROBABILITY,
+    Axis,
+    Problem,
+    is_zero,
+    per_slice,
+    prepare,
+    public,
+    resolve_one_axis,
+    widen,
+)
+from softjax._slices import AlongAxes
+from softjax._threshold import solve
+from softjax.entropies import pick
+from softjax.sampling import sample
+
+__all__ = ["policy_entropy", "policy_log_prob", "policy_probs", "select_action"]
+
+
+@public("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+def select_action(
+    key: Array,
+    values: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    epsilon: ArrayLike = 0.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> tuple[Array, Array]:
+    r"""Draws one action a slice, and gives its log-probability.
+
+    .. math:: a \sim \pi, \qquad \pi_i = (1 - \epsilon) \, \mathrm{softmax}(q / T)_i
+        + \epsilon \, m_i \Big/ \sum_j m_j
+
+    Args:
+        key: random key.
+        values: action values, or logits of a policy, q, `[*shape]`, real or -inf (illegal); the
+            log-probability is differentiable in them.
+        temperature: T in [0, inf], one number or one a slice (broadcastable to `[*shape]` with
+            size 1 along `axis`); differentiable. 0 is greedy and shares ties; inf is uniform.
+        epsilon: probability in [0, 1] of a uniform draw among the legal actions, one number or
+            one a slice; differentiable.
+        axis: the one axis of the actions.
+        where: mask m of legal actions, bool, broadcastable to `[*shape]`; True is legal.
+
+    Returns:
+        Actions, int32, and their log-probabilities under the mixture, float32 or wider, both
+        of the shape of `values` without `axis`. An action is -1, with log-probability -inf,
+        where nothing is legal, and with NaN where a legal value is NaN.
+
+    Raises:
+        TypeError: `key` is no random key, `values` not real, `where` not bool, or `axis` not
+            one int.
+        ValueError: `where`, `temperature` or `epsilon` does not broadcast as above, `axis` is
+            out of range, or `temperature` or `epsilon` is a Python number out of its range.
+
+    Example:
+        >>> key, values = jax.random.key(0), jnp.array([1.0, 2.0, -jnp.inf])
+        >>> action, log_prob = select_action(key, values, temperature=0.0)
+        >>> print(action, log_prob)
+        1 0.0
+
+    Note:
+        O(n). Epsilon-greedy is `temperature=0`. Drawn by `sample`, with 64 random bits an
+        action; the log-probability has the precision of `policy_log_prob`. Both modes, any
+        order; no derivative goes through the choice.
+
+    Reference:
+        Sutton and Barto (2018), Reinforcement learning: an introduction, chapter 2.
+    """
+    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
+    axis = resolve_one_axis(axis, problem.logits.ndim)
+    log_probs = mixture(problem, epsilon).log_probs
+    actions = sample(key, jax.lax.stop_gradient(log_probs), axis=axis)
+    return actions, chosen(log_probs, actions, axis)
+
+
+@public("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+def policy_log_prob(
+    values: ArrayLike,
+    actions: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    epsilon: ArrayLike = 0.0,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Reads the log-probability of one action a slice under the policy of `select_action`.
+
+    .. math:: \log \pi_a
+
+    Args:
+        values: q, `[*shape]`, as in `select_action`; differentiable.
+        actions: a, int, of the shape of `values` without `axis`.
+        temperature: T in [0, inf], as in `select_action`; differentiable.
+        epsilon: in [0, 1], as in `select_action`; differentiable, also at 0 and 1.
+        axis: the one axis of the actions.
+        where: mask of legal actions, bool, broadcastable to `[*shape]`; True is legal.
+
+    Returns:
+        One number an action, float32 or wider (a ratio of probabilities needs the digits):
+        -inf for an illegal action, and for -1 where nothing is legal; NaN for any other
+        action outside of [0, n).
+
+    Raises:
+        TypeError: as `select_action`; also if `actions` is not of integers.
+        ValueError: as `select_action`; also if `actions` does not broadcast.
+
+    Example:
+        >>> values = jnp.array([1.0, 2.0, -jnp.inf])
+        >>> print(policy_log_prob(values, jnp.array(0), temperature=0.0, epsilon=0.5))
+        -1.3862944
+
+    Note:
+        O(n). The mixture is formed from the logarithms, so that neither a tiny nor a nearly
+        certain probability loses digits. The derivative is 0 where the result is -inf. Both
+        modes, any order.
+    """
+    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
+    axis = resolve_one_axis(axis, problem.logits.ndim)
+    actions = check_actions(actions, problem.logits.shape, axis)
+    return chosen(mixture(problem, epsilon).log_probs, actions, axis)
+
+
+@public("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+def policy_probs(
+    values: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    epsilon: ArrayLike = 0.0,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Computes the probabilities of all actions under the policy of `select_action`.
+
+    .. math:: \pi_i = (1 - \epsilon) \, \mathrm{softmax}(q / T)_i
+        + \epsilon \, m_i \Big/ \sum_j m_j
+
+    Args:
+        values: q, `[*shape]`, as in `select_action`; differentiable.
+        temperature: T in [0, inf], as in `select_action`; differentiable.
+        epsilon: in [0, 1], as in `select_action`; differentiable.
+        axis: axis, axes, or None for all, along which the actions lie.
+        where: mask of legal actions, bool, broadcastable to `[*shape]`; True is legal.
+
+    Returns:
+        Probabilities `[*shape]` in the dtype of `values`; 0 for illegal actions, and all 0
+        where nothing is legal.
+
+    Raises:
+        TypeError: `values` is not real, or `where` not bool.
+        ValueError: as `select_action`.
+
+    Example:
+        >>> print(policy_probs(jnp.array([1.0, 2.0, -jnp.inf]), temperature=0.0, epsilon=0.5))
+        [0.25 0.75 0.  ]
+
+    Note:
+        O(n). Both modes, any order.
+    """
+    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
+    return mixture(problem, epsilon).probs.astype(problem.dtype)
+
+
+@public("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+def policy_entropy(
+    values: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    epsilon: ArrayLike = 0.0,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Computes the entropy of the policy of `select_action`, in nats.
+
+    .. math:: H(\pi) = -\sum_i \pi_i \log \pi_i
+
+    Args:
+        values: q, `[*shape]`, as in `select_action`; differentiable.
+        temperature: T in [0, inf], as in `select_action`; differentiable.
+        epsilon: in [0, 1], as in `select_action`; differentiable.
+        axis: axis, axes, or None for all, along which the actions lie.
+        where: mask of legal actions, bool, broadcastable to `[*shape]`; True is legal.
+
+    Returns:
+        One number a slice, float32 or wider, at least 0; 0 where nothing is legal.
+
+    Raises:
+        TypeError: `values` is not real, or `where` not bool.
+        ValueError: as `select_action`.
+
+    Example:
+        >>> print(policy_entropy(jnp.array([1.0, 2.0, -jnp.inf]), epsilon=1.0))
+        0.6931472
+
+    Note:
+        O(n). Illegal actions count as 0 log 0 = 0, in derivatives too. Both modes, any order.
+    """
+    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
+    return mixture(problem, epsilon).entropy(AlongAxes(problem.axes))
+
+
+class Mixture(NamedTuple):
+    """A policy over the actions of each slice."""
+
+    probs: Array  # [*shape]
+    log_probs: Array  # [*shape]; -inf where illegal
+
+    def entropy(self, slices: AlongAxes) -> Array:
+        """Its entropy, one number a slice."""
+        logs = jnp.where(self.log_probs == -jnp.inf, 0, self.log_probs)
+        return jnp.squeeze(slices.sum(self.probs * -logs), slices.axes)
+
+
+def mixture(problem: Problem, epsilon: ArrayLike) -> Mixture:
+    """The policy of prepared values: their softmax, mixed with the uniform one."""
+    slices = AlongAxes(problem.axes)
+    solution = solve(SOFTMAX, slices, problem.logits, problem.temperature)
+    if is_zero(epsilon):
+        return Mixture(solution.probs, solution.margins)
+    legal = problem.logits != -jnp.inf
+    count = jnp.sum(legal, problem.axes, dtype=problem.logits.dtype, keepdims=True)
+    epsilon = per_slice(epsilon, problem.logits, problem.axes, name="epsilon")
+    epsilon = jnp.where((epsilon >= 0) & (epsilon <= 1), epsilon, jnp.nan)
+    epsilon = jnp.where(count > 1, epsilon, 0)  # With one action there is nothing to mix.
+    count = jnp.maximum(count, 1)
+    probs = jnp.where(legal, (1 - epsilon) * solution.probs + epsilon / count, 0)
+    log_probs = _log_mixture(solution.probs, solution.margins, epsilon, count)
+    return Mixture(probs, jnp.where(legal, log_probs, -jnp.inf))
+
+
+def _log_mixture(probs: Array, log_probs: Array, epsilon: Array, count: Array) -> Array:
+    """log((1 - epsilon) p + epsilon / n): the logarithm of the larger term, and log1p.
+
+    The smaller term is divided by the larger one, never by a number that may be 0, so that
+    derivatives in epsilon exist at 0 and at 1.
+    """
+    by_value = (1 - epsilon) * probs >= epsilon / count
+    certain, never = epsilon == 1, epsilon == 0
+    # exp(-log p), not 1 / p, whose derivative would underflow at 1 / p^2.
+    most = math.log(jnp.finfo(probs.dtype).max) - 1
+    exponent = jnp.where(by_value & (log_probs != -jnp.inf), -log_probs, 0)
+    inverse = jnp.exp(jnp.minimum(exponent, most))
+    less = jnp.where(certain, 0, epsilon)
+    by_chance = jnp.where(never, 1, epsilon) / count
+    odds = epsilon / ((1 - less) * count)
+    ratio = jnp.where(by_value, odds * inverse, (1 - epsilon) * probs / by_chance)
+    larger = jnp.where(by_value, log_probs + log1p(-less), jnp.log(by_chance))
+    impossible = by_value & (log_probs == -jnp.inf)
+    return jnp.where(impossible, -jnp.inf, larger + log1p(ratio))
+
+
+def check_actions(
+    actions: ArrayLike, shape: tuple[int, ...], axis: int, *, target: str = "values"
+) -> Array:
+    """Integer actions, one a slice along `axis` of an array of the given shape."""
+    actions = jnp.asarray(actions)
+    if not jnp.issubdtype(actions.dtype, jnp.integer):
+        raise TypeError(f"`actions` must be integers, got {actions.dtype}.")
+    wanted = shape[:axis] + shape[axis + 1 :]
+    return per_step(widen(actions), wanted, "actions", target)
+
+
+def per_step(x: Array, shape: tuple[int, ...], name: str, target: str) -> Array:
+    """`x` broadcast to one number a step, which it may not enlarge."""
+    try:
+        return jnp.broadcast_to(x, shape)
+    except ValueError:
+        raise ValueError(
+            f"`{name}` of shape {x.shape} does not broadcast to the shape {shape} of"
+            f" `{target}` without the axis of the actions."
+        ) from None
+
+
+def chosen(log_probs: Array, actions: Array, axis: int) -> Array:
+    """The log-probability of each action; -1 stands for none where there is none."""
+    nothing = jnp.all(log_probs == -jnp.inf, axis) & (actions == -1)
+    return jnp.where(nothing, -jnp.inf, pick(log_probs, actions, axis))

@@ -1,0 +1,284 @@
+"""What a state is worth, given the values of its actions, and targets made of it.
+
+    soft_value          T log sum exp(q / T), the best policy's value with an entropy bonus
+    mellowmax           the same with a mean for the sum (in `reductions`)
+    expected_value      the mean under the policy of `select_action`: expected SARSA
+    actor_critic_value  the mean under another policy, with an entropy bonus: soft actor-critic
+
+`bellman_target` makes a target of a reward and any of them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from softjax._exact import centre, log1p, where_finite
+from softjax._exponential import SOFTMAX, split_at_peak
+from softjax._inputs import (
+    NONNEGATIVE,
+    PROBABILITY,
+    Axis,
+    broadcast,
+    computing_dtype,
+    per_slice,
+    prepare,
+    public,
+    to_float,
+)
+from softjax._slices import AlongAxes
+from softjax._threshold import solve
+from softjax.policies.actions import mixture
+
+__all__ = ["actor_critic_value", "bellman_target", "expected_value", "soft_value"]
+
+
+@public("axis", temperature=NONNEGATIVE)
+def soft_value(
+    values: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Computes the largest mean value plus temperature times entropy of any policy.
+
+    .. math:: T \log \sum_i m_i e^{q_i / T}
+        = \max_\pi \Big( \sum_i \pi_i q_i + T H(\pi) \Big)
+
+    Args:
+        values: action values q, `[*shape]`, real or -inf (illegal); differentiable.
+        temperature: T in [0, inf], one number or one a slice (broadcastable to `[*shape]` with
+            size 1 along `axis`); differentiable, also at 0, where the result is the maximum.
+        axis: axis, axes, or None for all, along which the actions lie.
+        where: mask m of legal actions, bool, broadcastable to `[*shape]`; True is legal.
+
+    Returns:
+        One number a slice, in the dtype of `values`; -inf where nothing is legal, inf at an
+        infinite temperature if there is a choice.
+
+    Raises:
+        TypeError: `values` is not real, or `where` not bool.
+        ValueError: `where` or `temperature` does not broadcast as above, `axis` is out of
+            range, or `temperature` is a negative Python number.
+
+    Example:
+        >>> print(soft_value(jnp.array([1.0, 1.0, -jnp.inf]), temperature=0.5))
+        1.3465736
+
+    Note:
+        O(n). The derivative in the values is the policy softmax(q / T), in the temperature its
+        entropy. Within 4 units in the last place of the larger of the peak and the rest. With a
+        mean for the sum it is `mellowmax` with omega = 1 / T. Both modes, any order.
+
+    Reference:
+        Haarnoja et al. (2017), Reinforcement learning with deep energy-based policies.
+    """
+    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
+    row = _soft_maximum(problem.axes, problem.logits, problem.temperature)
+    return jnp.squeeze(row, problem.axes).astype(problem.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _soft_maximum(axes: tuple[int, ...], x: Array, temperature: Array | None) -> Array:
+    slices = AlongAxes(axes)
+    peak = jax.lax.stop_gradient(slices.max(x))
+    scores = centre(x, peak, temperature, slices.spread)
+    num_peaks, others = split_at_peak(scores.exp(), slices)
+    extra = log1p(jnp.where(peak == -jnp.inf, 0, num_peaks + others - 1))
+    row = peak
+    if temperature is not None:
+        unlimited = jnp.isinf(temperature)
+        row = jnp.where(unlimited & (extra > 0), jnp.inf, row)
+        extra *= jnp.where(unlimited, 0, temperature)
+    return jnp.where(jnp.isfinite(row), row + extra, row)
+
+
+@_soft_maximum.defjvp
+def _soft_maximum_jvp(
+    axes: tuple[int, ...], primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    # By the envelope theorem, <pi, q'> + H T'. Nothing is divided by the temperature, so that
+    # the rule holds at 0, where the policy shares ties, and close to it.
+    x, temperature = primals
+    x_dot, temperature_dot = tangents
+    slices, row = AlongAxes(axes), _soft_maximum(axes, x, temperature)
+    solution = solve(SOFTMAX, slices, x, temperature)
+    row_dot = slices.sum(solution.probs * jnp.where(solution.probs != 0, x_dot, 0))
+    if temperature is not None:
+        logs = jnp.where(solution.probs != 0, solution.margins, 0)
+        row_dot += slices.sum(solution.probs * -logs) * temperature_dot
+    return row, jnp.where(jnp.isinf(row), 0, row_dot)
+
+
+@public("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+def expected_value(
+    values: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    epsilon: ArrayLike = 0.0,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Averages action values under the policy of `select_action` (expected SARSA).
+
+    .. math:: \sum_i \pi_i q_i, \qquad \pi_i = (1 - \epsilon) \, \mathrm{softmax}(q / T)_i
+        + \epsilon \, m_i \Big/ \sum_j m_j
+
+    Args:
+        values: action values q, `[*shape]`, real or -inf (illegal); differentiable, in the
+            policy as well.
+        temperature: T in [0, inf], one number or one a slice (broadcastable to `[*shape]` with
+            size 1 along `axis`); differentiable. 0 is greedy: the target of Q-learning.
+        epsilon: probability in [0, 1] of a uniform draw, one number or one a slice;
+            differentiable.
+        axis: axis, axes, or None for all, along which the actions lie.
+        where: mask m of legal actions, bool, broadcastable to `[*shape]`; True is legal.
+
+    Returns:
+        One number a slice, in the dtype of `values`; 0 where nothing is legal, inf where a
+        value is.
+
+    Raises:
+        TypeError: `values` is not real, or `where` not bool.
+        ValueError: as `policy_probs`.
+
+    Example:
+        >>> print(expected_value(jnp.array([1.0, 3.0, -jnp.inf]), temperature=0.0, epsilon=0.5))
+        2.5
+
+    Note:
+        O(n). The mean is taken of the distances to the maximum, so that a large common part of
+        the values costs no digits in the derivative. Both modes, any order.
+
+    Reference:
+        van Seijen et al. (2009), A theoretical and empirical analysis of expected Sarsa.
+    """
+    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
+    x, slices = problem.logits, AlongAxes(problem.axes)
+    probs = mixture(problem, epsilon).probs
+    peak = jax.lax.stop_gradient(slices.max(x))
+    anchor = where_finite(peak)
+    usual = (x != -jnp.inf) & (x != jnp.inf)
+    below = jnp.where(usual, x, slices.spread(anchor)) - slices.spread(anchor)
+    mean = anchor + slices.sum(probs * below)
+    row = jnp.where(peak == jnp.inf, peak, jnp.where(peak == -jnp.inf, 0, mean))
+    return jnp.squeeze(row, problem.axes).astype(problem.dtype)
+
+
+@public("axis", temperature=NONNEGATIVE)
+def actor_critic_value(
+    values: ArrayLike,
+    logits: ArrayLike,
+    *,
+    temperature: ArrayLike = 1.0,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Averages action values under a policy of its own, with an entropy bonus.
+
+    .. math:: \sum_i \pi_i (q_i - T \log \pi_i), \qquad \pi = \mathrm{softmax}(z)
+
+    Args:
+        values: action values q, `[*shape]`, real; differentiable. Those of actions that the
+            policy drops do not count, whatever they are.
+        logits: scores z of the policy, `[*shape]`, real or -inf (illegal); differentiable.
+        temperature: T in [0, inf) of the bonus, one number or one a slice (broadcastable to
+            `[*shape]` with size 1 along `axis`); differentiable. It does not divide the logits.
+        axis: axis, axes, or None for all, along which the actions lie.
+        where: mask of legal actions, bool, broadcastable to `[*shape]`; True is legal.
+
+    Returns:
+        One number a slice, in the wider dtype of the two; 0 where nothing is legal, -inf where
+        the policy may take an action of value -inf.
+
+    Raises:
+        TypeError: `values` or `logits` is not real, or `where` not bool.
+        ValueError: the shapes differ, `where` or `temperature` does not broadcast as above,
+            `axis` is out of range, or `temperature` is a negative Python number.
+
+    Example:
+        >>> values, logits = jnp.array([1.0, 3.0]), jnp.zeros(2)
+        >>> print(actor_critic_value(values, logits, temperature=0.5))
+        2.3465736
+
+    Note:
+        O(n). It is `soft_value` less T times the divergence of the policy from softmax(q / T).
+        Its negative is the actor's loss, with the gradient through `values` stopped. Both
+        modes, any order.
+
+    Reference:
+        Haarnoja et al. (2018), Soft actor-critic; Christodoulou (2019), Soft actor-critic for
+        discrete action settings.
+    """
+    problem = prepare(logits, axis=axis, where=where)
+    x, values_dtype = to_float(values, name="values")
+    if x.shape != problem.logits.shape:
+        raise ValueError(
+            f"`values` of shape {x.shape} must have the shape {problem.logits.shape} of"
+            f" `logits`."
+        )
+    out_dtype = jnp.promote_types(problem.dtype, values_dtype)
+    wide = jnp.promote_types(problem.logits.dtype, x.dtype)
+    x, scores, slices = x.astype(wide), problem.logits.astype(wide), AlongAxes(problem.axes)
+    temperature = per_slice(temperature, scores, problem.axes, name="temperature")
+    solution = solve(SOFTMAX, slices, scores)
+    possible = solution.probs != 0  # NaN is possible.
+    peak = jax.lax.stop_gradient(slices.max(jnp.where(possible, x, -jnp.inf)))
+    anchor = where_finite(peak)
+    below = jnp.where(possible, x, slices.spread(anchor)) - slices.spread(anchor)
+    logs = jnp.where(solution.margins == -jnp.inf, 0, solution.margins)
+    mean = anchor + slices.sum(solution.probs * below)
+    row = mean + temperature * slices.sum(solution.probs * -logs)
+    row = jnp.where(slices.max(scores) == -jnp.inf, 0, row)
+    return jnp.squeeze(row, problem.axes).astype(out_dtype)
+
+
+@public()
+def bellman_target(rewards: ArrayLike, discounts: ArrayLike, next_values: ArrayLike) -> Array:
+    r"""Adds the discounted value of what follows to a reward.
+
+    .. math:: r + \gamma v
+
+    Args:
+        rewards: r, broadcastable to `[*shape]`; differentiable.
+        discounts: gamma, broadcastable to `[*shape]`, 0 where the episode has ended;
+            differentiable.
+        next_values: v, `[*shape]`, of the next state, by `soft_value`, `mellowmax`,
+            `expected_value`, `actor_critic_value` or a critic; differentiable.
+
+    Returns:
+        One target a step, `[*shape]`, in the widest dtype of those that are not integers. A
+        discount of 0 leaves the reward, whatever the value is: -inf, say, where no action is
+        left.
+
+    Raises:
+        TypeError: an argument is not real.
+        ValueError: `rewards` or `discounts` does not broadcast to `[*shape]`.
+
+    Example:
+        >>> next_values = soft_value(jnp.array([[0.0, 0.0], [-jnp.inf, -jnp.inf]]))
+        >>> print(bellman_target(jnp.array([1.0, 2.0]), jnp.array([0.9, 0.0]), next_values))
+        [1.6238325 2.       ]
+
+    Note:
+        O(number of steps). Both modes, any order.
+
+    Reference:
+        Sutton and Barto (2018), Reinforcement learning: an introduction, chapter 6.
+    """
+    given = {"rewards": rewards, "discounts": discounts, "next_values": next_values}
+    arrays = {name: to_float(x, name=name)[0] for name, x in given.items()}
+    floats = [x for x in given.values() if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+    out_dtype = jnp.result_type(*floats) if floats else jnp.result_type(float)
+    wide, shape = computing_dtype(out_dtype), arrays["next_values"].shape
+    reward, discount, value = (
+        broadcast(x.astype(wide), shape, name=name, target="next_values")
+        for name, x in arrays.items()
+    )
+    # (At a discount of 0 the derivative in it is the value still, if that is a number.)
+    counted = jnp.where((discount != 0) | jnp.isfinite(value), value, 0)
+    return (reward + discount * counted).astype(out_dtype)

@@ -1,0 +1,202 @@
+"""The cart and pole, the bandits, and what learns on them.
+
+(Nothing here needs more than what the experiments need, and `gymnax` where it is at hand.)
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import softjax as sj
+from experiments import _cartpole as physics
+from experiments import bandit, cartpole
+
+# The cart and pole.
+
+
+def test_accelerations_satisfy_the_equations_of_motion():
+    """Those of Newton and Euler, before they are solved for the accelerations."""
+    rng = np.random.default_rng(0)
+    angle, spin, force = rng.uniform(-3, 3, (3, 1000))
+    forward, turning = physics.accelerations(*map(jnp.asarray, (angle, spin, force)))
+    mass, length = physics.POLE_MASS, physics.HALF_LENGTH
+    sideways = turning * np.cos(angle) - spin**2 * np.sin(angle)
+    push = physics.TOTAL_MASS * forward + mass * length * sideways
+    np.testing.assert_allclose(push, force, rtol=0, atol=1e-13)
+    tilt = forward * np.cos(angle) + 4 / 3 * length * turning
+    np.testing.assert_allclose(tilt, physics.GRAVITY * np.sin(angle), rtol=0, atol=1e-13)
+
+
+def test_the_force_does_all_the_work():
+    """The energy of cart and pole, from its own formula, changes at the rate F x'."""
+
+    def energy(motion):
+        _, velocity, angle, spin = motion
+        mass, length = physics.POLE_MASS, physics.HALF_LENGTH
+        kinetic = physics.TOTAL_MASS * velocity**2 / 2
+        kinetic += mass * length * velocity * spin * jnp.cos(angle)
+        kinetic += 2 / 3 * mass * length**2 * spin**2
+        return kinetic + mass * physics.GRAVITY * length * jnp.cos(angle)
+
+    for motion, force in zip(
+        np.random.default_rng(1).uniform(-2, 2, (20, 4)), np.linspace(-10, 10, 20), strict=True
+    ):
+        motion, force = jnp.asarray(motion), jnp.asarray(force)
+        forward, turning = physics.accelerations(motion[2], motion[3], force)
+        rates = jnp.stack([motion[1], forward, motion[3], turning])
+        np.testing.assert_allclose(
+            jax.grad(energy)(motion) @ rates, force * motion[1], atol=1e-13
+        )
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "terminated"),
+    [
+        (0, 2.39, False),
+        (0, 2.41, True),
+        (0, -2.41, True),
+        (2, math.radians(11.9), False),
+        (2, math.radians(12.1), True),
+        (2, -math.radians(12.1), True),
+    ],
+)
+def test_the_end_of_an_episode(place, value, terminated):
+    state = physics.State(jnp.zeros(4).at[place].set(value), jnp.int32(498))
+    after, fell, over = physics.step(state, jnp.int32(1))
+    assert (bool(fell), bool(over), int(after.time)) == (terminated, False, 499)
+    assert bool(physics.step(after, jnp.int32(0))[2])  # Time is over after 500 steps.
+
+
+def test_pushes_are_left_and_right():
+    states = physics.reset(jax.random.key(0), (2, 3))
+    assert states.motion.shape == (2, 3, 4)
+    assert (jnp.abs(states.motion) <= 0.05).all()
+    assert jnp.unique(states.motion).size == 24
+    left, right = (physics.step(states, jnp.full((2, 3), a))[0] for a in (0, 1))
+    assert (left.motion[..., 1] < states.motion[..., 1]).all()
+    assert (right.motion[..., 1] > states.motion[..., 1]).all()
+
+
+def test_the_cart_is_that_of_gymnax():
+    """Step by step under the same actions, until the pole falls and to the end of time."""
+    gymnax = pytest.importorskip("gymnax")
+    environment, _ = gymnax.make("CartPole-v1")
+    params = environment.default_params
+    step, reference = jax.jit(physics.step), jax.jit(environment.step_env)
+    with jax.numpy_dtype_promotion("standard"):
+        for seed in range(20):
+            key = jax.random.key(seed)
+            _, theirs = environment.reset(key, params)
+            motion = jnp.stack([theirs.x, theirs.x_dot, theirs.theta, theirs.theta_dot])
+            ours = physics.State(motion, jnp.int32(0))
+            balance = seed % 2 == 0  # Every other episode is balanced by a simple rule.
+            for number in range(physics.MAX_STEPS):
+                noise = jax.random.bernoulli(jax.random.fold_in(key, number))
+                lean = ours.motion[2] + 0.5 * ours.motion[3] + 0.05 * ours.motion[1] > 0
+                action = (lean if balance else noise).astype(jnp.int32)
+                observed, theirs, reward, terminated, _ = reference(key, theirs, action, params)
+                ours, fell, over = step(ours, action)
+                np.testing.assert_allclose(ours.motion, observed, rtol=1e-5, atol=1e-6)
+                assert (bool(fell), float(reward)) == (bool(terminated), 1.0)
+                assert bool(over) == bool(environment.is_truncated(theirs, params))
+                ours = ours._replace(motion=observed.astype(ours.motion.dtype))
+                if fell or over:
+                    break
+            assert int(ours.time) == int(theirs.time)
+
+
+# The learner on it.
+
+
+def test_advantages_are_sums_of_differences():
+    """By the definition, over the steps that are left of the episode."""
+    rng = np.random.default_rng(0)
+    errors, done = rng.standard_normal((7, 3)), rng.random((7, 3)) < 0.3
+    config = cartpole.Config(discount=0.9, trace_decay=0.8)
+    got = cartpole._advantages(jnp.asarray(errors), jnp.asarray(done), config)
+    for t, cart in np.ndindex(errors.shape):
+        total, weight = 0.0, 1.0
+        for later in range(t, len(errors)):
+            total += weight * errors[later, cart]
+            weight *= 0.9 * 0.8
+            if done[later, cart]:
+                break
+        np.testing.assert_allclose(got[t, cart], total, rtol=1e-13)
+
+
+def test_episodes_follow_each_other():
+    """A fallen pole starts anew, its return is kept, and its last state is not the new one."""
+    config = dataclasses.replace(cartpole.Config.reduced(), num_seeds=1, num_steps=64)
+    learners = cartpole._start(jax.random.split(jax.random.key(0), 1), config)
+    learner = jax.tree.map(lambda leaf: leaf[0], learners)
+    drive = jax.jit(lambda key: cartpole._drive(learner, key, config))
+    after, steps = drive(jax.random.key(1))
+    done = np.asarray(steps.done)
+    assert done.any()
+    assert (done == np.asarray(steps.terminated)).all()
+    angles = np.abs(np.asarray(steps.following)[..., 2])
+    assert (angles[done] > physics.MAX_ANGLE).all()
+    started = np.asarray(steps.observation)[1:][done[:-1]]
+    assert (np.abs(started) <= 0.05).all()
+    same = np.asarray(steps.following)[:-1][~done[:-1]]
+    np.testing.assert_array_equal(np.asarray(steps.observation)[1:][~done[:-1]], same)
+    for cart in range(config.num_carts):
+        ends = np.flatnonzero(done[:, cart])
+        length = np.diff(ends)[-1] if len(ends) > 1 else ends[-1] + 1
+        assert int(after.returned[cart]) == length
+        assert int(after.carts.time[cart]) == config.num_steps - 1 - ends[-1]
+    logits = cartpole._logits(learner.weights.policy, steps.observation.reshape(-1, 4), config)
+    expected = sj.log_prob(logits, steps.action.reshape(-1))
+    np.testing.assert_allclose(steps.log_prob.reshape(-1), expected, rtol=1e-12)
+
+
+# The bandits.
+
+
+def test_preferences_move_as_in_the_book():
+    """H += a (R - B) (1 - p) for the arm that was taken, and -= a (R - B) p for the others."""
+    rng = np.random.default_rng(0)
+    values, arm = jnp.asarray(rng.standard_normal((4, 10))), jnp.array([3, 0, 9, 3])
+    reward, baseline = jnp.asarray(rng.standard_normal((2, 4)))
+    rate, counts = jnp.asarray(0.1), jnp.zeros((4, 10))
+    move = bandit._by_gradient(values, counts, arm, reward, baseline, rate)
+    probs = jax.nn.softmax(values)
+    expected = (
+        0.1 * (reward - baseline)[:, None] * (jax.nn.one_hot(arm, 10, dtype=float) - probs)
+    )
+    np.testing.assert_allclose(move, expected, rtol=1e-12, atol=1e-16)
+
+
+def test_values_are_the_means_of_their_rewards():
+    values, counts = jnp.zeros((1, 3)), jnp.zeros((1, 3))
+    rewards = [2.0, 4.0, 9.0]
+    for reward, arm in zip(rewards, [1, 1, 0], strict=True):
+        arm = jnp.array([arm])
+        counts = counts.at[0, arm].add(1)
+        args = (jnp.array([reward]), jnp.zeros(1), jnp.zeros(()))
+        values += bandit._by_average(values, counts, arm, *args)
+    np.testing.assert_allclose(values, [[9.0, 3.0, 0.0]])
+
+
+def test_explorers_explore_as_they_say():
+    """Temperature and epsilon of each, for values whose policies are known."""
+    values = jnp.array([[0.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
+    state = bandit.State(values, jnp.full((2, 3), 2.0), jnp.zeros(2))
+    options = dict(zip(bandit.LEARNERS, bandit._OPTIONS, strict=True))
+    policy = lambda name, setting: sj.policy_probs(
+        values,
+        **dict(zip(("temperature", "epsilon"), options[name](state, setting), strict=True)),
+    )
+    for name in bandit.GRADIENT:
+        np.testing.assert_allclose(policy(name, 0.4), jax.nn.softmax(values), rtol=1e-12)
+    greedy = [[0.1, 0.1, 0.8], [1 / 3] * 3]
+    np.testing.assert_allclose(policy("epsilon-greedy", 0.3), greedy, rtol=1e-12)
+    np.testing.assert_allclose(policy("Boltzmann", 0.5), jax.nn.softmax(2 * values), rtol=1e-12)
+    cooled = jax.nn.softmax(values * math.log(6) / 2 / 0.5)
+    np.testing.assert_allclose(policy("Boltzmann, cooled", 0.5), cooled, rtol=1e-12)
+    worth = jnp.sum(policy("mellowmax", 0.5) * values, -1)
+    np.testing.assert_allclose(worth, sj.mellowmax(values, omega=2.0), rtol=1e-12)
