@@ -11,6 +11,7 @@ from softjax.estimators import (
     reinmax,
     relaxed_log_density,
 )
+from softjax.filters import min_p_filter, top_k_filter, top_p_filter, typical_filter
 from softjax.gradients import clip_gradient, reverse_gradient, score_function, straight_through
 from softjax.losses import (
     class_balanced_weights,
@@ -50,14 +51,10 @@ from softjax.reductions import logmeanexp, logsumexp, mellowmax
 from softjax.sampling import gumbel, gumbel_given_argmax, sample
 from softjax.scores import (
     adjusted_scores,
-    min_p_filter,
     scalable_scores,
     sigsoftmax_scores,
     soft_cap,
     taylor_scores,
-    top_k_filter,
-    top_p_filter,
-    typical_filter,
 )
 from softjax.segments import segment_softmax
 from softjax.sparse import entmax, entmax15, sparsemax

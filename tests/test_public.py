@@ -22,7 +22,7 @@ PACKAGE = ROOT / "softjax"
 ORDER = [
     *("_inputs", "_exact", "_slices", "_blocks", "_search", "_threshold", "_exponential"),
     *("_online", "_mesh", "_wide", "_noise", "_inverse_cdf"),
-    *("reductions", "dense", "sparse", "budgets", "segments", "scores", "decoding"),
+    *("reductions", "dense", "sparse", "budgets", "segments", "scores", "filters", "decoding"),
     *("entropies", "losses", "output_layers", "contrastive", "sampling", "subsets"),
     *("gradients", "estimators", "policies", "calibration", "masks", "attentions", "kernels"),
     *("__init__",),
