@@ -128,6 +128,8 @@ def test_what_does_not_fit_is_refused():
         call(tails=[])
     with pytest.raises(ValueError, match="`head_weights` must hold"):
         call(head_weights=head[:1])
+    with pytest.raises(ValueError, match=r"`features` must be .* and `head_weights`"):
+        call(features=features[:, 1:])
     with pytest.raises(ValueError, match="`head_bias` must be"):
         call(head_bias=bias[:2])
     with pytest.raises(TypeError, match="`labels` must be integers"):

@@ -98,7 +98,7 @@ def check_losses(results):
     modes = {(record["loss"], record["mode"]) for record in results["records"]}
     assert modes >= {("linear_cross_entropy", mode) for mode in ("value", "gradient", "jvp")}
     for record in results["records"]:
-        assert record["seconds"] > 0
+        assert record["seconds"] is None or record["seconds"] > 0
         assert (record["time_ratio"] is None) == (record["rival_seconds"] is None)
         pairs = [
             (record[f"{kind}_ratio"], record[f"{kind}_limit"]) for kind in ("time", "memory")

@@ -439,6 +439,7 @@ def test_nothing_of_tokens_times_classes_is_kept():
         ({"temperature": jnp.ones(3)}, ValueError, "`temperature` of shape"),
         ({"reduction": "max"}, ValueError, "`reduction` must be"),
         ({"block_size": 0}, ValueError, "`block_size` must be"),
+        ({"block_size": 0, "forward_gradient": True}, ValueError, "`block_size` must be"),
         ({"label_smoothing": 1.5}, ValueError, "`label_smoothing` must be"),
     ],
 )

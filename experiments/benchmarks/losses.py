@@ -45,7 +45,8 @@ class Contest:
     ours: Loss
     rivals: dict[str, Loss | None]  # None: not installed here.
     limits: dict[str, Limits]  # by mode, against optax or the definition
-    modes: tuple[str, ...] = ("value", "gradient", "jvp")
+    forward: Loss | None = None  # ours, with the gradient found along with the value
+    timed: bool = True  # or only compiled, for its memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,18 +54,17 @@ class Sizes:
     """Shapes: logits; tokens, width and classes of output layers; pairs and their width."""
 
     logits: tuple[tuple[int, int], ...] = ((4096, 1024), (512, 32768))
-    layers: tuple[tuple[int, int, int], ...] = (
-        (2048, 256, 512),
-        (2048, 256, 65536),
-        (4096, 256, 65536),
-    )
+    layers: tuple[tuple[int, int, int], ...] = ((2048, 256, 512), (2048, 256, 65536))
+    large: tuple[tuple[int, int, int], ...] = ((4096, 256, 65536),)  # for their memory
     pairs: tuple[int, int] = (4096, 256)
     seconds: float = 3.0
     least: int = 3
     judged: bool = True  # Limits hold for sizes like these.
 
 
-QUICK = Sizes(((64, 128),), ((32, 8, 64),), (32, 8), seconds=0.02, least=2, judged=False)
+QUICK = Sizes(
+    ((64, 128),), ((32, 8, 64),), ((64, 8, 64),), (32, 8), seconds=0.02, least=2, judged=False
+)
 HEAD = [
     *("loss", "shape", "mode", "ms", "MiB", "rival", "ms of rival", "MiB of rival"),
     *("time", "memory", "limits", "pass"),
@@ -86,7 +86,7 @@ def run(sizes: Sizes) -> dict[str, Any]:
     environment = measure.environment()
     records: list[dict[str, Any]] = []
     for contest in _contests(sizes):
-        for mode in contest.modes:
+        for mode in ("value", "gradient", "jvp"):
             records += _timed(contest, mode, sizes)
     return {"benchmark": "losses", "environment": environment, "records": records}
 
@@ -98,23 +98,24 @@ def _contests(sizes: Sizes) -> Iterator[Contest]:
         shape = f"{rows} x {classes}"
         ours = lambda z, y: jnp.mean(sj.cross_entropy(z, y))
         yield Contest("cross_entropy", shape, args, 1, ours, {"optax": _optax()}, limits)
-    for tokens, width, classes in sizes.layers:
+    for tokens, width, classes in (*sizes.layers, *sizes.large):
         floats = (_normal(tokens, width), 0.05 * _normal(classes, width, seed=1))
-        layer: dict[str, Any] = {
-            "shape": f"{tokens} x {width}, {classes} classes",
-            "args": (*floats, _labels(tokens, classes)),
-            "num_floats": 2,
-            "rivals": {"optax": _optax_layer(), "tokamax": _tokamax()},
-        }
         many = classes > 10_000
         limits = {
             "value": Limits(1 / 1.5 if many else 1.2, 0.04 if many else None),
             "gradient": Limits(1.1 if many else 1.2, 0.08 if many else None),
         }
-        yield Contest("linear_cross_entropy", ours=_linear, limits=limits, **layer)
-        forward = functools.partial(sj.linear_cross_entropy, forward_gradient=True)
-        name = "linear_cross_entropy, forward_gradient"
-        yield Contest(name, ours=forward, limits={}, modes=("gradient",), **layer)
+        yield Contest(
+            "linear_cross_entropy",
+            f"{tokens} x {width}, {classes} classes",
+            (*floats, _labels(tokens, classes)),
+            2,
+            sj.linear_cross_entropy,
+            {"optax": _optax_layer(), "tokamax": _tokamax()},
+            limits,
+            functools.partial(sj.linear_cross_entropy, forward_gradient=True),
+            (tokens, width, classes) in sizes.layers,
+        )
     num_pairs, width = sizes.pairs
     pairs = (_normal(num_pairs, width), _normal(num_pairs, width, seed=1))
     shape, limits = f"{num_pairs} x {width}", {"gradient": Limits(memory=1 / 5)}
@@ -130,10 +131,6 @@ def _normal(*shape: int, seed: int = 0) -> Array:
 
 def _labels(rows: int, classes: int) -> Array:
     return jnp.asarray(np.random.default_rng(2).integers(0, classes, rows))
-
-
-def _linear(features: Array, weights: Array, labels: Array) -> Array:
-    return sj.linear_cross_entropy(features, weights, labels)
 
 
 def _optax() -> Loss | None:
@@ -183,47 +180,57 @@ def _in_mode(loss: Loss, mode: str, num_floats: int) -> Callable[..., Any]:
 
 
 def _timed(contest: Contest, mode: str, sizes: Sizes) -> list[dict[str, Any]]:
-    """One record a rival; all run in the same rounds."""
-    wanted = {"ours": contest.ours} | contest.rivals
-    calls: dict[str, measure.Call] = {}
-    temporary: dict[str, int | None] = {}
-    for name, loss in wanted.items():
-        if loss is None or (name == "tokamax" and mode == "jvp"):  # It has no forward mode.
-            continue
-        function = _in_mode(loss, mode, contest.num_floats)
-        temporary[name] = measure.compiled_bytes(function, *contest.args)["temporary_bytes"]
-        calls[name] = functools.partial(jax.jit(function), *contest.args)
-    times = measure.paired(calls, seconds=sizes.seconds, least=sizes.least)
+    """One record for each of ours and each rival; all run in the same rounds."""
+    ours = {contest.name: contest.ours}
+    if mode == "gradient" and contest.forward is not None:
+        ours[f"{contest.name}, forward_gradient"] = contest.forward
+    rivals = dict(contest.rivals)
+    if mode == "jvp" and "tokamax" in rivals:
+        del rivals["tokamax"]  # It has no forward mode.
+    functions = {
+        name: jax.jit(_in_mode(loss, mode, contest.num_floats))
+        for name, loss in (ours | rivals).items()
+        if loss is not None
+    }
+    temporary = {
+        name: measure.compiled_bytes(function, *contest.args)["temporary_bytes"]
+        for name, function in functions.items()
+    }
+    times = None
+    if contest.timed:
+        calls = {name: functools.partial(f, *contest.args) for name, f in functions.items()}
+        times = measure.paired(calls, seconds=sizes.seconds, least=sizes.least)
     records = []
-    for place, name in enumerate(contest.rivals):
-        judged = sizes.judged and place == 0
-        limits = contest.limits.get(mode, Limits()) if judged else Limits()
-        found = name in calls
-        time = times.ratio("ours", name) if found else None
-        memory = _over(temporary["ours"], temporary[name]) if found else None
-        checks = [
-            got <= limit
-            for got, limit in ((time, limits.time), (memory, limits.memory))
-            if got is not None and limit is not None
-        ]
-        records.append(
-            {
-                "loss": contest.name,
-                "shape": contest.shape,
-                "mode": mode,
-                "rival": name,
-                "seconds": times.median("ours"),
-                "rival_seconds": times.median(name) if found else None,
-                "time_ratio": time,
-                "time_limit": limits.time,
-                "temporary_bytes": temporary["ours"],
-                "rival_temporary_bytes": temporary.get(name),
-                "memory_ratio": memory,
-                "memory_limit": limits.memory,
-                "passed": all(checks) if checks else None,
-                "rounds": times.rounds,
-            }
-        )
+    for name in ours:
+        for rival in rivals:
+            judged = sizes.judged and name == contest.name and rival != "tokamax"
+            limits = contest.limits.get(mode, Limits()) if judged else Limits()
+            found = rival in functions
+            time = times.ratio(name, rival) if times and found else None
+            memory = _over(temporary[name], temporary[rival]) if found else None
+            checks = [
+                got <= limit
+                for got, limit in ((time, limits.time), (memory, limits.memory))
+                if got is not None and limit is not None
+            ]
+            records.append(
+                {
+                    "loss": name,
+                    "shape": contest.shape,
+                    "mode": mode,
+                    "rival": rival,
+                    "seconds": times.median(name) if times else None,
+                    "rival_seconds": times.median(rival) if times and found else None,
+                    "time_ratio": time,
+                    "time_limit": limits.time,
+                    "temporary_bytes": temporary[name],
+                    "rival_temporary_bytes": temporary.get(rival),
+                    "memory_ratio": memory,
+                    "memory_limit": limits.memory,
+                    "passed": all(checks) if checks else None,
+                    "rounds": times.rounds if times else 0,
+                }
+            )
     return records
 
 

@@ -49,21 +49,22 @@ def prepare_layer(
     soft_cap: ArrayLike | None,
     *,
     prefix: str = "",
+    features_name: str = "features",
 ) -> Tokens:
     """Checks the arguments of a linear layer; `prefix` tells their names from another's."""
-    given = to_float(features, name=f"{prefix}features")[1]
+    given = to_float(features, name=features_name)[1]
     dtype = computing_dtype(given)
     if to_float(weights, name=f"{prefix}weights")[1] != given:
         raise TypeError(
             f"`{prefix}weights` must have the dtype {jnp.asarray(features).dtype} of"
-            f" `{prefix}features`, got {jnp.asarray(weights).dtype}."
+            f" `{features_name}`, got {jnp.asarray(weights).dtype}."
         )
     features, weights = jnp.asarray(features), jnp.asarray(weights)
     if not jnp.issubdtype(features.dtype, jnp.floating):
         features, weights = features.astype(dtype), weights.astype(dtype)
     if features.ndim < 1 or weights.ndim != 2 or features.shape[-1] != weights.shape[1]:
         raise ValueError(
-            f"`{prefix}features` must be [..., D] and `{prefix}weights` [V, D], got"
+            f"`{features_name}` must be [..., D] and `{prefix}weights` [V, D], got"
             f" {features.shape} and {weights.shape}."
         )
     if weights.shape[0] == 0:

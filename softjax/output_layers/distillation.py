@@ -98,6 +98,7 @@ def linear_distillation_loss(
         temperature,
         teacher_soft_cap,
         prefix="teacher_",
+        features_name="teacher_features",
     )
     _check_alike(student, teacher)
     plan = plan_for(student.layer, block_size)

@@ -132,10 +132,10 @@ def linear_cross_entropy(
     for name, option in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
         if not is_zero(option):
             parts[name] = tokens.row(option, name)
+    plan = plan_for(layer, block_size)
     if forward_gradient:
         total = total_with_gradient(block_size, parts, rows)
     else:
-        plan = plan_for(layer, block_size)
         loss = token_losses(plan, parts, rows)
         if reduction is None:
             counted = shares if example_weights is not None else jnp.ones_like(shares)
