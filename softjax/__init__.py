@@ -1,61 +1,74 @@
 """From scores to choices: softmax and its relatives, exact and differentiable in JAX."""
 
+from softjax.budgets import soft_top_k
 from softjax.contrastive import info_nce, siglip_loss
 from softjax.decoding import repetition_penalty
 from softjax.dense import log_softmax, softmax
 from softjax.entropies import entropy, kl_divergence, log_prob
+from softjax.estimators import (
+    gumbel_softmax,
+    rao_blackwell_gumbel_softmax,
+    reinmax,
+    relaxed_log_density,
+)
+from softjax.filters import min_p_filter, top_k_filter, top_p_filter, typical_filter
+from softjax.gradients import clip_gradient, reverse_gradient, score_function, straight_through
 from softjax.losses import (
     class_balanced_weights,
     cross_entropy,
     distillation_loss,
     entmax_loss,
     focal_loss,
+    logit_adjustment,
     mean_loss,
     soft_cross_entropy,
     sparsemax_loss,
 )
-from softjax.output_layers import linear_cross_entropy, linear_statistics
-from softjax.policies.actions import (
+from softjax.output_layers import (
+    adaptive_log_softmax,
+    linear_cross_entropy,
+    linear_distillation_loss,
+    linear_statistics,
+    sampled_cross_entropy,
+)
+from softjax.policies import (
+    actor_critic_value,
+    bellman_target,
+    clipped_surrogate_loss,
+    expected_value,
+    exponential_temperature,
+    mellowmax_temperature,
     policy_entropy,
+    policy_gradient_loss,
     policy_log_prob,
     policy_probs,
     select_action,
-)
-from softjax.policies.backups import (
-    actor_critic_value,
-    bellman_target,
-    expected_value,
     soft_value,
-)
-from softjax.policies.objectives import clipped_surrogate_loss, policy_gradient_loss
-from softjax.policies.temperatures import (
-    exponential_temperature,
-    mellowmax_temperature,
     target_entropy_temperature,
     visit_count_temperature,
 )
 from softjax.reductions import logmeanexp, logsumexp, mellowmax
 from softjax.sampling import gumbel, gumbel_given_argmax, sample
 from softjax.scores import (
-    min_p_filter,
+    adjusted_scores,
     scalable_scores,
     sigsoftmax_scores,
     soft_cap,
     taylor_scores,
-    top_k_filter,
-    top_p_filter,
-    typical_filter,
 )
 from softjax.segments import segment_softmax
-from softjax.sparse import entmax, entmax15, soft_top_k, sparsemax
+from softjax.sparse import entmax, entmax15, sparsemax
 from softjax.subsets import ranking_log_prob, sample_without_replacement, weighted_subset
 
 __version__ = "0.1.0"
 
 __all__ = [
     "actor_critic_value",
+    "adaptive_log_softmax",
+    "adjusted_scores",
     "bellman_target",
     "class_balanced_weights",
+    "clip_gradient",
     "clipped_surrogate_loss",
     "cross_entropy",
     "distillation_loss",
@@ -68,12 +81,15 @@ __all__ = [
     "focal_loss",
     "gumbel",
     "gumbel_given_argmax",
+    "gumbel_softmax",
     "info_nce",
     "kl_divergence",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "linear_statistics",
     "log_prob",
     "log_softmax",
+    "logit_adjustment",
     "logmeanexp",
     "logsumexp",
     "mean_loss",
@@ -85,10 +101,16 @@ __all__ = [
     "policy_log_prob",
     "policy_probs",
     "ranking_log_prob",
+    "rao_blackwell_gumbel_softmax",
+    "reinmax",
+    "relaxed_log_density",
     "repetition_penalty",
+    "reverse_gradient",
     "sample",
     "sample_without_replacement",
+    "sampled_cross_entropy",
     "scalable_scores",
+    "score_function",
     "segment_softmax",
     "select_action",
     "siglip_loss",
@@ -100,6 +122,7 @@ __all__ = [
     "softmax",
     "sparsemax",
     "sparsemax_loss",
+    "straight_through",
     "target_entropy_temperature",
     "taylor_scores",
     "top_k_filter",

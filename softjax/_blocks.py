@@ -1,6 +1,7 @@
-"""Iterating over slices a few at a time, so that what is iterated stays in cache.
+"""Arrays a part at a time, so that what is formed of a part is small or stays in cache.
 
-On a CPU a search that reads its slices ten times should read them from memory once, and
+`scan_blocks` cuts an axis into whole blocks and a tail. `in_blocks` takes a few slices at a
+time: on a CPU a search that reads its slices ten times should read them from memory once, and
 should not wait for the slowest slice of all. Accelerators take all slices at once.
 """
 
@@ -72,3 +73,32 @@ def _by_rows(
     )
     found = lax.map(lambda args: search(AlongAxes((0,)), *args), flat, batch_size=block)
     return jax.tree.map(restore, found)
+
+
+def scan_blocks(
+    visit: Callable[[Any, Array, Any], tuple[Any, Any]], state: Any, arrays: Any, size: int
+) -> tuple[Any, Any]:
+    """`lax.scan` over blocks of the first axis: the last state, and all outputs joined.
+
+    `visit(state, first, block)` gets the place of the block's first entry, and the block
+    of every array; the last block may be smaller. Its outputs are one entry an entry.
+    """
+    length = jax.tree.leaves(arrays)[0].shape[0]
+    whole = length - length % size
+    outs = []
+    if whole == size:
+        head = jax.tree.map(lambda x: x[:whole], arrays)
+        state, out = visit(state, jnp.array(0), head)
+        outs.append(out)
+    elif whole:
+        head = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), arrays)
+        step = lambda state, xs: visit(state, *xs)
+        state, out = lax.scan(step, state, (jnp.arange(0, whole, size), head))
+        outs.append(jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out))
+    if whole < length:
+        tail = jax.tree.map(lambda x: x[whole:], arrays)
+        state, out = visit(state, jnp.array(whole), tail)
+        outs.append(out)
+    if len(outs) < 2:
+        return state, outs[0] if outs else None
+    return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)

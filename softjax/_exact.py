@@ -34,9 +34,8 @@ class Scores(NamedTuple):
         return total(self.near * 0)
 
     def exp(self) -> Array:
-        """The exponentials, to within the error of `exp` itself."""
-        weights = jnp.exp(self.near)
-        return jnp.where(self.dead, 0, weights + weights * self.errors)
+        """The exponentials, to about one rounding."""
+        return jnp.where(self.dead, 0, exp_of_sum(self.near, self.errors))
 
 
 def centre(
@@ -47,31 +46,31 @@ def centre(
     Infinite entries, if there are any, are the peak alone; so are the largest entries at
     temperature 0. At an infinite temperature all scores that are not dropped are 0.
     """
-    anchor = where_finite(peak)
     limits = jnp.finfo(x.dtype)
+    highest = float(limits.max)
+    # (A select, for the reason that `where_finite` gives.)
+    anchor = jnp.where(jnp.isfinite(peak), peak, jnp.where(peak == jnp.inf, highest, 0))
     reach: Array | float = FAR
     if temperature is not None:
         # Below the smallest normal number a temperature may be flushed to 0, and is 0.
         cold = jnp.abs(temperature) < limits.tiny
         temperature = jnp.where(cold, 0, jnp.where(temperature < 0, jnp.nan, temperature))
         reach = FAR * temperature
-    lowest = jnp.maximum(peak - reach, limits.min)
-    lowest = jnp.where(jnp.isnan(lowest), limits.min, lowest)
+    lowest = jnp.maximum(peak - reach, -highest)
+    lowest = jnp.where(jnp.isnan(lowest), -highest, lowest)
     dead = x < spread(jnp.where(jnp.isinf(peak), jnp.inf, lowest))
-    at_anchor = dead | (x == spread(peak))
-    if temperature is not None:
-        at_anchor |= spread(jnp.isinf(temperature))
-    near, errors = two_difference(jnp.where(at_anchor, spread(anchor), x), spread(anchor))
-    at_peak = jnp.where(at_anchor & ~dead & jnp.isfinite(x), x, 0)
-    near += at_peak - lax.stop_gradient(at_peak)  # 0, but for derivatives
+    kept = jnp.where(dead, spread(anchor), x)
+    kept = jnp.where(kept > highest, highest, kept)  # Infinite ones are at the anchor.
+    near, errors = two_difference(kept, spread(anchor))
     values = jnp.where(spread(peak == jnp.inf), -jnp.inf, x) - spread(anchor)
     if temperature is not None:
-        divisor = spread(jnp.where(cold | jnp.isinf(temperature), 1, temperature))
+        flat = jnp.isinf(temperature)
+        divisor = spread(jnp.where(cold | flat, 1, temperature))
         near, remainder = two_quotient(near, divisor)
         # A quotient by a row may be a product, which a compiler may fuse, unrounded, with a
         # difference that follows: a select comes between.
-        near = jnp.where(dead, 0, near)
-        errors = remainder + errors / divisor
+        near = jnp.where(dead | spread(flat), 0, near)
+        errors = jnp.where(spread(flat), 0, remainder + errors / divisor)
         dropped = spread(cold) | (values == -jnp.inf)
         values = jnp.where(dropped, -jnp.inf, values / divisor)
     return Scores(jnp.where(dead, values, near), near, lax.stop_gradient(errors), dead)
@@ -98,6 +97,33 @@ def centre_at(
         near, remainder = two_quotient(near, divisor)
         errors = remainder + errors / divisor
     return jnp.where(usual | jnp.isnan(x), near, jnp.sign(values) * far), errors
+
+
+def exp_of_sum(near: Array, error: Array) -> Array:
+    """exp(near + error) for near <= 0 and a small error; 0 below the smallest normal number.
+
+    With near = k log 2 + r the error joins r, which no rounding of `near` has touched. (XLA's
+    own exp takes its argument rounded, and as much time.)
+    """
+    wide = near.dtype == jnp.float64
+    integer, num_terms = (jnp.int64, 14) if wide else (jnp.int32, 8)
+    limits = jnp.finfo(near.dtype)
+    k = lax.round(near * (1 / math.log(2)), lax.RoundingMethod.TO_NEAREST_EVEN)
+    rest = (near - k * _LOG2_HIGH) - k * _LOG2_LOW  # The first product is exact.
+    rest += error
+    series = functools.reduce(
+        lambda tail, i: tail * rest + 1 / math.factorial(i),
+        reversed(range(2, num_terms - 1)),
+        jnp.full_like(rest, 1 / math.factorial(num_terms - 1)),
+    )
+    mantissa = 1 + (rest + rest * rest * series)
+    exponent = jnp.maximum(k.astype(integer) + (limits.maxexp - 1), 0)
+    return mantissa * lax.bitcast_convert_type(exponent << limits.nmant, near.dtype)
+
+
+# log 2 in two parts, of which the first leaves room for a factor of 12 bits in float32 too.
+_LOG2_HIGH = 2839 / 2**12
+_LOG2_LOW = float.fromhex("0x1.0bfbe8e7bcd5ep-15")
 
 
 def two_difference(a: Array, b: Array) -> tuple[Array, Array]:

@@ -29,11 +29,11 @@ def _solve(
     if sink is not None:
         peak = jnp.maximum(peak, lax.stop_gradient(sink))
     scores = centre(logits, peak, temperature, slices.spread)
-    weights = scores.exp()
-    sink_weight = None
+    marked = mark_peaks(scores.exp())
+    marked_sink = None
     if sink is not None:
-        sink_weight = centre(sink, peak, temperature, lambda row: row).exp()
-    num_peaks, others = split_at_peak(weights, slices, sink_weight)
+        marked_sink = mark_peaks(centre(sink, peak, temperature, lambda row: row).exp())
+    num_peaks, others = split_at_peak(marked, slices, marked_sink)
     empty = peak == -jnp.inf
     total = jnp.where(empty, 1, num_peaks + others)
     others += jnp.where(empty, 0, num_peaks - 1)
@@ -43,33 +43,42 @@ def _solve(
     inverse, error = two_quotient(jnp.ones_like(total), total)
     error = lax.stop_gradient(error)
     inverse, error, threshold = lax.optimization_barrier((inverse, error, threshold))
+    weights = unmark_peaks(marked)
     shares = weights * slices.spread(inverse) + weights * slices.spread(error)
     probs = jnp.where(weights == 0, 0, shares)
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
-    leak = None if sink_weight is None else sink_weight / total
+    leak = None if marked_sink is None else unmark_peaks(marked_sink) / total
     return Solution(probs, margins, threshold, others / total, leak)
 
 
+def mark_peaks(weights: Array) -> Array:
+    """The weights with -1 for 1, from which `split_at_peak` starts."""
+    return jnp.where(weights == 1, weights - 2, weights)
+
+
+def unmark_peaks(marked: Array) -> Array:
+    """The weights again."""
+    return jnp.where(marked < 0, marked + 2, marked)
+
+
 def split_at_peak(
-    weights: Array, slices: Slices, sink_weight: Array | None = None
+    marked: Array, slices: Slices, marked_sink: Array | None = None
 ) -> tuple[Array, Array]:
     """How many weights are 1, as that of the peak, and the sum of all others."""
     # A running sum rounds every small weight that it adds to the peak's 1 the same way, so
-    # the peak is left out: steep (1 - w) is 0 for it and above w for all others. Together
-    # with the full sum this tells how many entries share the peak.
-    total, others = slices.total(weights), slices.total(lax.stop_gradient(weights), _but_peak)
-    if sink_weight is not None:
-        total += sink_weight
-        others += _but_peak(lax.stop_gradient(sink_weight))
-    num_peaks = lax.stop_gradient(jnp.round(total - others))
+    # the peak is left out; a maximum is the cheapest way to do that.
+    total, others = slices.sum(marked), slices.total(lax.stop_gradient(marked), _positive)
+    if marked_sink is not None:
+        total += marked_sink
+        others += _positive(lax.stop_gradient(marked_sink))
+    num_peaks = lax.stop_gradient(jnp.round(others - total))
     return num_peaks, others + (total - lax.stop_gradient(total))
 
 
-def _but_peak(weight: Array) -> Array:
-    """The weight, but 0 for exactly 1."""
-    steep = 4 / float(jnp.finfo(weight.dtype).eps)
-    return jnp.minimum(weight, steep - steep * weight)
+def _positive(marked: Array) -> Array:
+    # (Of a plain 0, from which the sum starts too, XLA's CPU backend would make an array.)
+    return jnp.maximum(marked, jnp.array(-0.0, marked.dtype))
 
 
 SOFTMAX = Family(_solve)

@@ -195,6 +195,25 @@ def check_labels(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     return broadcast(labels, wanted, name="labels", target="logits without the class axis")
 
 
+def per_class(
+    value: ArrayLike,
+    num_classes: int | None,
+    dtype: DTypeLike,
+    *,
+    name: str = "class_weights",
+) -> Array:
+    """An option with one number a class, `[num_classes]`; None leaves their number open."""
+    vector, _ = to_float(value, name=name)
+    if vector.ndim != 1 or num_classes not in (None, vector.size):
+        count = "a" if num_classes is None else f"for each of {num_classes}"
+        classes = "class" if num_classes is None else "classes"
+        raise ValueError(
+            f"`{name}` must be a vector of one number {count} {classes}, got the shape"
+            f" {vector.shape}."
+        )
+    return vector.astype(dtype)
+
+
 class Classes(NamedTuple):
     """Labels as classes, and which of them are none."""
 

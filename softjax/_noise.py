@@ -6,10 +6,12 @@ numbers is often shared. Noise is float32 or wider, whatever the logits are.
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import DTypeLike
 
 from softjax._wide import WORD, Wide
+
+ABOVE = 200.0  # by which an infinite logit is above all others: exp(-200) is 1e-87
 
 
 def check_key(key: Array) -> None:
@@ -45,3 +47,15 @@ def exponential(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
 def gumbel(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Standard Gumbel noise, from -3.8 to 44."""
     return -jnp.log(exponential(key, shape, dtype))
+
+
+def centred(x: Array, axis: int) -> Array:
+    """Logits below the largest finite one along an axis; infinite ones far above it.
+
+    So noise is added to small numbers, and infinite entries come first, in any order.
+    """
+    finite, lowest = jnp.isfinite(x), jnp.finfo(x.dtype).min
+    inside = jnp.where(finite, x, lowest)
+    peak = jnp.max(lax.stop_gradient(inside), axis, initial=lowest, keepdims=True)
+    below = jnp.maximum(inside - peak, lowest)
+    return jnp.where(x == jnp.inf, ABOVE, jnp.where(finite, below, x))

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from softjax._slices import Slices
+from softjax._inputs import Problem
+from softjax._slices import AlongAxes, Slices
 
 
 class Solution(NamedTuple):
@@ -38,6 +39,15 @@ class Family(NamedTuple):
     solve: Callable[..., Solution]  # of (slices, logits, temperature, index, budget, sink)
     slope: Callable[..., Array] | None = None  # f' from (probs, index); None if f' = f
     bend: Callable[..., Array] | None = None  # df/dindex at a fixed margin, likewise
+
+
+def weigh(
+    family: Family, problem: Problem, index: Array | None = None, budget: Array | None = None
+) -> Array:
+    """The weights of a problem along axes, in the dtype of its result."""
+    slices, temperature = AlongAxes(problem.axes), problem.temperature
+    solution = solve(family, slices, problem.logits, temperature, index, budget)
+    return solution.probs.astype(problem.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from softjax._blocks import scan_blocks
 from softjax._inputs import NONNEGATIVE, computing_dtype, public, to_float
-from softjax.output_layers import ENTRIES, linear_cross_entropy
+from softjax.output_layers import linear_cross_entropy
+from softjax.output_layers._stream import ENTRIES
 
 __all__ = ["info_nce", "siglip_loss"]
 
@@ -119,16 +121,10 @@ def siglip_loss(
         own = jnp.arange(num_pairs)[:, None] == first + jnp.arange(some.shape[0])[None]
         return jnp.sum(jax.nn.softplus(jnp.where(own, -scores, scores)))
 
-    whole = num_pairs - num_pairs % block
-    total = jnp.zeros((), dtype)
-    if whole:
-        firsts = jnp.arange(0, whole, block)
-        several = keys[:whole].reshape(-1, block, keys.shape[1])
-        sums = lax.map(lambda xs: part(*xs, queries, rate, bias), (firsts, several))
-        total += jnp.sum(sums)
-    if whole < num_pairs:
-        total += part(jnp.array(whole), keys[whole:], queries, rate, bias)
-    return total / num_pairs
+    def visit(total: Array, first: Array, some: Array) -> tuple[Array, None]:
+        return total + part(first, some, queries, rate, bias), None
+
+    return scan_blocks(visit, jnp.zeros((), dtype), keys, block)[0] / num_pairs
 
 
 def _pairs(queries: ArrayLike, keys: ArrayLike) -> tuple[Array, Array]:

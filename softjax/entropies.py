@@ -113,13 +113,16 @@ def divergence(p_problem: Problem, q_problem: Problem, *, name: str, target: str
     # digits where p and q are close; over a slice it adds up to the same.
     near = jnp.abs(ratio) < 1
     close = jnp.where(near, ratio, 0)
-    known = jnp.where(near | (p.probs == 0), 0, ratio)
+    # (Where p keeps what q drops the divergence is infinite, and constant.)
+    apart = jnp.isinf(ratio) & (p.probs > 0)
+    known = jnp.where(near | apart | (p.probs == 0), 0, ratio)
     terms = jnp.where(
         near,
         p.probs * close * close * expm1_over_twice(-close),
         p.probs * known + (q.probs - p.probs),
     )
-    return jnp.where(p.threshold == -jnp.inf, 0, slices.sum(terms))
+    row = jnp.where(slices.max(apart.astype(dtype)) > 0, jnp.inf, slices.sum(terms))
+    return jnp.where(p.threshold == -jnp.inf, 0, row)
 
 
 def _log_ratio(

@@ -234,5 +234,5 @@ def _cut_off(x: Array, noise: Array, top: Array) -> Array:
     """Logits with noise given that they are less than the top; infinite ones stay."""
     usual = jnp.isfinite(x)
     gap = top - (jnp.where(usual, x, 0) + noise)
-    below = jax.lax.stop_gradient(jnp.nextafter(top, -jnp.inf))
+    below = jnp.nextafter(jax.lax.stop_gradient(top), -jnp.inf)
     return jnp.where(usual, jnp.minimum(top - jax.nn.softplus(gap), below), x)

@@ -1,37 +1,34 @@
 """Score transforms: logits in, logits out, to compose before any map.
 
-They cap, scale or bend scores, or drop entries by setting them to -inf. Filters keep the
-original logits of what they keep; they find their threshold by a search over reductions, never
-by sorting, and derivatives pass through what is kept. Dropped (-inf) entries stay dropped.
+They cap, scale, shift or bend scores. Dropped (-inf) entries stay dropped.
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._blocks import in_blocks
-from softjax._exact import log1p, where_finite
-from softjax._exponential import SOFTMAX
-from softjax._inputs import NONNEGATIVE, PROBABILITY, Axis, per_slice, prepare, public, to_float
-from softjax._search import largest_threshold, ordered
-from softjax._slices import AlongAxes, Slices
-from softjax._threshold import solve
-
-Rank = Callable[[Slices, Array], tuple[Array, Array | None]]  # keys and weights
+from softjax._exact import log1p
+from softjax._inputs import (
+    NONNEGATIVE,
+    Axis,
+    per_class,
+    per_slice,
+    prepare,
+    public,
+    resolve_one_axis,
+    to_float,
+)
+from softjax._slices import AlongAxes
 
 __all__ = [
-    "min_p_filter",
+    "adjusted_scores",
     "scalable_scores",
     "sigsoftmax_scores",
     "soft_cap",
     "taylor_scores",
-    "top_k_filter",
-    "top_p_filter",
-    "typical_filter",
 ]
 
 
@@ -75,173 +72,6 @@ def soft_cap(logits: ArrayLike, cap: ArrayLike) -> Array:
     return jnp.where(kept, capped, -jnp.inf).astype(dtype)
 
 
-@public("axis", k=NONNEGATIVE)
-def top_k_filter(logits: ArrayLike, k: ArrayLike, *, axis: Axis = -1) -> Array:
-    r"""Keeps the k largest logits of each slice, and drops the rest to -inf.
-
-    .. math:: \{ i : z_i \ge z_{(k)} \}
-
-    Args:
-        logits: scores z, `[*shape]`; differentiable where kept.
-        k: how many to keep, one number or one a slice, traced or not; not differentiable.
-            More than there are keeps all; 0 keeps none.
-        axis: axis, axes, or None for all, along which a slice runs.
-
-    Returns:
-        Logits `[*shape]`; -inf where dropped. Ties with the k-th largest are kept.
-
-    Raises:
-        TypeError: `logits` is not real.
-        ValueError: `k` does not broadcast or is a negative Python number, or `axis` is out of
-            range.
-
-    Example:
-        >>> print(top_k_filter(jnp.array([1.0, 3.0, 2.0]), 2))
-        [-inf   3.   2.]
-
-    Note:
-        No sort: 32 counting passes (64 in float64) halve the range of bit patterns.
-    """
-    return _filter(logits, axis, k, "k", lambda slices, x: (x, None))
-
-
-@public("axis", p=PROBABILITY)
-def top_p_filter(logits: ArrayLike, p: ArrayLike, *, axis: Axis = -1) -> Array:
-    r"""Keeps the smallest set of largest logits that holds a mass p, the nucleus.
-
-    .. math:: \{ i : z_i \ge v \}, \qquad
-        v = \max \Big\{ v : \sum_{z_j \ge v} \mathrm{softmax}(z)_j \ge p \Big\}
-
-    Args:
-        logits: scores z, `[*shape]`; differentiable where kept.
-        p: probability in [0, 1] that the kept entries reach, one number or one a slice,
-            traced or not; not differentiable. The largest logit is always kept.
-        axis: axis, axes, or None for all, along which a slice runs.
-
-    Returns:
-        Logits `[*shape]`; -inf where dropped. Ties with the smallest one kept are kept.
-
-    Raises:
-        TypeError: `logits` is not real.
-        ValueError: `p` does not broadcast or is a Python number outside [0, 1], or `axis` is
-            out of range.
-
-    Example:
-        >>> print(top_p_filter(jnp.log(jnp.array([0.5, 0.3, 0.2])), 0.7))
-        [-0.6931472 -1.2039728       -inf]
-
-    Note:
-        No sort: 32 summing passes (64 in float64) halve the range of bit patterns.
-
-    Reference:
-        Holtzman et al. (2020), The curious case of neural text degeneration.
-    """
-    return _filter(logits, axis, p, "p", lambda slices, x: (x, solve(SOFTMAX, slices, x).probs))
-
-
-@public("axis", mass=PROBABILITY)
-def typical_filter(logits: ArrayLike, mass: ArrayLike, *, axis: Axis = -1) -> Array:
-    r"""Keeps the entries whose information is closest to the entropy, up to a mass.
-
-    Entries are ranked by :math:`|-\log p_i - H|`, least first, and kept until their
-    probabilities reach the mass.
-
-    Args:
-        logits: scores z, `[*shape]`; differentiable where kept.
-        mass: probability in [0, 1] that the kept entries reach, one number or one a slice,
-            traced or not; not differentiable. The most typical entry is always kept.
-        axis: axis, axes, or None for all, along which a slice runs.
-
-    Returns:
-        Logits `[*shape]`; -inf where dropped. Ties with the last one kept are kept.
-
-    Raises:
-        TypeError: `logits` is not real.
-        ValueError: `mass` does not broadcast or is a Python number outside [0, 1], or `axis`
-            is out of range.
-
-    Example:
-        >>> print(typical_filter(jnp.log(jnp.array([0.5, 0.3, 0.2])), 0.3))
-        [      -inf -1.2039728       -inf]
-
-    Note:
-        No sort: 32 summing passes (64 in float64) halve the range of bit patterns.
-
-    Reference:
-        Meister et al. (2023), Locally typical sampling.
-    """
-    return _filter(logits, axis, mass, "mass", _by_typicality)
-
-
-def _by_typicality(slices: Slices, x: Array) -> tuple[Array, Array]:
-    """Ranks by -|-log p - H|."""
-    solution = solve(SOFTMAX, slices, x)
-    dropped = solution.margins == -jnp.inf
-    log_probs = jnp.where(dropped, 0, solution.margins)
-    entropy = -slices.sum(solution.probs * log_probs)
-    keys = jnp.where(dropped, -jnp.inf, -jnp.abs(log_probs + slices.spread(entropy)))
-    return keys, solution.probs
-
-
-def _filter(logits: ArrayLike, axis: Axis, amount: ArrayLike, name: str, rank: Rank) -> Array:
-    """Keeps the entries of the highest rank that together weigh an amount."""
-    problem = prepare(logits, axis=axis)
-    x, slices = jax.lax.stop_gradient(problem.logits), AlongAxes(problem.axes)
-    row = jax.lax.stop_gradient(per_slice(amount, x, problem.axes, name=name))
-
-    @in_blocks
-    def keep(slices: AlongAxes, x: Array, amount: Array) -> Array:
-        keys, weights = rank(slices, x)
-        # All of a mass that adds up to 1 is everything, whatever the sum rounds to.
-        amount = jnp.where((weights is not None) & (amount >= 1), jnp.inf, amount)
-        keys = ordered(keys)
-        threshold = largest_threshold(slices, keys, weights, amount)
-        if weights is not None:  # Of a mass of 0, the first entry is still kept.
-            lowest = jnp.iinfo(keys.dtype).min
-            first = jnp.max(keys, slices.axes, keepdims=True, initial=lowest)
-            threshold = jnp.minimum(threshold, first)
-        return ~(keys < slices.spread(threshold))
-
-    return jnp.where(keep(slices, x, row), problem.logits, -jnp.inf).astype(problem.dtype)
-
-
-@public("axis", min_p=PROBABILITY)
-def min_p_filter(logits: ArrayLike, min_p: ArrayLike, *, axis: Axis = -1) -> Array:
-    r"""Keeps the logits whose probability is at least a fraction of the largest one.
-
-    .. math:: p_i \ge \mathrm{min\_p} \cdot \max_j p_j
-
-    Args:
-        logits: scores z, `[*shape]`; differentiable where kept.
-        min_p: the fraction, in [0, 1], one number or one a slice, traced or not; not
-            differentiable. 0 keeps all, 1 only the largest.
-        axis: axis, axes, or None for all, along which a slice runs.
-
-    Returns:
-        Logits `[*shape]`; -inf where dropped.
-
-    Raises:
-        TypeError: `logits` is not real.
-        ValueError: `min_p` does not broadcast or is a Python number outside [0, 1], or `axis`
-            is out of range.
-
-    Example:
-        >>> print(min_p_filter(jnp.array([0.0, -1.0, -5.0]), 0.1))
-        [  0.  -1. -inf]
-
-    Reference:
-        Nguyen et al. (2024), Turning up the heat: min-p sampling.
-    """
-    problem = prepare(logits, axis=axis)
-    x, slices = problem.logits, AlongAxes(problem.axes)
-    min_p = jax.lax.stop_gradient(per_slice(min_p, x, problem.axes, name="min_p"))
-    peak = jax.lax.stop_gradient(slices.max(x))
-    gap = jnp.where(peak == jnp.inf, -jnp.inf, x - where_finite(peak))
-    gap = jnp.where(x == peak, 0, gap)
-    kept = ~(gap < jnp.log(min_p))
-    return jnp.where(kept, x, -jnp.inf).astype(problem.dtype)
-
-
 @public("axis")
 def scalable_scores(
     logits: ArrayLike,
@@ -280,7 +110,52 @@ def scalable_scores(
     kept = x != -jnp.inf
     count = slices.sum(kept.astype(x.dtype))
     factor = scale * jnp.log(jnp.maximum(count, 1))
-    return jnp.where(kept, jnp.where(kept, x, 0) * factor, -jnp.inf).astype(problem.dtype)
+    infinite = x == jnp.inf
+    scores = jnp.where(kept & ~infinite, x, 0) * factor
+    # One kept entry alone has factor 0, and score 0 whatever it is.
+    limit = jnp.where(factor > 0, jnp.inf, jnp.where(factor < 0, -jnp.inf, factor))
+    scores = jnp.where(infinite, limit, scores)
+    return jnp.where(kept, scores, -jnp.inf).astype(problem.dtype)
+
+
+@public("axis")
+def adjusted_scores(logits: ArrayLike, adjustment: ArrayLike, *, axis: int = -1) -> Array:
+    r"""Shifts logits by one number a class: logit adjustment for long tails, or a prior.
+
+    .. math:: z_c + a_c
+
+    Args:
+        logits: scores z, `[*shape]`; differentiable. -inf stays -inf: dropped.
+        adjustment: shifts a, `[C]`, real or -inf (drops a class); differentiable.
+            `logit_adjustment` makes them from class counts: added in the training loss, they
+            teach the logits of equally frequent classes; subtracted from other logits when
+            they are used, they correct for the frequencies.
+        axis: the one axis of the C classes.
+
+    Returns:
+        Scores `[*shape]` in the dtype of `logits`; -inf where dropped.
+
+    Raises:
+        TypeError: `logits` or `adjustment` is not real, or `axis` not one int.
+        ValueError: `adjustment` is not `[C]`, or `axis` is out of range.
+
+    Example:
+        >>> print(adjusted_scores(jnp.array([1.0, 2.0]), jnp.array([0.0, -jnp.inf])))
+        [  1. -inf]
+
+    Note:
+        O(n). Both modes, any order.
+
+    Reference:
+        Menon et al. (2021), Long-tail learning via logit adjustment.
+    """
+    x, dtype = to_float(logits, name="logits")
+    axis = resolve_one_axis(axis, x.ndim)
+    shifts = per_class(adjustment, x.shape[axis], x.dtype, name="adjustment")
+    shifts = jnp.expand_dims(shifts, tuple(i for i in range(x.ndim) if i != axis))
+    kept = (x != -jnp.inf) & (shifts != -jnp.inf)
+    scores = jnp.where(kept, x, 0) + jnp.where(kept, shifts, 0)
+    return jnp.where(kept, scores, -jnp.inf).astype(dtype)
 
 
 @public()

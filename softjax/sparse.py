@@ -1,16 +1,11 @@
 """Sparse maps: from logits to probabilities of which many are exactly zero.
 
 All are threshold maps, p = f(z / T - tau). `entmax` bends from softmax (alpha = 1) over
-`entmax15` to `sparsemax` (alpha = 2); `soft_top_k` spreads k units of weight, at most one an
-entry. Dropped entries (masked by `where`, or equal to -inf) have weight, and derivative,
-exactly zero; a slice that keeps nothing is all zeros; a kept NaN makes its slice NaN.
+`entmax15` to `sparsemax` (alpha = 2). Dropped entries (masked by `where`, or equal to -inf)
+have weight, and derivative, exactly zero; a slice that keeps nothing is all zeros; a kept NaN
+makes its slice NaN.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any, Literal
-
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -18,7 +13,6 @@ from jax.typing import ArrayLike
 from softjax._blocks import in_blocks
 from softjax._exact import (
     centre,
-    centre_at,
     expm1_over,
     expm1_over_twice,
     high_half,
@@ -26,14 +20,14 @@ from softjax._exact import (
     sum_in_two,
     two_difference,
 )
-from softjax._inputs import NONNEGATIVE, Axis, Problem, per_slice, prepare, public, resolve_axes
-from softjax._search import bracketed_newton, climb, from_ordered, largest_threshold, ordered
-from softjax._slices import AlongAxes, Slices
-from softjax._threshold import Family, Solution, reciprocal, solve
+from softjax._inputs import NONNEGATIVE, Axis, per_slice, prepare, public
+from softjax._search import bracketed_newton, climb
+from softjax._slices import Slices
+from softjax._threshold import Family, Solution, reciprocal, weigh
 
 MAX_ALPHA = 1e4
 
-__all__ = ["entmax", "entmax15", "soft_top_k", "sparsemax"]
+__all__ = ["entmax", "entmax15", "sparsemax"]
 
 
 @public("axis", temperature=NONNEGATIVE)
@@ -76,7 +70,7 @@ def sparsemax(
         Martins and Astudillo (2016), From softmax to sparsemax. Michelot (1986) for the
         search.
     """
-    return _weigh(SPARSEMAX, prepare(logits, axis=axis, where=where, temperature=temperature))
+    return weigh(SPARSEMAX, prepare(logits, axis=axis, where=where, temperature=temperature))
 
 
 @in_blocks
@@ -144,7 +138,7 @@ def entmax15(
     Reference:
         Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models.
     """
-    return _weigh(ENTMAX15, prepare(logits, axis=axis, where=where, temperature=temperature))
+    return weigh(ENTMAX15, prepare(logits, axis=axis, where=where, temperature=temperature))
 
 
 @in_blocks
@@ -246,7 +240,7 @@ def entmax(
     """
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     alpha = per_slice(alpha, problem.logits, problem.axes, name="alpha")
-    return _weigh(ENTMAX, problem, index=alpha)
+    return weigh(ENTMAX, problem, index=alpha)
 
 
 @in_blocks
@@ -313,152 +307,3 @@ def _entmax_bend(probs: Array, alpha: Array) -> Array:
 
 
 ENTMAX = Family(_solve_entmax, slope=_entmax_slope, bend=_entmax_bend)
-
-
-def _refuse_large_k(given: dict[str, Any]) -> None:
-    k, shape = given.get("k"), jnp.shape(given.get("logits", 0))
-    size = math.prod(shape[i] for i in resolve_axes(given.get("axis", -1), len(shape)))
-    if isinstance(k, (int, float)) and k > size:
-        raise ValueError(f"`k` must be at most the size of a slice, {size}, got {k}.")
-
-
-@public("kind", "axis", temperature=NONNEGATIVE, k=NONNEGATIVE, refuse=_refuse_large_k)
-def soft_top_k(
-    logits: ArrayLike,
-    k: ArrayLike,
-    *,
-    kind: Literal["capped", "sigmoid", "laplace"] = "capped",
-    axis: Axis = -1,
-    where: ArrayLike | None = None,
-    temperature: ArrayLike = 1.0,
-) -> Array:
-    r"""Spreads k units of weight over the entries, at most one on each.
-
-    .. math:: p_i = f(z_i / T - \tau), \qquad \sum_i p_i = k
-
-    Args:
-        logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
-        k: total weight, in [0, number kept], real, one number or one a slice; differentiable.
-            Outside of that the slice is NaN.
-        kind: the f that rises from 0 to 1: "capped" clips to [0, 1], the projection onto the
-            capped simplex, sparse at both ends; "sigmoid"; or "laplace", the distribution
-            function of Laplace's law.
-        axis: axis, axes, or None for all, along which a slice runs.
-        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
-        temperature: T in [0, inf], as in `softmax`; differentiable. At 0 the k largest
-            entries have weight 1, and ties for the last place share it.
-
-    Returns:
-        Weights in [0, 1], `[*shape]`, in the dtype of `logits`.
-
-    Raises:
-        TypeError: as `softmax`.
-        ValueError: as `softmax`; also if `kind` is unknown, or `k` a Python number that is
-            negative or larger than a slice.
-
-    Example:
-        >>> print(soft_top_k(jnp.array([2.0, 1.0, 0.0, 0.5]), 2))
-        [1.   0.75 0.   0.25]
-
-    Note:
-        No sort: the ceil(k)-th largest entry is found by bisection of bit patterns and tau,
-        close to it, by Newton's method in a bracket. Both modes, any order.
-
-    Reference:
-        Lou et al. (2024), Sparser is faster and less is more (SparseK), for "capped";
-        Struski et al. (2025), LapSum, for "laplace".
-    """
-    if kind not in _TOP_K:
-        raise ValueError(f"`kind` must be one of {', '.join(_TOP_K)}, got {kind!r}.")
-    problem = prepare(logits, axis=axis, where=where, temperature=temperature)
-    budget = per_slice(k, problem.logits, problem.axes, name="k")
-    return _weigh(_TOP_K[kind], problem, budget=budget)
-
-
-def _weigh(
-    family: Family, problem: Problem, index: Array | None = None, budget: Array | None = None
-) -> Array:
-    slices, temperature = AlongAxes(problem.axes), problem.temperature
-    solution = solve(family, slices, problem.logits, temperature, index, budget)
-    return solution.probs.astype(problem.dtype)
-
-
-def _budget_family(
-    squash: Callable[[Array], Array],
-    slope: Callable[[Array, None], Array],
-    quantile: Callable[[Array], Array],
-) -> Family:
-    """The family of an f that rises from 0 to 1, by its derivative f'(p) and its inverse."""
-
-    @in_blocks
-    def solve_budget(
-        slices: Slices,
-        logits: Array,
-        temperature: Array | None,
-        _: None,
-        budget: Array,
-        *__: None,
-    ) -> Solution:
-        spread = slices.spread
-        kept = logits != -jnp.inf
-        unknown = slices.sum(jnp.isnan(logits).astype(logits.dtype)) > 0
-        if temperature is not None:
-            unknown |= ~(temperature >= 0)
-        budget = jnp.where(unknown, jnp.nan, budget)
-        num_kept = slices.sum(kept.astype(logits.dtype))
-        usual = (budget > 0) & (budget < num_kept)
-        # Scores are taken from the ceil(k)-th largest, close to which tau lies, so that
-        # neither an offset nor an outlier costs digits there.
-        share = jnp.where(usual, budget / jnp.maximum(num_kept, 1), 0.5)
-        count = jnp.ceil(jnp.where(usual, budget, 1))
-        threshold = largest_threshold(slices, ordered(logits), None, count)
-        anchor = from_ordered(threshold, logits.dtype)
-        near, errors = centre_at(logits, anchor, temperature, spread)
-        highest = slices.max(jnp.where(kept, near, -jnp.inf))
-        lowest = -slices.max(jnp.where(kept, -near, -jnp.inf))
-
-        def step(tau: Array) -> tuple[Array, Array]:
-            probs = jnp.where(kept, squash(near - spread(tau)), 0)
-            return slices.sum(probs) - budget, slices.sum(slope(probs, None))
-
-        level = quantile(share)
-        low, high = lowest - level, highest - level
-        low, high = (jnp.where(usual, bound, 0) for bound in (low, high))
-        tau = bracketed_newton(step, low, high, jnp.clip(0, low, high))
-        margins = (near - spread(tau)) + errors
-        probs = jnp.where(kept, squash(margins), 0)
-        slopes = slope(probs, None)
-        shift = (slices.sum(probs) - budget) * reciprocal(slices.sum(slopes))
-        margins = jnp.where(kept, margins - spread(shift), -jnp.inf)
-        limit = jnp.where(budget == num_kept, 1, jnp.where(budget == 0, 0, jnp.nan))
-        probs = jnp.where(spread(usual), squash(margins), spread(limit.astype(probs.dtype)))
-        probs = jnp.where(kept, probs, 0)
-        return Solution(probs, margins, tau + shift)
-
-    return Family(solve_budget, slope=slope)
-
-
-def _capped(t: Array) -> Array:
-    return jnp.clip(t, 0, 1)
-
-
-def _capped_slope(probs: Array, _: None) -> Array:
-    return ((probs > 0) & (probs < 1)).astype(probs.dtype)
-
-
-def _laplace(t: Array) -> Array:
-    half = jnp.exp(-jnp.abs(t)) / 2
-    return jnp.where(t < 0, half, 1 - half)
-
-
-def _laplace_quantile(p: Array) -> Array:
-    return jnp.where(p < 0.5, jnp.log(2 * p), -jnp.log(2 * (1 - p)))
-
-
-_TOP_K = {
-    "capped": _budget_family(_capped, _capped_slope, lambda share: share),
-    "sigmoid": _budget_family(
-        jax.nn.sigmoid, lambda p, _: p * (1 - p), lambda share: jnp.log(share / (1 - share))
-    ),
-    "laplace": _budget_family(_laplace, lambda p, _: jnp.minimum(p, 1 - p), _laplace_quantile),
-}

@@ -21,8 +21,6 @@ from softjax._slices import AlongAxes
 from softjax._threshold import solve
 from softjax.reductions import log_sum
 
-ABOVE = 200.0  # by which an infinite logit is above all others: exp(-200) is 1e-87
-
 __all__ = ["ranking_log_prob", "sample_without_replacement", "weighted_subset"]
 
 
@@ -93,19 +91,7 @@ def _last(
     axis = resolve_one_axis(axis, x.ndim)
     if k > x.shape[axis]:
         raise ValueError(f"`k` must be at most the number of classes {x.shape[axis]}, got {k}.")
-    return _centred(jnp.moveaxis(x, axis, -1)), axis
-
-
-def _centred(x: Array) -> Array:
-    """Logits below the largest finite one of the last axis; infinite ones far above it.
-
-    So noise is added to small numbers, and infinite entries are drawn first, in any order.
-    """
-    finite, lowest = jnp.isfinite(x), jnp.finfo(x.dtype).min
-    inside = jnp.where(finite, x, lowest)
-    peak = jnp.max(lax.stop_gradient(inside), -1, initial=lowest, keepdims=True)
-    below = jnp.maximum(inside - peak, lowest)
-    return jnp.where(x == jnp.inf, ABOVE, jnp.where(finite, below, x))
+    return _noise.centred(jnp.moveaxis(x, axis, -1), -1), axis
 
 
 def _largest(key: Array, x: Array, k: int) -> tuple[Array, Array]:
@@ -165,7 +151,7 @@ def ranking_log_prob(
             f"`indices` of shape {shape} must have the shape of `logits`"
             f" {jnp.shape(logits)}, with any size along the axis {axis}."
         )
-    log_probs = _log_probs(_centred(x), jnp.moveaxis(widen(indices), axis, -1))
+    log_probs = _log_probs(_noise.centred(x, -1), jnp.moveaxis(widen(indices), axis, -1))
     return jnp.moveaxis(log_probs, -1, axis)
 
 
@@ -268,11 +254,11 @@ def weighted_subset(
     if scores.shape[-1] == 0:
         return jnp.moveaxis(indices, -1, axis), jnp.zeros(indices.shape, scores.dtype)
     threshold = noisy[..., k:] if noisy.shape[-1] > k else -jnp.inf
-    place = jnp.maximum(indices, 0)
+    drawn, place = indices != -1, jnp.maximum(indices, 0)
     log_probs = solve(SOFTMAX, AlongAxes((scores.ndim - 1,)), scores).margins
-    gap = jnp.take_along_axis(lax.stop_gradient(scores), place, -1) - threshold
-    log_weights = jnp.take_along_axis(log_probs, place, -1) - _log_passing(gap)
-    weights = jnp.where(indices == -1, 0, jnp.exp(log_weights))
+    read = lambda array: jnp.where(drawn, jnp.take_along_axis(array, place, -1), 0)
+    gap = read(lax.stop_gradient(scores)) - threshold
+    weights = jnp.where(drawn, jnp.exp(read(log_probs) - _log_passing(gap)), 0)
     broken = jnp.any(jnp.isnan(scores), -1, keepdims=True)
     weights = jnp.where(broken, jnp.nan, weights)
     return jnp.moveaxis(indices, -1, axis), jnp.moveaxis(weights, -1, axis)

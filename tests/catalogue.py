@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import softjax as sj
+from softjax.output_layers.sampled import log_uniform
 from tests import oracles
 
 
@@ -376,6 +377,64 @@ CATALOGUE = (
         invariants=("permutation",),
     ),
     _both(
+        "adjusted_scores",
+        lambda m, z, a: m.adjusted_scores(z, a),
+        make=_make(_logits, lambda rng: rng.uniform(-2.0, 0.0, SIZE), others=()),
+    ),
+    _both(
+        "logit_adjustment",
+        lambda m, n, s: m.logit_adjustment(n, scale=s),
+        make=_make(
+            lambda rng: rng.uniform(1.0, 9.0, SIZE),
+            lambda rng: rng.uniform(0.5, 1.5),
+            others=(),
+        ),
+        invariants=("permutation",),
+    ),
+    Entry(
+        name="linear_distillation_loss",
+        call=lambda x, w, u, v, b, t: sj.linear_distillation_loss(
+            x, w, u, v, bias=b, temperature=t, reduction=None, block_size=2
+        ),
+        oracle=lambda *args: oracles.linear_distillation_loss(*args),
+        make=_make(
+            *_LINEAR[:2],
+            lambda rng: rng.standard_normal((ROWS, 2)),
+            lambda rng: rng.standard_normal((SIZE, 2)),
+            *_LINEAR[2:],
+            others=(),
+        ),
+        wide=True,
+    ),
+    Entry(
+        name="adaptive_log_softmax",
+        call=lambda x, h, p, w, b, y: sj.adaptive_log_softmax(
+            x, h, [(p, w)], y, head_bias=b, block_size=2
+        ),
+        oracle=lambda x, h, p, w, b, y: oracles.adaptive_log_softmax(x, h, [(p, w)], b, y),
+        make=_make(
+            _LINEAR[0],
+            *(
+                lambda rng, shape=s: rng.standard_normal(shape)
+                for s in ((3, 3), (2, 3), (3, 2))
+            ),
+            lambda rng: rng.standard_normal(3),
+            others=(lambda rng: rng.permutation([0, 3]),),
+        ),
+        wide=True,
+    ),
+    Entry(
+        name="sampled_cross_entropy",
+        call=lambda x, w, b, t, y: sj.sampled_cross_entropy(
+            jax.random.key(0), x, w, y, bias=b, temperature=t, num_samples=4
+        ),
+        oracle=lambda x, w, b, t, y: oracles.sampled_cross_entropy(
+            x, w, y, log_uniform(jax.random.key(0), 4, SIZE), b, t
+        ),
+        make=_make(*_LINEAR, others=(_labels,)),
+        wide=True,
+    ),
+    _both(
         "repetition_penalty",
         lambda m, z, p, a, b, t: m.repetition_penalty(z, t, p, presence=a, frequency=b),
         make=_make(
@@ -407,6 +466,17 @@ CATALOGUE = (
         ),
         make=_make(_logits),
         invariants=("shift",),
+        wide=True,
+    ),
+    Entry(
+        name="relaxed_log_density",
+        call=lambda z, y, t, w: sj.relaxed_log_density(z, y, temperature=t, where=w),
+        oracle=oracles.relaxed_log_density,
+        make=_make(
+            _logits,
+            lambda rng: np.log(rng.dirichlet(np.full(SIZE, 3.0), ROWS)),
+            _temperature,
+        ),
         wide=True,
     ),
     Entry(

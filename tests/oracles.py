@@ -621,7 +621,22 @@ def class_balanced_weights(counts, *, beta):
     return np.array([to_longdouble(scale * v) for v in inverses], np.longdouble)
 
 
+def logit_adjustment(counts, *, scale=1.0):
+    counts = [_exact(c) for c in np.asarray(counts).astype(np.float64)]
+    total, scale = mp.fsum(counts), _exact(scale)
+    logs = [scale * mp.log(c / total) if c > 0 else -mp.inf for c in counts]
+    return np.array([to_longdouble(v) for v in logs], np.longdouble)
+
+
 # Score transforms.
+
+
+@quiet
+def adjusted_scores(logits, adjustment, *, axis=-1):
+    rows = np.moveaxis(np.asarray(logits).astype(np.longdouble), axis, -1)
+    shifts = np.asarray(adjustment).astype(np.longdouble)
+    dropped = (rows == -np.inf) | (shifts == -np.inf)
+    return np.moveaxis(np.where(dropped, -np.inf, rows + shifts), -1, axis)
 
 
 @quiet
@@ -856,6 +871,39 @@ def _linear_scores(features, weights, bias, temperature):
     return scores.astype(np.float64)
 
 
+def linear_distillation_loss(features, weights, teacher, teacher_weights, bias, temperature):
+    ones = np.ones(len(features))
+    student = _linear_scores(features, weights, bias, ones)
+    taught = _linear_scores(teacher, teacher_weights, np.zeros(len(bias)), ones)
+    return distillation_loss(student, taught, temperature=np.asarray(temperature)[:, None])
+
+
+def adaptive_log_softmax(features, head, tails, bias, labels):
+    ones = np.ones(len(features))
+    frequent = len(head) - len(tails)
+    logs = log_softmax(_linear_scores(features, head, bias, ones))
+    columns = [logs[:, :frequent]]
+    for i, (projection, weights) in enumerate(tails):
+        wide = [np.asarray(x).astype(np.longdouble) for x in (features, projection, weights)]
+        scores = (wide[0] @ wide[1].T @ wide[2].T).astype(np.float64)
+        columns.append(logs[:, frequent + i, None] + log_softmax(scores))
+    return np.concatenate(columns, 1)[np.arange(len(features)), np.asarray(labels)]
+
+
+def sampled_cross_entropy(features, weights, labels, drawn, bias, temperature):
+    """The definition, for classes that have been drawn."""
+    scores = _linear_scores(features, weights, bias, temperature)
+    num_classes, drawn = len(weights), np.asarray(drawn)
+    expected = [len(drawn) * np.log1p(1 / (c + 1.0)) / np.log1p(num_classes) for c in drawn]
+    losses = []
+    for row, label in zip(scores, np.asarray(labels), strict=True):
+        others = [
+            row[c] - np.log(e) for c, e in zip(drawn, expected, strict=True) if c != label
+        ]
+        losses.append(cross_entropy(np.array([row[label], *others]), 0))
+    return np.array(losses)
+
+
 def info_nce(queries, keys, *, temperature, symmetric=True):
     own = np.arange(len(queries))
     scores = _linear_scores(
@@ -904,6 +952,20 @@ def gumbel_given_argmax(logits, labels, noise):
     top = largest + np.take_along_axis(noise, labels, -1)
     others = -np.log(np.exp(-top) + np.exp(-(logits + noise)))
     return np.where(np.arange(logits.shape[-1]) == labels, top, others)
+
+
+@quiet
+def relaxed_log_density(logits, log_samples, temperature, where):
+    """Of the concrete distribution (Maddison et al., 2017), as a product, one a row."""
+    logits, log_y = (np.asarray(a).astype(np.longdouble) for a in (logits, log_samples))
+    out = np.zeros(len(logits), np.longdouble)
+    for row, keep in enumerate(np.asarray(where)):
+        z, log_y_row = logits[row][keep], log_y[row][keep]
+        t, n = np.longdouble(np.asarray(temperature)[row, 0]), len(z)
+        total = np.sum(np.exp(z - t * log_y_row))
+        terms = z - (t + 1) * log_y_row - np.log(total)
+        out[row] = math.lgamma(n) + (n - 1) * np.log(t) + np.sum(terms)
+    return out
 
 
 @quiet

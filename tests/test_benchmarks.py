@@ -21,6 +21,10 @@ ROWS = {
         *("| sparsemax ", "| entmax15 ", "| entmax(alpha=1.3) ", "| soft_top_k(k=8) "),
         *("| top_p_filter(p=0.9) ", "| top_k_filter(k=50) ", "Copy: "),
     ],
+    "losses": [
+        *("| cross_entropy ", "| linear_cross_entropy ", "| info_nce ", "| siglip_loss "),
+        "| linear_cross_entropy, forward_gradient ",
+    ],
     "accuracy": [
         f"| {name} "
         for name in ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15")
@@ -42,7 +46,7 @@ def launch(*arguments):
 
 
 def test_every_benchmark_asks_a_question(capsys):
-    assert set(command_line.questions()) == {"accuracy", "maps"}
+    assert set(command_line.questions()) == {"accuracy", "losses", "maps"}
     assert command_line.main([]) == 0
     listing = capsys.readouterr().out
     for name, question in command_line.questions().items():
@@ -68,16 +72,13 @@ def test_quick_run(tmp_path, name):
 
     (file,) = tmp_path.iterdir()
     results = json.loads(file.read_text(encoding="utf-8"))
-    assert file.stem == ("maps-cpu" if name == "maps" else "accuracy")
+    assert file.stem == ("accuracy" if name == "accuracy" else f"{name}-cpu")
     assert results["benchmark"] == name
     versions = results["environment"]["versions"]
     assert versions.keys() >= {"jax", "jaxlib", "numpy", "softjax", "optax", "torch", "entmax"}
     assert results["environment"]["platform"] == "cpu"
     assert str(tmp_path) not in done.stdout
-    if name == "maps":
-        check_maps(results)
-    else:
-        check_accuracy(results)
+    {"maps": check_maps, "losses": check_losses, "accuracy": check_accuracy}[name](results)
 
 
 def check_maps(results):
@@ -91,6 +92,19 @@ def check_maps(results):
     for record in results["memory"]:
         assert record["output_bytes"] == 4 * math.prod(record["shape"])
         assert record["residual_bytes"] >= 0
+
+
+def check_losses(results):
+    modes = {(record["loss"], record["mode"]) for record in results["records"]}
+    assert modes >= {("linear_cross_entropy", mode) for mode in ("value", "gradient", "jvp")}
+    for record in results["records"]:
+        assert record["seconds"] is None or record["seconds"] > 0
+        assert (record["time_ratio"] is None) == (record["rival_seconds"] is None)
+        pairs = [
+            (record[f"{kind}_ratio"], record[f"{kind}_limit"]) for kind in ("time", "memory")
+        ]
+        checks = [got <= limit for got, limit in pairs if None not in (got, limit)]
+        assert record["passed"] is (all(checks) if checks else None)
 
 
 def check_accuracy(results):

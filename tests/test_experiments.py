@@ -103,7 +103,9 @@ def test_wrong_options(tmp_path, capsys, options):
 # Whole runs.
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "toy" else pytest.mark.slow) for n in NAMES]
+)
 def test_quick_run(tmp_path, capsys, name):
     exit_code, folder = launch(name, tmp_path, "--check", "--seed", "0")
     assert exit_code == 0
@@ -173,6 +175,7 @@ def test_seed_decides_all():
     assert not np.array_equal(first[curve], other[curve])
 
 
+@pytest.mark.slow
 def test_classification_of_own_images(tmp_path):
     """Other data than the digits train too, and are not held to the digits' targets."""
     images = np.random.default_rng(0).random((12, 6, 6, 3))
@@ -314,7 +317,7 @@ def test_loss_goes_with_its_map(name):
     assert losses[0] == 0
 
 
-@pytest.mark.parametrize("size", [8, 7])
+@pytest.mark.parametrize("size", [pytest.param(8, marks=pytest.mark.slow), 7])
 def test_cnn_is_a_convolution(size):
     """The patches, the maxima and the layout agree with JAX's own convolution."""
     network = cnn((size, size, 2), [3, 4], 5, 6)
@@ -361,6 +364,7 @@ def train(labels, order, **changes):
     )
 
 
+@pytest.mark.slow
 def test_fit_trains_on_the_training_rows_alone():
     labels, order = jnp.arange(12, dtype=jnp.int32) % 3, jnp.arange(12)
     result = train(labels, order)

@@ -268,6 +268,54 @@ def test_distillation_loss(temperature, dtype):
         within(loss, expected, rtol=16 * unit, atol=slack)
 
 
+def test_logit_adjustment():
+    """Logarithms of quotients; added to logits they multiply the odds by the frequencies."""
+    for dtype in DTYPES:
+        counts = np.array([1, 3, 0, 100, 5000]).astype(jnp.dtype(dtype))
+        for scale in (1.0, 0.5):
+            shifts = sj.logit_adjustment(jnp.asarray(counts), scale=scale)
+            assert shifts.dtype == jnp.dtype(dtype)
+            expected = oracles.logit_adjustment(counts, scale=scale)
+            assert_close(shifts, expected, rtol=4 * eps(dtype), atol=2 * eps(dtype))
+            assert shifts[2] == -INF
+    assert (sj.logit_adjustment(jnp.zeros(3)) == -INF).all()
+    grad = jax.grad(lambda n: jnp.sum(sj.logit_adjustment(n)[:2]))(jnp.array([1.0, 3.0, 0.0]))
+    assert_close(grad, [0.5, -1 / 6, 0.0], rtol=1e-15, atol=1e-16)
+    for bad in (1.0, jnp.ones((2, 2))):
+        with pytest.raises(ValueError, match="`counts` must be"):
+            sj.logit_adjustment(bad)
+    with pytest.raises(ValueError, match="`scale` must be"):
+        sj.logit_adjustment(jnp.ones(2), scale=jnp.ones(2))
+
+
+def test_an_adjusted_loss_is_fisher_consistent_for_the_balanced_error():
+    """Its minimum is where the logits are those of equally frequent classes (Menon et al.)."""
+    frequencies = np.array([0.9, 0.09, 0.01])
+    given_class = np.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])  # p(x | y)
+    joint = jnp.asarray(frequencies[:, None] * given_class)
+    adjustment = sj.logit_adjustment(jnp.asarray(frequencies))
+    balanced = jnp.log(jnp.asarray(given_class)).T  # [x, y]
+
+    def loss(logits):
+        scores = sj.adjusted_scores(logits, adjustment)
+        every = [sj.cross_entropy(scores, jnp.full(3, y)) for y in range(3)]
+        return jnp.sum(joint * jnp.stack(every))
+
+    assert_close(jax.grad(loss)(balanced), np.zeros((3, 3)), rtol=0, atol=1e-15)
+    assert jnp.abs(jax.grad(loss)(balanced + adjustment[None])).max() > 0.01
+
+
+def test_class_balanced_weights_move_with_beta_from_0_on():
+    """The effective number of n > 1 examples is 1 + beta + ..., of one example 1."""
+    counts, step = jnp.array([1.0, 3.0, 100.0]), 2.0**-20
+    weigh = lambda beta: sj.class_balanced_weights(counts, beta=beta)
+    expected = (oracles.class_balanced_weights(counts, beta=step) - 1) / step
+    assert_close(jax.jacfwd(weigh)(0.0), expected, rtol=8 * step)
+    assert_close(jax.jacrev(weigh)(0.0), expected, rtol=8 * step)
+    ends = weigh(np.nextafter(0.5, 0)), weigh(0.5)
+    assert_close(ends[0], ends[1], rtol=8 * eps("float64"))
+
+
 def test_class_balanced_weights():
     """Exponentials of n log(beta), of relative error n log(beta) eps; no cancellation."""
     for dtype in DTYPES:
@@ -483,7 +531,7 @@ def test_special_cases_agree():
     close = {"rtol": 16 * eps("float64")}
     cross = sj.cross_entropy(z, labels)
     assert_close(sj.focal_loss(z, labels, gamma=0), cross, **close)
-    assert_close(-sj.log_prob(z, labels), cross, rtol=0)
+    assert_close(-sj.log_prob(z, labels), cross, **close)
     assert_close(sj.cross_entropy(z, labels, label_smoothing=0.0, z_loss=0.0), cross, **close)
     one_hot = jnp.eye(6)[labels]
     assert_close(sj.soft_cross_entropy(z, one_hot), cross, **close)
@@ -627,6 +675,24 @@ def test_a_dropped_label_has_an_infinite_loss():
         assert jnp.isfinite(grad).all()
         assert jnp.isfinite(hessian).all()
         assert grad[0, 2] == grad[1, 1] == 0
+
+
+def test_a_dropped_label_is_constant_in_every_variant():
+    """Nothing moves an infinite loss; what has no weight costs nothing."""
+    logits, label = jnp.array([0.3, -INF, 0.1]), jnp.asarray(1)
+    light = jnp.array([1.0, 0.0, 1.0])
+    for name, fn in LOSSES.items():
+        assert fn(logits, label) == INF, name
+        assert (jax.grad(fn)(logits, label) == 0).all(), name
+        slope = jax.jvp(lambda z, fn=fn: fn(z, label), (logits,), (jnp.ones(3),))[1]
+        assert slope == 0, name
+    with jax.debug_nans(True):
+        for options in ({"class_weights": light}, {"label_smoothing": 1.0}):
+            fn = lambda z, options=options: sj.cross_entropy(z, label, **options)
+            value, grad = jax.value_and_grad(fn)(logits)
+            assert jnp.isfinite(value)
+            assert jnp.isfinite(grad).all()
+        assert sj.cross_entropy(logits, label, class_weights=light) == 0
 
 
 @some_losses
@@ -777,6 +843,28 @@ def test_soft_cross_entropy_at_the_edges():
     assert_close(sj.soft_cross_entropy(jnp.zeros((2, 0)), jnp.ones((2, 0))), [0, 0], rtol=0)
 
 
+def test_distillation_loss_at_the_ends_of_the_temperature():
+    """0 at 0; at inf half the variance of the difference of the logits."""
+    student = jnp.array([[0.3, 1.0, -2.0], [0.1, -INF, 0.4], [0.0, 1.0, 2.0]])
+    teacher = jnp.array([[1.0, 0.0, 0.5], [0.2, -INF, 0.3], [-INF, 1.0, 2.0]])
+    apart = np.asarray(teacher - student)[0], np.array([0.1, -0.1])
+    limit = [np.var(apart[0]) / 2, np.var(apart[1]) / 2, INF]
+    fn = lambda s, t, temperature: sj.distillation_loss(s, t, temperature=temperature)
+    with jax.debug_nans(True):
+        for temperature, expected in ((0.0, [0.0] * 3), (INF, limit), (1e300, limit)):
+            given = jnp.asarray(temperature)
+            assert_close(fn(student, teacher, given), expected, rtol=4e-15, atol=1e-16)
+            total = lambda s, t, h: jnp.sum(fn(s, t, h)[:2])
+            grads = jax.grad(total, (0, 1, 2))(student, teacher, given)
+            assert all(jnp.isfinite(g).all() for g in grads)
+            assert grads[2] == 0
+            assert (jnp.abs(grads[0][0]).max() > 0.1) == (temperature > 0)
+    # The limit continues what comes before it.
+    assert_close(fn(student, teacher, 9e14)[:2], limit[:2], rtol=1e-14)
+    reversed_roles = fn(teacher, student, jnp.asarray(0.0))
+    assert_close(reversed_roles, [0.0, 0.0, INF], rtol=0)
+
+
 @pytest.mark.slow
 def test_distillation_loss_at_the_edges():
     student = jnp.array([[0.0, -INF, 1.0], [0.0, -INF, 1.0], [0.0, 0.0, 0.0], [-INF] * 3])
@@ -831,6 +919,14 @@ def test_what_does_not_fit_is_refused(name):
 
 
 def test_options_that_do_not_fit_are_refused():
+    for weights in (2.0, 2, True):
+        for call in (
+            lambda w: sj.cross_entropy(Z, Y, class_weights=w),
+            lambda w: sj.cross_entropy(Z, Y, class_weights=w, label_smoothing=0.1),
+            lambda w: sj.mean_loss(T3, Y, class_weights=w),
+        ):
+            with pytest.raises(ValueError, match="class_weights"):
+                call(weights)
     for shape in ((4,), (6,), (1,), (), (5, 1), (3, 5)):
         with pytest.raises(ValueError, match="class_weights"):
             sj.cross_entropy(Z, Y, class_weights=jnp.ones(shape))
@@ -898,7 +994,14 @@ def test_mean_loss_refuses_what_does_not_fit():
 
 
 @pytest.mark.parametrize(
-    "name", ["cross_entropy", "sparsemax_loss", "entmax_loss 1.5", "focal_loss"]
+    "name",
+    [
+        "cross_entropy",
+        "cross_entropy options",
+        "sparsemax_loss",
+        "entmax_loss 1.5",
+        "focal_loss",
+    ],
 )
 def test_the_gradient_holds_one_array(name):
     """The probabilities, and no one-hot array beside them."""
@@ -906,5 +1009,8 @@ def test_the_gradient_holds_one_array(name):
     logits = jax.ShapeDtypeStruct(shape, "float32")
     labels = jax.ShapeDtypeStruct(shape[:1], "int32")
     mean = lambda z, y: sj.mean_loss(LOSSES[name](z, y))
+    if name == "cross_entropy":  # The value alone holds none.
+        compiled = jax.jit(mean).lower(logits, labels).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * 4 * shape[0] * shape[1]
     compiled = jax.jit(jax.grad(mean)).lower(logits, labels).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 1.1 * 4 * shape[0] * shape[1]

@@ -56,6 +56,7 @@ def test_soft_top_k_solves_its_equation(kind):
             np.testing.assert_allclose(p.astype(float), unit(row - tau), atol=1e-13)
 
 
+@pytest.mark.slow
 def test_fast_family_agrees_with_the_exact_one():
     """To a hundredth of a float64 ulp: 64-bit significands hold 2048 to one."""
     for seed, (scale, offset) in enumerate([(1e-3, 1e4), (1.0, 0.0), (30.0, -1e2)]):

@@ -11,7 +11,7 @@ from jax.experimental import checkify
 from jax.test_util import check_grads
 
 import softjax as sj
-from softjax import output_layers
+from softjax.output_layers import _stream
 from tests.helpers import INF, NAN
 
 TOKENS, WIDTH, CLASSES = 7, 5, 23
@@ -104,6 +104,93 @@ def test_all_options_together(reduction, block_size):
     close(jax.jvp(ours, args, dots)[1], jax.jvp(theirs, args, dots)[1])
 
 
+@pytest.mark.parametrize("block_size", [3, pytest.param(None, marks=SLOW)])
+def test_the_gradient_found_with_the_value(block_size):
+    """Of all options together; only what is asked for; and the modes that it gives up."""
+    features, weights, labels = draw()
+    labels = labels.at[2].set(-1)
+    rest = options()
+    shared = {"ignore_index": -1, "reduction": "mean"}
+    ours = lambda f, w, r: sj.linear_cross_entropy(
+        f, w, labels, forward_gradient=True, block_size=block_size, **shared, **r
+    )
+    theirs = lambda f, w, r: plain_loss(f, w, labels, **shared, **r)
+    args = features, weights, rest
+    close(ours(*args), theirs(*args))
+    desired = jax.grad(theirs, (0, 1, 2))(*args)
+    close(jax.jit(jax.grad(ours, (0, 1, 2)))(*args), desired)
+    close(jax.grad(lambda w: 3 * ours(features, w, rest))(weights), 3 * desired[1])
+    several = jnp.stack([weights, 2 * weights])
+    grad = jax.grad(lambda w: ours(features, w, {}))
+    close(jax.vmap(grad)(several), jnp.stack([grad(w) for w in several]))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda f: ours(f, weights, {}), (features,), (features,))
+    with pytest.raises(ValueError, match="`reduction` must be"):
+        sj.linear_cross_entropy(
+            features, weights, labels, reduction=None, forward_gradient=True
+        )
+
+
+def test_the_gradient_found_with_the_value_keeps_no_logits():
+    shapes = (4096, 32), (8192, 32)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    labels = jax.ShapeDtypeStruct((4096,), jnp.int32)
+    loss = lambda f, w, y: sj.linear_cross_entropy(f, w, y, forward_gradient=True)
+    compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arrays, labels).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * 4 * 4096 * 8192
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_dropped_labels_and_weights_of_zero(block_size):
+    """A dropped label costs inf, without a derivative, unless its weight is 0."""
+    features, weights, _ = draw(tokens=3, classes=6)
+    labels = jnp.array([4, 0, 4])
+    bias = jnp.zeros(6).at[4].set(-INF)
+    call = lambda f, **rest: sj.linear_cross_entropy(
+        f, weights, labels, bias=bias, reduction=None, block_size=block_size, **rest
+    )
+    assert np.isinf(call(features)).tolist() == [True, False, True]
+    slopes = jax.grad(lambda f: jnp.sum(call(f)))(features)
+    assert (slopes[jnp.array([0, 2])] == 0).all()
+    assert (slopes[1] != 0).all()
+    light = jnp.ones(6).at[4].set(0)
+    assert (call(features, class_weights=light)[jnp.array([0, 2])] == 0).all()
+    logits = features @ weights.T + bias[None]
+    for rest in ({"label_smoothing": 1.0}, {"label_smoothing": 0.1, "class_weights": light}):
+        close(call(features, **rest), sj.cross_entropy(logits, labels, **rest))
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=SLOW) for seed in range(1, 8))])
+def test_sampled_combinations_of_options(seed):
+    """Any of the options, against the definition: value, gradient, JVP and Hessian."""
+    rng = np.random.default_rng(seed)
+    features, weights, labels = draw(seed)
+    ignored = int(labels[3]) if rng.random() < 0.5 else None
+    reduction = ("mean", "sum", None)[rng.integers(3)]
+    block_size = (None, 6, 1, 23)[rng.integers(4)]
+    rest = {name: x for name, x in options(seed).items() if rng.random() < 0.5}
+
+    def loss(function, args, **static):
+        features, weights, rest = args
+        static |= {"reduction": reduction, "ignore_index": ignored}
+        return jnp.sum(jnp.sin(function(features, weights, labels, **static, **rest)))
+
+    ours = lambda args: loss(sj.linear_cross_entropy, args, block_size=block_size)
+    theirs = lambda args: loss(plain_loss, args)
+    args = features, weights, rest
+    dots = jax.tree.map(lambda x: jnp.cos(7 * x), args)
+    close(ours(args), theirs(args))
+    close(jax.jit(jax.grad(ours))(args), jax.grad(theirs)(args))
+    close(jax.jvp(ours, (args,), (dots,))[1], jax.jvp(theirs, (args,), (dots,))[1])
+    twice = lambda f: jax.jit(lambda a: jax.jvp(jax.grad(f), (a,), (dots,))[1])(args)
+    close(twice(ours), twice(theirs), 1e-10, 1e-10)
+    if reduction is not None:
+        forward = lambda args: loss(
+            sj.linear_cross_entropy, args, block_size=block_size, forward_gradient=True
+        )
+        close(jax.jit(jax.grad(forward))(args), jax.grad(theirs)(args))
+
+
 @SLOW
 @pytest.mark.parametrize("name", sorted(options()))
 def test_each_option_alone(name):
@@ -143,7 +230,7 @@ def test_second_derivatives_whatever_the_tokens_at_once(name, at_once, monkeypat
     (JAX 0.10 drops custom rules where the reverse of a scan is differentiated again: the value
     must differentiate rightly by itself.)
     """
-    monkeypatch.setattr(output_layers, "TOKENS", at_once)
+    monkeypatch.setattr(_stream, "TOKENS", at_once)
     jax.clear_caches()
     features, weights, labels = draw()
     rest = {name: options()[name]}
@@ -348,9 +435,11 @@ def test_nothing_of_tokens_times_classes_is_kept():
         ({"bias": jnp.ones(2)}, ValueError, "`bias` must be"),
         ({"soft_cap": jnp.ones(2)}, ValueError, "`soft_cap` must be one number"),
         ({"class_weights": jnp.ones(2)}, ValueError, "`class_weights` must be"),
+        ({"class_weights": 2.0}, ValueError, "`class_weights` must be"),
         ({"temperature": jnp.ones(3)}, ValueError, "`temperature` of shape"),
         ({"reduction": "max"}, ValueError, "`reduction` must be"),
         ({"block_size": 0}, ValueError, "`block_size` must be"),
+        ({"block_size": 0, "forward_gradient": True}, ValueError, "`block_size` must be"),
         ({"label_smoothing": 1.5}, ValueError, "`label_smoothing` must be"),
     ],
 )

@@ -171,6 +171,18 @@ def test_scalable_scores():
             assert jnp.isfinite(derivative).all()
 
 
+def test_scalable_scores_of_infinite_logits():
+    value, slope = jax.jvp(
+        lambda s: sj.scalable_scores(jnp.array([[INF, -INF], [INF, 1.0]]), s),
+        (jnp.array(2.0),),
+        (jnp.array(1.0),),
+    )
+    assert_same(value, jnp.array([[0.0, -INF], [INF, 2 * jnp.log(2.0)]]))
+    assert_same(slope, jnp.array([[0.0, 0.0], [0.0, jnp.log(2.0)]]))
+    flipped = sj.scalable_scores(jnp.array([INF, 1.0]), -1.0)
+    assert_same(flipped, jnp.array([-INF, -jnp.log(2.0)]))
+
+
 def test_sigsoftmax_and_taylor_scores():
     for dtype in DTYPES:
         logits = jnp.asarray(draw(10, (40,), scale=8.0, dtype=dtype)[0])

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Call = Callable[[], object]
-PEERS = ("entmax", "optax", "torch")
+PEERS = ("entmax", "optax", "tokamax", "torch")
 SAMPLE_SECONDS = 2e-3  # A shorter call is repeated to fill a sample: clocks are coarse.
 
 

@@ -1,0 +1,200 @@
+"""The surprise at a label, -log p, with what smoothing and the z-loss ask for besides.
+
+With w_j = exp(z_j - peak) and S the sum of all w but the label's, the surprise is
+
+    (peak - z_y) + log(1 + S + (w_y - 1)).
+
+It is exact at every size: where the label is a peak, w_y - 1 is 0 and S is all that counts;
+where not, the result is at least log 2. The derivative in z_y, -S / (S + w_y), cancels nothing.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from softjax._exact import FAR, log1p, two_difference, where_finite
+from softjax._slices import AlongAxes
+from softjax.entropies import pick
+
+
+class Statistics(NamedTuple):
+    """Of each row: what its losses are made of."""
+
+    surprise: Array  # -log p of the label; inf where it is dropped
+    logsumexp: Array  # -inf where nothing is kept
+    even: Array | None = None  # mean(-c log p) over the kept classes, with c their weights
+
+
+def surprise(logits: Array, labels: Array, axis: int) -> Array:
+    """-log p of labels in [0, n): `cross_entropy` of what has been prepared."""
+    return statistics(axis, logits, labels).surprise
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def statistics(
+    axis: int, logits: Array, labels: Array, class_weights: Array | None = None
+) -> Statistics:
+    """The statistics of rows of prepared logits; `class_weights` broadcast against them."""
+    # (By a mask in arithmetic the sum is one fusion, and nothing as large as the logits is
+    # written. Where that is done anyway, for the derivative, a select is faster.)
+    shares = _share(axis, _distance, logits, labels)
+    return _conclude(axis, shares, logits, labels, class_weights)
+
+
+@functools.partial(statistics.defjvp, symbolic_zeros=True)
+def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics, Statistics]:
+    # A rule, so that one array is remembered, the derivative at the label keeps its digits, and
+    # a dropped entry has none.
+    logits, labels, class_weights = primals
+    dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents)
+    shares = _share(axis, _differs, logits, labels)
+    found = _conclude(axis, shares, logits, labels, class_weights)
+    inverse = 1 / shares.total
+    finite = found.surprise != jnp.inf  # An infinite surprise is constant.
+    rows = (
+        jnp.where(finite, inverse, 0),
+        jnp.where(finite, shares.rest * inverse, 0),
+        inverse,
+        shares.own * inverse,
+        shares.peak,
+        shares.log_total,
+    )
+    by_row = functools.partial(jnp.expand_dims, axis=axis)
+    total = lambda x: jnp.squeeze(AlongAxes((axis,)).sum(x), axis)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def tangent(others: Array, rows: Any, logits: Array, dots: Any) -> Statistics:
+        logits_dot, _, weights_dot = dots
+        certain, missing, inverse, own, peak, log_total = map(by_row, rows)
+        hit = _places(logits, labels, axis) == by_row(labels)
+        zero = jnp.zeros_like(found.surprise)
+        surprise_dot = logsumexp_dot = zero
+        if logits_dot is not None:
+            pull = jnp.where(hit, -missing, others * certain)
+            surprise_dot = total(jnp.where(pull != 0, pull * logits_dot, 0))
+            probs = jnp.where(hit, own, others * inverse)
+            logsumexp_dot = total(jnp.where(probs != 0, probs * logits_dot, 0))
+        if class_weights is None:
+            return Statistics(surprise_dot, logsumexp_dot)
+        kept = logits != -jnp.inf
+        even_dot = zero
+        if logits_dot is not None:
+            weights = jnp.where(kept, class_weights, 0)
+            even_dot += total(weights) * logsumexp_dot
+            even_dot -= total(jnp.where(kept, weights * logits_dot, 0))
+        if weights_dot is not None:
+            costs = jnp.where(kept, _below(peak, logits) + log_total, 0)
+            even_dot += total(costs * weights_dot)
+        return Statistics(
+            surprise_dot, logsumexp_dot, even_dot / _count(kept, axis, logits.dtype)
+        )
+
+    return found, tangent(shares.others, rows, logits, dots)
+
+
+class _Shares(NamedTuple):
+    others: Array  # weights exp(z - peak), but 0 for the label
+    rest: Array  # their sum, one a row, as are the following
+    own: Array  # the label's weight; 0 where it is dropped
+    total: Array  # of all weights; 1 where nothing is kept
+    log_total: Array
+    peak: Array
+
+
+def _share(axis: int, mask: Callable[..., Array], logits: Array, labels: Array) -> _Shares:
+    peak = jnp.max(lax.stop_gradient(logits), axis, initial=-jnp.inf)
+    others, rest, own = _weigh(axis, mask, logits, labels, peak)
+    empty = peak == -jnp.inf
+    total = jnp.where(empty, 1, rest + own)
+    log_total = jnp.where(empty, 0, log1p(rest + (own - 1)))
+    return _Shares(others, rest, own, total, log_total, peak)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _weigh(
+    axis: int, mask: Callable[..., Array], logits: Array, labels: Array, peak: Array
+) -> tuple[Array, Array, Array]:
+    # Dead and infinite entries are clipped, not selected, and numbers so large that a
+    # difference might overflow are halved: all that differ there are far apart.
+    limits = jnp.finfo(logits.dtype)
+    scale = jnp.where(jnp.abs(peak) > limits.max / 4, 0.5, 1).astype(logits.dtype)
+    anchor = jnp.where(peak == jnp.inf, limits.max, where_finite(peak) * scale)
+    floor = anchor - jnp.maximum(FAR, 4 * limits.eps * jnp.abs(anchor))
+    by_row = functools.partial(jnp.expand_dims, axis=axis)
+
+    def weights(z: Array, scale: Array, anchor: Array, floor: Array) -> Array:
+        near = jnp.minimum(jnp.maximum(z * scale, floor), limits.max)
+        below, error = two_difference(near, anchor)
+        weights = jnp.exp(below)
+        return weights + weights * lax.stop_gradient(error)
+
+    others = weights(logits, *map(by_row, (scale, anchor, floor)))
+    others *= mask(logits, labels, axis)
+    rest = jnp.squeeze(AlongAxes((axis,)).sum(others), axis)
+    return others, rest, weights(pick(logits, labels, axis), scale, anchor, floor)
+
+
+@_weigh.defjvp
+def _weigh_jvp(axis: int, mask: Callable[..., Array], primals: Any, tangents: Any) -> Any:
+    # A rule, for what stands where entries are dropped; the peak is a constant.
+    others, rest, own = _weigh(axis, mask, *primals)
+    logits_dot, labels = tangents[0], primals[1]
+    others_dot = jnp.where(others != 0, others * logits_dot, 0)
+    rest_dot = jnp.squeeze(AlongAxes((axis,)).sum(others_dot), axis)
+    own_dot = jnp.where(own != 0, own * pick(logits_dot, labels, axis), 0)
+    return (others, rest, own), (others_dot, rest_dot, own_dot)
+
+
+def _conclude(
+    axis: int, shares: _Shares, logits: Array, labels: Array, class_weights: Array | None
+) -> Statistics:
+    chosen = pick(logits, labels, axis)
+    nats = _below(shares.peak, chosen) + shares.log_total
+    found = Statistics(
+        jnp.where(chosen == -jnp.inf, jnp.inf, nats), shares.peak + shares.log_total
+    )
+    if class_weights is None:
+        return found
+    kept = logits != -jnp.inf
+    by_row = functools.partial(jnp.expand_dims, axis=axis)
+    costs = _below(by_row(shares.peak), logits) + by_row(shares.log_total)
+    costs = jnp.where(kept & (class_weights != 0), costs * class_weights, 0)
+    total = jnp.squeeze(AlongAxes((axis,)).sum(costs), axis)
+    return found._replace(even=total / _count(kept, axis, logits.dtype))
+
+
+def _below(peak: Array, logits: Array) -> Array:
+    """How far kept logits are below the peak: those that are infinite are peaks."""
+    infinite = jnp.isinf(logits)
+    return jnp.where(infinite, 0, peak) - jnp.where(infinite, 0, logits)
+
+
+def _count(kept: Array, axis: int, dtype: jnp.dtype) -> Array:
+    return jnp.maximum(jnp.sum(kept, axis, dtype=dtype), 1)
+
+
+def _places(logits: Array, labels: Array, axis: int) -> Array:
+    return lax.broadcasted_iota(labels.dtype, logits.shape, axis)
+
+
+def _differs(logits: Array, labels: Array, axis: int) -> Array:
+    """0 for the label, and 1 for all others."""
+    differs = _places(logits, labels, axis) != jnp.expand_dims(labels, axis)
+    return differs.astype(logits.dtype)
+
+
+def _distance(logits: Array, labels: Array, axis: int) -> Array:
+    """The same by arithmetic, for as many classes as the dtype can count."""
+    num_classes = logits.shape[axis]
+    if num_classes * float(jnp.finfo(logits.dtype).eps) > 1:
+        return _differs(logits, labels, axis)
+    ones = (1,) * (logits.ndim - 1 - axis)
+    places = jnp.arange(num_classes, dtype=logits.dtype).reshape(-1, *ones)
+    places = jnp.expand_dims(places, tuple(range(axis)))
+    labels = jnp.expand_dims(labels, axis).astype(logits.dtype)
+    return jnp.minimum(jnp.abs(places - labels), 1)

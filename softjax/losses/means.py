@@ -1,0 +1,197 @@
+"""The mean over the examples that count, and what evens out classes of unequal size."""
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from softjax._exact import expm1_over, long_sum
+from softjax._inputs import (
+    PROBABILITY,
+    broadcast,
+    check_labels,
+    computing_dtype,
+    equal,
+    per_class,
+    public,
+    to_float,
+)
+
+__all__ = ["class_balanced_weights", "logit_adjustment", "mean_loss"]
+
+
+@public("ignore_index")
+def mean_loss(
+    losses: ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    ignore_index: int | None = None,
+    class_weights: ArrayLike | None = None,
+    example_weights: ArrayLike | None = None,
+) -> Array:
+    r"""Averages losses over the examples that count.
+
+    .. math:: \sum_i a_i L_i \Big/ \sum_i a_i w_{y_i}
+
+    Args:
+        losses: one loss L an example, `[*shape]`, already multiplied by the class weights (as
+            `cross_entropy` does); differentiable.
+        labels: classes y, int, `[*shape]`; needed with `ignore_index` and `class_weights`.
+        ignore_index: a label whose examples do not count.
+        class_weights: the factors w, `[n]`, that the losses were computed with (1 without).
+        example_weights: factors a, broadcastable to `[*shape]`; differentiable. An example of
+            weight 0 does not count, whatever its loss.
+
+    Returns:
+        One number, in the dtype of `losses` (float32 or wider); 0 where nothing counts, where
+        PyTorch has NaN.
+
+    Raises:
+        TypeError: `losses` is not real or `labels` not integer.
+        ValueError: an argument does not broadcast, or `labels` is missing where needed.
+
+    Example:
+        >>> print(mean_loss(jnp.array([1.0, 3.0, 0.0]), jnp.array([0, 2, -1]), ignore_index=-1))
+        2.0
+
+    Note:
+        O(number of examples). Divides by the weights of the labels, as PyTorch's mean does.
+    """
+    losses, _ = to_float(losses, name="losses")
+    if labels is None and not (ignore_index is None and class_weights is None):
+        raise ValueError("`labels` must be given with `ignore_index` or `class_weights`.")
+    shares, masses = shares_and_masses(
+        losses,
+        labels,
+        ignore_index=ignore_index,
+        class_weights=class_weights,
+        example_weights=example_weights,
+    )
+    return over_mass(sum_of_counted(losses, shares), masses)
+
+
+def shares_and_masses(
+    losses: Array,
+    labels: ArrayLike | None,
+    *,
+    ignore_index: int | None,
+    class_weights: ArrayLike | None,
+    example_weights: ArrayLike | None,
+) -> tuple[Array, Array]:
+    """The factor of each loss in their sum, and its part in what that sum is divided by."""
+    shares = jnp.ones_like(losses)
+    if example_weights is not None:
+        example_weights, _ = to_float(example_weights, name="example_weights")
+        shares = broadcast(
+            example_weights.astype(losses.dtype),
+            losses.shape,
+            name="example_weights",
+            target="losses",
+        )
+    if labels is None:
+        return shares, shares
+    labels = check_labels(labels, (*losses.shape, 1), losses.ndim)
+    if ignore_index is not None:
+        shares = jnp.where(equal(labels, ignore_index), 0, shares)
+    if class_weights is None:
+        return shares, shares
+    weights = per_class(class_weights, None, losses.dtype)
+    known = (labels >= 0) & (labels < weights.size)
+    chosen = weights[jnp.where(known, labels, 0)]
+    return shares, shares * jnp.where(known, chosen, 1)
+
+
+def sum_of_counted(losses: Array, shares: Array) -> Array:
+    """The sum of shares * losses; whatever has no share does not count."""
+    # (A weight of 0 has its derivative, if the loss that it weighs is a number.)
+    counted = jnp.where((shares != 0) | jnp.isfinite(losses), losses, 0)
+    return _sum_of_all(shares * counted)
+
+
+def over_mass(total: Array, masses: Array) -> Array:
+    """The mean, and 0 where nothing counts."""
+    mass = _sum_of_all(masses)
+    return total / jnp.where(mass == 0, 1, mass)
+
+
+def _sum_of_all(x: Array) -> Array:
+    # In blocks of its own: XLA may run a plain sum through all of them one by one.
+    return jnp.sum(long_sum(x.reshape(-1, 1), (0,)))
+
+
+@public(beta=PROBABILITY)
+def class_balanced_weights(counts: ArrayLike, *, beta: ArrayLike) -> Array:
+    r"""Weighs classes by the inverse of their effective numbers of examples.
+
+    .. math:: w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \qquad \sum_c w_c = C
+
+    Args:
+        counts: numbers of examples n, `[C]`, at least 0.
+        beta: in [0, 1]: 0 weighs all classes alike, 1 by 1 / n; differentiable.
+
+    Returns:
+        Weights `[C]`, of mean one over the classes that have examples; 0 for the others.
+
+    Raises:
+        TypeError: `counts` is not real.
+        ValueError: `beta` is a Python number outside of [0, 1].
+
+    Example:
+        >>> print(class_balanced_weights(jnp.array([100, 1]), beta=1.0))
+        [0.01980198 1.980198  ]
+
+    Reference:
+        Cui et al. (2019), Class-balanced loss based on effective number of samples.
+    """
+    counts, dtype = to_float(counts, name="counts")
+    beta = jnp.asarray(beta).astype(counts.dtype)
+    seen = counts > 0
+    safe = jnp.where(seen, counts, 1)
+    # (1 - beta^n) / (1 - beta), and near 1 n phi(n log beta) / phi(log beta), where
+    # phi(v) = (e^v - 1) / v.
+    small = beta < 0.5
+    low, rate = jnp.where(small, beta, 0), jnp.log(jnp.where(small, 1, beta))
+    near_one = safe * expm1_over(safe * rate) / expm1_over(rate)
+    effective = jnp.where(small, (1 - low**safe) / (1 - low), near_one)
+    weights = jnp.where(seen, 1 / effective, 0)
+    mean = jnp.sum(weights) / jnp.maximum(jnp.sum(seen, dtype=counts.dtype), 1)
+    return (weights / jnp.where(mean == 0, 1, mean)).astype(dtype)
+
+
+@public()
+def logit_adjustment(counts: ArrayLike, *, scale: ArrayLike = 1.0) -> Array:
+    r"""Takes logarithms of class frequencies, to add to logits in the loss of a long tail.
+
+    .. math:: a_c = s \log \Big( n_c \Big/ \sum_d n_d \Big)
+
+    Args:
+        counts: numbers of examples n, `[C]`, at least 0; differentiable.
+        scale: s, one number, 1 for the consistent loss; differentiable.
+
+    Returns:
+        Shifts `[C]` for `adjusted_scores`, in the dtype of `counts`; -inf for a class without
+        examples, which that drops.
+
+    Raises:
+        TypeError: `counts` or `scale` is not real.
+        ValueError: `counts` is not a vector, or `scale` not one number.
+
+    Example:
+        >>> print(logit_adjustment(jnp.array([75, 25, 0])))
+        [-0.2876821 -1.3862944       -inf]
+
+    Note:
+        `cross_entropy(adjusted_scores(z, a), y)` is the loss whose minimum has the least
+        balanced error: it asks a rare class for a larger margin.
+
+    Reference:
+        Menon et al. (2021), Long-tail learning via logit adjustment.
+    """
+    dtype = to_float(counts, name="counts")[1]
+    counts = per_class(counts, None, computing_dtype(dtype), name="counts")
+    scale, _ = to_float(scale, name="scale")
+    if scale.ndim:
+        raise ValueError(f"`scale` must be one number, got the shape {scale.shape}.")
+    seen = counts > 0
+    total = jnp.sum(jnp.where(seen, counts, 0))
+    shares = jnp.where(seen, counts / jnp.where(total > 0, total, 1), 1)
+    return jnp.where(seen, scale.astype(counts.dtype) * jnp.log(shares), -jnp.inf).astype(dtype)

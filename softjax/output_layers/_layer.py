@@ -1,0 +1,121 @@
+"""A linear output layer: what its logits are made of, and how they are formed."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from softjax._inputs import (
+    Classes,
+    broadcast,
+    check_labels,
+    computing_dtype,
+    is_one,
+    known_labels,
+    per_class,
+    to_float,
+)
+
+
+class Layer(NamedTuple):
+    """The arrays that logits are made of; those that are None play no part."""
+
+    features: Array  # [N, D]
+    weights: Array  # [V, D]
+    bias: Array | None  # [V]
+    temperature: Array | None  # [N]
+    soft_cap: Array | None  # []
+    classes: Array | None = None  # [V], the weights of the even sum
+
+
+class Tokens(NamedTuple):
+    layer: Layer
+    shape: tuple[int, ...]  # of the tokens
+    dtype: jnp.dtype
+
+    def row(self, option: ArrayLike, name: str) -> Array:
+        """An option as one number a token, [N]."""
+        value, _ = to_float(option, name=name)
+        value = broadcast(value.astype(self.dtype), self.shape, name=name, target="labels")
+        return value.reshape(-1)
+
+
+def prepare_layer(
+    features: ArrayLike,
+    weights: ArrayLike,
+    bias: ArrayLike | None,
+    temperature: ArrayLike,
+    soft_cap: ArrayLike | None,
+    *,
+    prefix: str = "",
+    features_name: str = "features",
+) -> Tokens:
+    """Checks the arguments of a linear layer; `prefix` tells their names from another's."""
+    given = to_float(features, name=features_name)[1]
+    dtype = computing_dtype(given)
+    if to_float(weights, name=f"{prefix}weights")[1] != given:
+        raise TypeError(
+            f"`{prefix}weights` must have the dtype {jnp.asarray(features).dtype} of"
+            f" `{features_name}`, got {jnp.asarray(weights).dtype}."
+        )
+    features, weights = jnp.asarray(features), jnp.asarray(weights)
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        features, weights = features.astype(dtype), weights.astype(dtype)
+    if features.ndim < 1 or weights.ndim != 2 or features.shape[-1] != weights.shape[1]:
+        raise ValueError(
+            f"`{features_name}` must be [..., D] and `{prefix}weights` [V, D], got"
+            f" {features.shape} and {weights.shape}."
+        )
+    if weights.shape[0] == 0:
+        raise ValueError(f"`{prefix}weights` must hold at least one class, got 0.")
+    tokens = Tokens(
+        Layer(features.reshape(-1, features.shape[-1]), weights, None, None, None),
+        features.shape[:-1],
+        dtype,
+    )
+    if bias is not None:
+        bias = per_class(bias, weights.shape[0], dtype, name=f"{prefix}bias")
+    if soft_cap is not None:
+        soft_cap, _ = to_float(soft_cap, name=f"{prefix}soft_cap")
+        if soft_cap.ndim:
+            raise ValueError(
+                f"`{prefix}soft_cap` must be one number, got the shape {soft_cap.shape}."
+            )
+        soft_cap = soft_cap.astype(dtype)
+    layer = tokens.layer._replace(
+        bias=bias,
+        soft_cap=soft_cap,
+        temperature=None if is_one(temperature) else tokens.row(temperature, "temperature"),
+    )
+    return tokens._replace(layer=layer)
+
+
+def token_labels(tokens: Tokens, labels: ArrayLike, ignore_index: int | None) -> Classes:
+    labels = check_labels(labels, (*tokens.shape, 1), len(tokens.shape)).reshape(-1)
+    return known_labels(labels, tokens.layer.weights.shape[0], ignore_index)
+
+
+def without(features: Array, ignored: Array | None) -> Array:
+    """Features of ignored tokens are 0: whatever they hold reaches no gradient."""
+    return features if ignored is None else jnp.where(ignored[:, None], 0, features)
+
+
+def layer_scores(block: Layer) -> Array:
+    """The logits of a block of classes, [N, B], capped and divided by the temperature."""
+    dtype = computing_dtype(block.features.dtype)
+    scores = lax.dot_general(
+        block.features,
+        block.weights,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=dtype,
+    )
+    if block.bias is not None:
+        scores += block.bias[None]
+    if block.soft_cap is not None:
+        scores = block.soft_cap * jnp.tanh(scores / block.soft_cap)
+        if block.bias is not None:
+            scores = jnp.where(block.bias[None] == -jnp.inf, -jnp.inf, scores)
+    if block.temperature is not None:
+        scores /= block.temperature[:, None]
+    return scores

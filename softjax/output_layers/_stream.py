@@ -1,0 +1,257 @@
+"""The vocabulary in one pass: block by block, each reduced at once to a few numbers a token."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
+
+from softjax._blocks import scan_blocks
+from softjax._exact import log1p, where_finite
+from softjax._exponential import mark_peaks, split_at_peak
+from softjax._inputs import computing_dtype
+from softjax._slices import AlongAxes
+from softjax.losses._surprise import statistics as row_statistics
+from softjax.output_layers._layer import Layer, layer_scores
+
+ENTRIES = 2**20  # logits formed at once
+TOKENS = 4096  # at most so many tokens are taken at once
+DENSE = 2**22  # so many logits, or fewer, are kept for the derivative
+LEAST = 256  # classes of a block, at least
+
+
+class Plan(NamedTuple):
+    """How the vocabulary is taken, and what is asked for besides (static)."""
+
+    block: int
+    dense: bool
+    even: bool = False
+    entropy: bool = False
+
+
+class Found(NamedTuple):
+    """Of each token: what a pass over its logits s has found."""
+
+    surprise: Array  # -log p of the label
+    logsumexp: Array
+    even: Array | None  # mean(-c log p) over the classes not dropped, with c their weights
+    entropy: Array | None
+    argmax: Array | None
+
+
+def plan_for(layer: Layer, block_size: int | None) -> Plan:
+    num_tokens, num_classes = layer.features.shape[0], layer.weights.shape[0]
+    if block_size is not None:
+        if block_size < 1:
+            raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
+        return Plan(min(block_size, num_classes), dense=False)
+    block = max(LEAST, ENTRIES // max(1, min(num_tokens, TOKENS)))
+    dense = num_tokens * num_classes <= DENSE
+    return Plan(min(block, num_classes), dense)
+
+
+def statistics(plan: Plan, layer: Layer, labels: Array) -> Found:
+    """What is asked for of the logits of a layer, at labels in [0, V)."""
+    if plan.dense:
+        return _keep_logits(plan, layer, labels)
+    rows = (layer.features, layer.temperature, labels)
+
+    def visit(_: None, first: Array, rows: Any) -> tuple[None, Found]:
+        features, temperature, labels = rows
+        part = layer._replace(features=features, temperature=temperature)
+        return None, _stream(plan, part, labels)
+
+    num_tokens = layer.features.shape[0]
+    if num_tokens <= TOKENS:
+        found = visit(None, jnp.array(0), rows)[1]
+    else:
+        found = scan_blocks(visit, None, rows, TOKENS)[1]
+    if found.even is None:
+        return found
+    classes = _class_row(layer)[0]
+    kept = jnp.ones(layer.weights.shape[0], bool)
+    if layer.bias is not None:
+        kept = layer.bias != -jnp.inf
+    total = jnp.sum(jnp.where(kept, classes, 0))
+    count = jnp.maximum(jnp.sum(kept, dtype=total.dtype), 1)
+    return found._replace(even=(total * found.logsumexp - found.even) / count)
+
+
+def _keep_logits(plan: Plan, layer: Layer, labels: Array) -> Found:
+    """The plain way, for few logits: the derivative remembers their weights."""
+    classes = _class_row(layer) if plan.even else None
+    found = row_statistics(1, layer_scores(layer), labels, classes)
+    return Found(found.surprise, found.logsumexp, found.even, None, None)
+
+
+class _Seen(NamedTuple):
+    """The online state of some classes: softmax statistics that two parts merge into one."""
+
+    peak: Array  # max(s); -inf where all is dropped
+    rest: Array  # sum(exp(s - peak)) over all but one entry equal to the peak
+    moment: Array  # sum((s - peak) exp(s - peak)), at most 0
+    argmax: Array
+    chosen: Array  # s of the label; -inf where it has not been seen
+    even: Array | None  # sum(c s) over the classes not dropped
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _stream(plan: Plan, layer: Layer, labels: Array) -> Found:
+    """One pass over the vocabulary."""
+    num_tokens = layer.features.shape[0]
+    dtype = computing_dtype(layer.features.dtype)
+    low, zero = jnp.full(num_tokens, -jnp.inf, dtype), jnp.zeros(num_tokens, dtype)
+    first = jnp.zeros(num_tokens, jnp.int32)
+    seen = _Seen(low, zero, zero, first, low, zero if plan.even else None)
+
+    def visit(seen: _Seen, start: Array, block: Layer) -> _Seen:
+        return _merge(seen, _observe(plan, start, block, labels))
+
+    return _finish(plan, over_blocks(plan.block, visit, seen, layer))
+
+
+@functools.partial(_stream.defjvp, symbolic_zeros=True)
+def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
+    # A rule, for memory: its tangent visits the blocks once more, and each visit is
+    # checkpointed, so that the transpose forms the logits again and keeps none. It is linear in
+    # the tangents; log p, whose label keeps its digits, comes from the value.
+    layer, labels = primals
+    found = _stream(plan, layer, labels)
+    layer_dot = jax.tree.map(
+        lambda dot: None if isinstance(dot, SymbolicZero) else dot,
+        tangents[0],
+        is_leaf=lambda dot: isinstance(dot, SymbolicZero),
+    )
+    zero = jnp.zeros_like(found.logsumexp)
+    start = Found(zero, zero, zero if plan.even else None, zero if plan.entropy else None, None)
+    finite = found.surprise != jnp.inf  # An infinite surprise is constant.
+    missing = jnp.where(finite, -jnp.expm1(-found.surprise), 0)
+
+    def visit(dots: Found, start: Array, block: Layer, dot: Layer) -> Found:
+        return jax.tree.map(jnp.add, dots, tangent(start, block, dot, labels, found, missing))
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def tangent(
+        start: Array, block: Layer, dot: Layer, labels: Array, found: Found, missing: Array
+    ) -> Found:
+        scores, scores_dot = push(block, dot)
+        kept = scores != -jnp.inf
+        margins = jnp.where(kept, scores - found.logsumexp[:, None], 0)
+        probs = jnp.where(kept, jnp.exp(margins), 0)
+        scores_dot = jnp.where(kept, scores_dot, 0)
+        places = lax.broadcasted_iota(labels.dtype, scores.shape, 1) + start.astype(
+            labels.dtype
+        )
+        hit = places == labels[:, None]
+        pull = jnp.where(hit, -missing[:, None], jnp.where(finite[:, None], probs, 0))
+        even = entropy = None
+        if plan.even:
+            even = jnp.sum(scores_dot * _class_row(block), 1)
+            if dot.classes is not None:
+                even += jnp.sum(jnp.where(kept, scores, 0) * dot.classes[None], 1)
+        if found.entropy is not None:
+            slope = -probs * (margins + found.entropy[:, None])
+            entropy = jnp.sum(slope * scores_dot, 1)
+        return Found(
+            jnp.sum(pull * scores_dot, 1), jnp.sum(probs * scores_dot, 1), even, entropy, None
+        )
+
+    dots = over_blocks(plan.block, visit, start, layer, layer_dot)
+    if found.argmax is not None:
+        dots = dots._replace(argmax=np.zeros(found.argmax.shape, jax.dtypes.float0))
+    return found, dots
+
+
+def push(block: Layer, dot: Layer) -> tuple[Array, Array]:
+    """The scores of a block, and their tangent in the arrays that move."""
+    moving = {name: x for name, x in dot._asdict().items() if x is not None}
+    moving.pop("classes", None)
+    if not moving:
+        scores = layer_scores(block)
+        return scores, jnp.zeros_like(scores)
+    at = {name: getattr(block, name) for name in moving}
+    return jax.jvp(lambda moved: layer_scores(block._replace(**moved)), (at,), (moving,))
+
+
+def _class_row(block: Layer) -> Array:
+    if block.classes is None:
+        return jnp.ones((1, 1), computing_dtype(block.features.dtype))
+    return block.classes[None]
+
+
+def _observe(plan: Plan, start: Array, block: Layer, labels: Array) -> _Seen:
+    """The state of one block of classes."""
+    # (Behind the barrier, or scores formed twice may not be rounded alike, and miss the peak.)
+    scores = lax.optimization_barrier(layer_scores(block))
+    peak = lax.stop_gradient(jnp.max(scores, 1))
+    below = scores - where_finite(peak)[:, None]
+    weights = jnp.exp(below)
+    num_peaks, others = split_at_peak(mark_peaks(weights), AlongAxes((1,)))
+    rest = jnp.where(peak == -jnp.inf, 0, jnp.squeeze(others + (num_peaks - 1), 1))
+    moment = jnp.zeros_like(peak)
+    argmax = jnp.zeros(peak.shape, jnp.int32)
+    if plan.entropy:
+        moment = jnp.sum(jnp.where(weights > 0, below, 0) * weights, 1)
+        argmax = jnp.argmax(scores, 1).astype(jnp.int32) + start.astype(jnp.int32)
+    place = labels - start.astype(labels.dtype)
+    inside = (place >= 0) & (place < scores.shape[1])
+    chosen = jnp.take_along_axis(scores, jnp.where(inside, place, 0)[:, None], 1)[:, 0]
+    chosen = jnp.where(inside, chosen, -jnp.inf)
+    even = None
+    if plan.even:
+        even = jnp.sum(jnp.where(scores == -jnp.inf, 0, scores) * _class_row(block), 1)
+    return _Seen(peak, rest, moment, argmax, chosen, even)
+
+
+def _merge(a: _Seen, b: _Seen) -> _Seen:
+    peak = jnp.maximum(a.peak, b.peak)
+    anchor = where_finite(peak)
+    behind = a.peak >= b.peak
+
+    def lowered(part: _Seen) -> tuple[Array, Array, Array]:
+        shift = jnp.where(part.peak == -jnp.inf, 0, part.peak - anchor)
+        scale = jnp.where(part.peak == -jnp.inf, 0, jnp.exp(shift))
+        return scale, scale * part.rest, scale * (part.moment + shift * (1 + part.rest))
+
+    (a_scale, a_rest, a_moment), (b_scale, b_rest, b_moment) = lowered(a), lowered(b)
+    return _Seen(
+        peak,
+        a_rest + b_rest + jnp.where(behind, b_scale, a_scale),
+        a_moment + b_moment,
+        jnp.where(behind, a.argmax, b.argmax),
+        jnp.maximum(a.chosen, b.chosen),
+        None if a.even is None or b.even is None else a.even + b.even,
+    )
+
+
+def _finish(plan: Plan, seen: _Seen) -> Found:
+    log_total = log1p(seen.rest)
+    logsumexp = seen.peak + log_total
+    empty = seen.peak == -jnp.inf
+    surprise = (where_finite(seen.peak) - seen.chosen) + log_total
+    surprise = jnp.where(seen.chosen == -jnp.inf, jnp.inf, surprise)
+    surprise = jnp.where(jnp.isnan(logsumexp), jnp.nan, surprise)
+    entropy = argmax = None
+    if plan.entropy:
+        entropy = jnp.where(empty, 0, log_total - seen.moment / (1 + seen.rest))
+        argmax = seen.argmax
+    return Found(surprise, logsumexp, seen.even, entropy, argmax)
+
+
+def over_blocks(block: int, visit: Callable[..., Any], state: Any, *layers: Layer) -> Any:
+    """Visits the classes block by block: visit(state, first class, the block of each layer).
+
+    The layers are all cut alike.
+    """
+    by_class = ("weights", "bias", "classes")
+    cut = [{name: getattr(layer, name) for name in by_class} for layer in layers]
+
+    def visit_cut(state: Any, first: Array, parts: Any) -> tuple[Any, None]:
+        blocks = [layer._replace(**part) for layer, part in zip(layers, parts, strict=True)]
+        return visit(state, first, *blocks), None
+
+    return scan_blocks(visit_cut, state, cut, block)[0]

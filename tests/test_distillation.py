@@ -1,0 +1,164 @@
+"""Distillation of two linear layers against the plain definition, and where it is small."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import softjax as sj
+from tests.helpers import INF, NAN, assert_close, eps
+
+TOKENS, CLASSES = 5, 11
+
+
+def draw(seed=0):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+    uniform = lambda *shape: jnp.asarray(rng.uniform(0.5, 1.5, shape))
+    return {
+        "features": normal(TOKENS, 3),
+        "weights": normal(CLASSES, 3),
+        "teacher_features": normal(TOKENS, 4),
+        "teacher_weights": normal(CLASSES, 4),
+        "bias": normal(CLASSES),
+        "teacher_bias": normal(CLASSES),
+        "temperature": uniform(TOKENS),
+        "soft_cap": 2 * uniform(),
+        "teacher_soft_cap": 2 * uniform(),
+        "example_weights": uniform(TOKENS),
+    }
+
+
+def plain(args):
+    """The definition, written out."""
+
+    def log_probs(prefix):
+        part = {
+            name: args[prefix + name] for name in ("features", "weights", "bias", "soft_cap")
+        }
+        logits = part["features"] @ part["weights"].T + part["bias"][None]
+        logits = part["soft_cap"] * jnp.tanh(logits / part["soft_cap"])
+        return jax.nn.log_softmax(logits / args["temperature"][:, None])
+
+    teacher, student = log_probs("teacher_"), log_probs("")
+    loss = jnp.sum(jnp.exp(teacher) * (teacher - student), 1) * args["temperature"] ** 2
+    shares = args["example_weights"]
+    return jnp.sum(shares * loss) / jnp.sum(shares)
+
+
+def close(actual, desired, tolerance=1e-12):
+    for one, two in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
+        assert_close(one, np.asarray(two), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "block_size", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (None, 1))]
+)
+def test_all_options_together(block_size):
+    args = draw()
+    ours = lambda args: sj.linear_distillation_loss(**args, block_size=block_size)
+    close(ours(args), plain(args))
+    close(jax.jit(jax.grad(ours))(args), jax.grad(plain)(args))
+    dots = jax.tree.map(lambda x: jnp.cos(7 * x), args)
+    close(jax.jvp(ours, (args,), (dots,))[1], jax.jvp(plain, (args,), (dots,))[1])
+    twice = lambda f: jax.jit(lambda a: jax.jvp(jax.grad(f), (a,), (dots,))[1])(args)
+    close(twice(ours), twice(plain), 1e-11)
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_a_small_divergence_keeps_its_digits(block_size):
+    """To what the rounding of the logits leaves: eps over how far they are apart."""
+    args = draw()
+    for apart in (1e-2, 1e-5, 1e-8):
+        moved = args["weights"] + apart * jnp.sin(args["weights"])
+        heads = args["features"], args["weights"], args["features"], moved
+        loss = sj.linear_distillation_loss(
+            *heads, temperature=1.0, block_size=block_size, reduction=None
+        )
+        exact = sj.distillation_loss(
+            *(f @ w.T for f, w in (heads[:2], heads[2:])), temperature=1.0
+        )
+        assert_close(loss, exact, rtol=64 * eps("float64") / apart)
+        assert (loss > 0).all()
+    same = sj.linear_distillation_loss(
+        *heads[:2], *heads[:2], temperature=1.0, block_size=block_size
+    )
+    assert same == 0
+
+
+HEADS = ("features", "weights", "teacher_features", "teacher_weights")
+
+
+def heads():
+    return {name: x for name, x in draw().items() if name in HEADS}
+
+
+@pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_dropped_classes(block_size):
+    args = heads()
+    drop = jnp.zeros(CLASSES).at[3].set(-INF)
+    call = lambda a, **bias: sj.linear_distillation_loss(
+        **a, temperature=2.0, **bias, block_size=block_size
+    )
+    kept = jnp.array([i for i in range(CLASSES) if i != 3])
+    fewer = {n: x[kept] if n.endswith("weights") else x for n, x in args.items()}
+    both = {"bias": drop, "teacher_bias": drop}
+    close(call(args, **both), call(fewer))
+    student, teacher = (args[f] @ args[w].T for f, w in (HEADS[:2], HEADS[2:]))
+    exact = jnp.mean(sj.distillation_loss(student, teacher + drop[None], temperature=2.0))
+    close(call(args, teacher_bias=drop), exact)
+    assert call(args, bias=drop) == INF
+    for biases in (both, {"teacher_bias": drop}, {"bias": drop}):
+        slopes = jax.jit(jax.grad(lambda a, b=biases: call(a, **b)))(args)
+        assert all(jnp.isfinite(x).all() for x in slopes.values())
+    assert (slopes["features"] == 0).all()  # An infinite loss is constant.
+
+
+def test_tokens_that_do_not_count():
+    args = draw()
+    spoilt = args | {
+        "features": args["features"].at[1].set(NAN),
+        "example_weights": args["example_weights"].at[1].set(0),
+    }
+    clean = args | {"example_weights": spoilt["example_weights"]}
+    assert_close(
+        sj.linear_distillation_loss(**spoilt), sj.linear_distillation_loss(**clean), rtol=1e-15
+    )
+    for reduction, fold in (("sum", jnp.sum), (None, lambda x: x)):
+        each = sj.linear_distillation_loss(**args, reduction=None)
+        assert_close(
+            sj.linear_distillation_loss(**args, reduction=reduction), fold(each), rtol=1e-14
+        )
+
+
+def test_nothing_of_tokens_times_classes_is_kept():
+    tokens, width, classes = 2048, 8, 32768
+    shapes = [(tokens, width), (classes, width)] * 2
+    heads = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    loss = lambda *heads: sj.linear_distillation_loss(*heads, temperature=2.0)
+    for function in (jax.grad(loss, (0, 1, 2, 3)), lambda *a: jax.jvp(loss, a, a)):
+        compiled = jax.jit(function).lower(*heads).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes <= 0.2 * 4 * tokens * classes
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "problem"),
+    [
+        ({"teacher_features": jnp.ones((4, 4))}, ValueError, "`teacher_features` must hold"),
+        ({"teacher_weights": jnp.ones((4, 4))}, ValueError, "`teacher_weights` must hold"),
+        ({"teacher_weights": jnp.ones((11, 3))}, ValueError, "`teacher_features` must be"),
+        ({"teacher_bias": jnp.ones(3)}, ValueError, "`teacher_bias` must be"),
+        ({"teacher_soft_cap": jnp.ones(3)}, ValueError, "`teacher_soft_cap` must be"),
+        (
+            {"teacher_weights": jnp.ones((11, 4), "float32")},
+            TypeError,
+            "`teacher_weights` must",
+        ),
+        ({"temperature": 0.0}, ValueError, "`temperature` must be"),
+        ({"reduction": "max"}, ValueError, "`reduction` must be"),
+        ({"block_size": 0}, ValueError, "`block_size` must be"),
+    ],
+)
+def test_errors(change, error, problem):
+    with pytest.raises(error, match=problem):
+        sj.linear_distillation_loss(**(heads() | {"temperature": 1.5} | change))

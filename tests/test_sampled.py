@@ -1,0 +1,122 @@
+"""Sampled softmax: its draws, and the bias that its docstring states."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import softjax as sj
+from softjax.output_layers.sampled import log_uniform
+from tests.helpers import INF, NAN
+
+TOKENS, CLASSES = 3, 40
+
+
+def draw(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = (TOKENS, 4), (CLASSES, 4), (CLASSES,)
+    arrays = [jnp.asarray(rng.standard_normal(shape)) for shape in shapes]
+    return *arrays, jnp.asarray(rng.integers(0, CLASSES, TOKENS))
+
+
+def shares(num_classes):
+    return np.log1p(1 / (np.arange(num_classes) + 1.0)) / np.log1p(num_classes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_candidates_are_log_uniform(dtype):
+    """Chi-squared is at most 6 standard deviations above its mean."""
+    count = 400_000
+    with jax.enable_x64(dtype == "float64"):
+        for num_classes in (1, 2, 7, 100):
+            drawn = np.asarray(log_uniform(jax.random.key(num_classes), count, num_classes))
+            expected = count * shares(num_classes)
+            found = np.bincount(drawn, minlength=num_classes)
+            assert len(found) == num_classes
+            chi = np.sum((found - expected) ** 2 / expected)
+            assert chi <= num_classes - 1 + 6 * np.sqrt(2 * num_classes)
+        # Rare classes of a large vocabulary, whose neighbours are equally frequent.
+        drawn = np.asarray(log_uniform(jax.random.key(0), count, 10**6))
+        assert drawn.min() == 0
+        assert 10**5 * 9 < drawn.max() < 10**6
+        rare = drawn[drawn >= 10**5]
+        expected = count * shares(10**6)[10**5 :].sum()
+        assert abs(len(rare) - expected) <= 6 * np.sqrt(expected)
+        assert abs(np.sum(rare % 2) - len(rare) / 2) <= 6 * np.sqrt(len(rare)) / 2
+
+
+def test_the_sum_has_no_bias_and_its_logarithm_has():
+    """E[exp(estimate)] is exp(loss), and the estimate is too small, by O(1 / m)."""
+    features, weights, bias, labels = draw()
+    exact = sj.cross_entropy(features @ weights.T + bias[None], labels)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    missing = []
+    for num_samples in (8, 32, 128):
+        estimate = jax.vmap(
+            lambda key, m=num_samples: sj.sampled_cross_entropy(
+                key, features, weights, labels, bias=bias, num_samples=m
+            )
+        )(keys)
+        ratio = np.asarray(jnp.exp(estimate - exact[None]))
+        error = ratio.std(0) / np.sqrt(len(keys))
+        assert (np.abs(ratio.mean(0) - 1) <= 5 * error).all()
+        too_small = np.asarray(jnp.mean(exact[None] - estimate, 1))
+        missing.append(too_small.mean())
+        assert missing[-1] > 5 * too_small.std() / np.sqrt(len(keys))
+        # Half the relative variance, once that is small.
+        if num_samples == 128:
+            assert missing[-1] == pytest.approx(np.mean(ratio.var(0)) / 2, rel=0.25)
+    assert missing[0] > 2 * missing[1] > 4 * missing[2]
+
+
+def test_accidental_hits_are_left_out():
+    """With one class all candidates are the label: the loss is 0, as it should be."""
+    features, weights, _, _ = draw()
+    label = jnp.zeros(TOKENS, int)
+    key = jax.random.key(3)
+    alone = sj.sampled_cross_entropy(key, features, weights[:1], label, num_samples=5)
+    assert (alone == 0).all()
+
+
+def test_gradients_reach_drawn_classes_alone():
+    features, weights, _, labels = draw()
+    key = jax.random.key(1)
+    loss = lambda w: jnp.sum(sj.sampled_cross_entropy(key, features, w, labels, num_samples=6))
+    reached = np.flatnonzero(np.any(np.asarray(jax.grad(loss)(weights)) != 0, 1))
+    drawn = np.asarray(log_uniform(key, 6, CLASSES))
+    assert set(reached) == set(drawn) | set(np.asarray(labels))
+
+
+def test_labels_that_are_none():
+    features, weights, bias, labels = draw()
+    labels = labels.at[0].set(-1).at[2].set(CLASSES)
+    call = lambda f, **rest: sj.sampled_cross_entropy(
+        jax.random.key(0), f, weights, labels, num_samples=4, **rest
+    )
+    assert np.isnan(call(features)).tolist() == [True, False, True]
+    spoilt = features.at[0].set(NAN)
+    loss, pull = jax.vjp(lambda f: call(f, ignore_index=-1), spoilt)
+    assert loss[0] == 0
+    assert (pull(jnp.array([1.0, 1.0, 0.0]))[0][0] == 0).all()
+    dropped = call(features, bias=bias.at[labels[1]].set(-INF))
+    assert dropped[1] == INF
+
+
+def test_many_tokens_at_a_time_and_one_by_one_agree():
+    features, weights, bias, labels = draw()
+    key = jax.random.key(2)
+    call = lambda f, y: sj.sampled_cross_entropy(key, f, weights, y, bias=bias, num_samples=9)
+    together = call(features, labels)
+    one_by_one = jnp.stack([call(f, y) for f, y in zip(features, labels, strict=True)])
+    np.testing.assert_allclose(together, one_by_one, rtol=1e-13)
+
+
+def test_what_does_not_fit_is_refused():
+    features, weights, bias, labels = draw()
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="`num_samples` must be"):
+        sj.sampled_cross_entropy(key, features, weights, labels, num_samples=0)
+    with pytest.raises(ValueError, match="`bias` must be"):
+        sj.sampled_cross_entropy(key, features, weights, labels, num_samples=1, bias=bias[1:])
+    with pytest.raises(TypeError, match="`labels` must be"):
+        sj.sampled_cross_entropy(key, features, weights, features[:, 0], num_samples=1)
