@@ -22,6 +22,7 @@ NAMES = tuple(command_line.questions())
 FIGURES = {
     "blobs": {"curves", "regions", "sigmoid", "simplex"},
     "classification": {"confusion", "curves"},
+    "gumbel_vae": {"nelbo", "reconstructions"},
     "language_model": {"loss", "memory"},
     "precision": {"precision"},
     "toy": {"loss", "steps"},
@@ -29,6 +30,7 @@ FIGURES = {
 IMPOSSIBLE = {
     "blobs": {"max_loss": -1.0},
     "classification": {"min_mlp_accuracy": 1.01},
+    "gumbel_vae": {"max_nelbo": -1.0},
     "language_model": {"max_loss": -1.0},
     "precision": {"max_ulps": -1.0},
     "toy": {"min_rows_right": 8},
@@ -82,6 +84,8 @@ def test_unknown_name(capsys):
         ["blobs", "--num-test", "1000"],
         ["classification", "--maps"],
         ["language_model", "--window", "0"],
+        ["gumbel_vae", "--num-latents", "0"],
+        ["gumbel_vae", "--arms"],
     ],
 )
 def test_wrong_options(tmp_path, capsys, options):
