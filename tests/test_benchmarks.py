@@ -12,7 +12,7 @@ import pytest
 
 from experiments.benchmarks import __main__ as command_line
 from experiments.benchmarks import _measure as measure
-from experiments.benchmarks import accuracy, maps
+from experiments.benchmarks import accuracy, maps, sampling
 
 ROOT = Path(__file__).parent.parent
 ROWS = {
@@ -21,6 +21,7 @@ ROWS = {
         *("| sparsemax ", "| entmax15 ", "| entmax(alpha=1.3) ", "| soft_top_k(k=8) "),
         *("| top_p_filter(p=0.9) ", "| top_k_filter(k=50) ", "Copy: "),
     ],
+    "sampling": [f"| {case.name} " for case in sampling.QUICK],
     "accuracy": [
         f"| {name} "
         for name in ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15")
@@ -42,7 +43,7 @@ def launch(*arguments):
 
 
 def test_every_benchmark_asks_a_question(capsys):
-    assert set(command_line.questions()) == {"accuracy", "maps"}
+    assert set(command_line.questions()) == {"accuracy", "maps", "sampling"}
     assert command_line.main([]) == 0
     listing = capsys.readouterr().out
     for name, question in command_line.questions().items():
@@ -68,16 +69,14 @@ def test_quick_run(tmp_path, name):
 
     (file,) = tmp_path.iterdir()
     results = json.loads(file.read_text(encoding="utf-8"))
-    assert file.stem == ("maps-cpu" if name == "maps" else "accuracy")
+    assert file.stem == ("accuracy" if name == "accuracy" else f"{name}-cpu")
     assert results["benchmark"] == name
     versions = results["environment"]["versions"]
     assert versions.keys() >= {"jax", "jaxlib", "numpy", "softjax", "optax", "torch", "entmax"}
     assert results["environment"]["platform"] == "cpu"
     assert str(tmp_path) not in done.stdout
-    if name == "maps":
-        check_maps(results)
-    else:
-        check_accuracy(results)
+    check = {"maps": check_maps, "accuracy": check_accuracy, "sampling": check_sampling}
+    check[name](results)
 
 
 def check_maps(results):
@@ -91,6 +90,18 @@ def check_maps(results):
     for record in results["memory"]:
         assert record["output_bytes"] == 4 * math.prod(record["shape"])
         assert record["residual_bytes"] >= 0
+
+
+def check_sampling(results):
+    for record, case in zip(results["records"], sampling.QUICK, strict=True):
+        assert record["seconds"] > 0
+        assert record["ratio"] > 0
+        for name, limit in (("ratio", case.ratio), ("numbers", case.numbers)):
+            judged = None if limit is None else record[name] <= limit
+            assert record[f"{name}_passed"] is judged
+        noise = 4 * case.rows * case.classes * case.draws
+        assert record["rival_temporary_bytes"] >= noise
+    assert record["temporary_bytes"] < noise / 2
 
 
 def check_accuracy(results):
