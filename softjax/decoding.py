@@ -1,5 +1,7 @@
 """Penalties for decoding: scores that depend on what has been written already."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -93,6 +95,6 @@ def _count(tokens: Array, shape: tuple[int, ...]) -> Array:
             f" slices of `logits` {shape}."
         ) from None
     # A scatter drops what is beyond the end, but counts negative places from there.
-    tokens = jnp.where(tokens < 0, size, tokens).reshape(-1, length)
+    tokens = jnp.where(tokens < 0, size, tokens).reshape(math.prod(batch), length)
     count = jax.vmap(lambda row: jnp.zeros(size, jnp.int32).at[row].add(1, mode="drop"))
     return count(tokens).reshape(shape)

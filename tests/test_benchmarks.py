@@ -12,7 +12,7 @@ import pytest
 
 from experiments.benchmarks import __main__ as command_line
 from experiments.benchmarks import _measure as measure
-from experiments.benchmarks import accuracy, maps
+from experiments.benchmarks import accuracy, maps, sampling
 
 ROOT = Path(__file__).parent.parent
 ROWS = {
@@ -25,6 +25,7 @@ ROWS = {
         *("| cross_entropy ", "| linear_cross_entropy ", "| info_nce ", "| siglip_loss "),
         "| linear_cross_entropy, forward_gradient ",
     ],
+    "sampling": [f"| {case.name} " for case in sampling.QUICK],
     "accuracy": [
         f"| {name} "
         for name in ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15")
@@ -46,7 +47,7 @@ def launch(*arguments):
 
 
 def test_every_benchmark_asks_a_question(capsys):
-    assert set(command_line.questions()) == {"accuracy", "losses", "maps"}
+    assert set(command_line.questions()) == set(ROWS)
     assert command_line.main([]) == 0
     listing = capsys.readouterr().out
     for name, question in command_line.questions().items():
@@ -78,7 +79,7 @@ def test_quick_run(tmp_path, name):
     assert versions.keys() >= {"jax", "jaxlib", "numpy", "softjax", "optax", "torch", "entmax"}
     assert results["environment"]["platform"] == "cpu"
     assert str(tmp_path) not in done.stdout
-    {"maps": check_maps, "losses": check_losses, "accuracy": check_accuracy}[name](results)
+    globals()[f"check_{name}"](results)
 
 
 def check_maps(results):
@@ -105,6 +106,18 @@ def check_losses(results):
         ]
         checks = [got <= limit for got, limit in pairs if None not in (got, limit)]
         assert record["passed"] is (all(checks) if checks else None)
+
+
+def check_sampling(results):
+    for record, case in zip(results["records"], sampling.QUICK, strict=True):
+        assert record["seconds"] > 0
+        assert record["ratio"] > 0
+        for name, limit in (("ratio", case.ratio), ("numbers", case.numbers)):
+            judged = None if limit is None else record[name] <= limit
+            assert record[f"{name}_passed"] is judged
+        noise = 4 * case.rows * case.classes * case.draws
+        assert record["rival_temporary_bytes"] >= noise
+    assert record["temporary_bytes"] < noise / 2
 
 
 def check_accuracy(results):

@@ -24,6 +24,7 @@ FIGURES = {
     "blobs": {"curves", "regions", "sigmoid", "simplex"},
     "cartpole": {"return"},
     "classification": {"confusion", "curves"},
+    "gumbel_vae": {"nelbo", "reconstructions"},
     "language_model": {"loss", "memory"},
     "precision": {"precision"},
     "toy": {"loss", "steps"},
@@ -33,6 +34,7 @@ IMPOSSIBLE = {
     "blobs": {"max_loss": -1.0},
     "cartpole": {"min_return": 501.0},
     "classification": {"min_mlp_accuracy": 1.01},
+    "gumbel_vae": {"max_nelbo": -1.0},
     "language_model": {"max_loss": -1.0},
     "precision": {"max_ulps": -1.0},
     "toy": {"min_rows_right": 8},
@@ -88,6 +90,8 @@ def test_unknown_name(capsys):
         ["cartpole", "--num-minibatches", "3"],
         ["classification", "--maps"],
         ["language_model", "--window", "0"],
+        ["gumbel_vae", "--num-latents", "0"],
+        ["gumbel_vae", "--arms"],
     ],
 )
 def test_wrong_options(tmp_path, capsys, options):
