@@ -1,5 +1,7 @@
 """From scores to choices: softmax and its relatives, exact and differentiable in JAX."""
 
+from softjax import masks as masks
+from softjax.attentions.attend import attention
 from softjax.contrastive import info_nce, siglip_loss
 from softjax.dense import log_softmax, softmax
 from softjax.entropies import entropy, kl_divergence, log_prob
@@ -31,6 +33,7 @@ from softjax.sparse import entmax, entmax15, soft_top_k, sparsemax
 __version__ = "0.1.0"
 
 __all__ = [
+    "attention",
     "class_balanced_weights",
     "cross_entropy",
     "distillation_loss",

@@ -351,4 +351,19 @@ CATALOGUE = (
         make=_make(_logits, others=()),
         invariants=("permutation",),
     ),
+    Entry(
+        name="attention",
+        call=lambda q, k, v, b, c, keep: sj.attention(q, k, v, mask=keep, bias=b, sink=c),
+        oracle=lambda q, k, v, b, c, keep: oracles.attention(
+            q, k, v, keep=keep, bias=b, sink=c
+        )[0],
+        make=_make(
+            lambda rng: rng.standard_normal((2, 2, 3)),
+            lambda rng: rng.standard_normal((3, 1, 3)),
+            lambda rng: rng.standard_normal((3, 1, 2)),
+            lambda rng: rng.standard_normal((2, 1, 3)),
+            lambda rng: rng.standard_normal(2),
+            others=(lambda rng: rng.permuted(MASK[:, :3], axis=-1),),
+        ),
+    ),
 )

@@ -871,3 +871,50 @@ def siglip_loss(queries, keys, *, temperature, bias):
     signs = 2 * np.eye(len(queries)) - 1
     exponents = (-signs * (scores + np.asarray(bias, np.float64))).astype(np.longdouble)
     return np.sum(np.log1p(np.exp(exponents))) / len(queries)
+
+
+@quiet
+def attention(
+    queries,
+    keys,
+    values,
+    *,
+    keep=True,
+    bias=0,
+    scale=None,
+    soft_cap=None,
+    sink=-INF,
+    score=None,
+):
+    """Averages and log-sum-exp of softmax attention in extended precision, head by head.
+
+    `score(s, head)` changes the scores [T, S] of a head; what is not kept takes no part,
+    whatever stands there.
+    """
+    queries, keys, values, bias, sink = (
+        np.asarray(x).astype(np.longdouble) for x in (queries, keys, values, bias, sink)
+    )
+    *batch, num_queries, heads, width = queries.shape
+    groups = heads // keys.shape[-2]
+    full = (*batch, heads, num_queries, keys.shape[-3])
+    keep, bias = np.broadcast_to(keep, full), np.broadcast_to(bias, full)
+    scale = np.broadcast_to(1 / np.sqrt(width) if scale is None else scale, heads)
+    cap = None if soft_cap is None else np.broadcast_to(soft_cap, heads)
+    sink = np.broadcast_to(sink, heads)
+    out = np.zeros((*batch, num_queries, heads, values.shape[-1]), np.longdouble)
+    lse = np.full((*batch, num_queries, heads), -INF, np.longdouble)
+    for *place, n in np.ndindex(*batch, heads):
+        place = tuple(place)
+        q, k, v = queries[place][:, n], *(x[place][:, n // groups] for x in (keys, values))
+        s = np.longdouble(scale[n]) * (q @ k.T) + bias[place][n]
+        s = s if cap is None else cap[n] * np.tanh(s / cap[n])
+        s = s if score is None else score(s, n)
+        kept = keep[place][n] & (bias[place][n] != -INF) & (s != -INF)
+        for t in range(num_queries):
+            row = np.append(s[t][kept[t]], sink[n])
+            peak = row.max()
+            if peak > -INF:
+                weights = np.exp(row - peak)
+                out[place][t, n] = weights[:-1] @ v[kept[t]] / weights.sum()
+                lse[place][t, n] = peak + np.log(weights.sum())
+    return out, lse
