@@ -26,3 +26,19 @@ def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any],
         return jax.tree.unflatten(structure, leaves)
 
     return run, tuple(jnp.asarray(x) for x in closed.consts)
+
+
+def hoist_floats(
+    function: Callable[..., Any], *args: Any
+) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
+    """A function of (floats, others, *args), and what it captured, in these two kinds."""
+    run, captured = hoist(function, *args)
+    moves = [jnp.issubdtype(x.dtype, jnp.floating) for x in captured]
+
+    def apart(floats: Any, others: Any, *args: Any) -> Any:
+        left, right = iter(floats), iter(others)
+        return run(tuple(next(left if move else right) for move in moves), *args)
+
+    pairs = list(zip(captured, moves, strict=True))
+    floats = tuple(x for x, move in pairs if move)
+    return apart, floats, tuple(x for x, move in pairs if not move)

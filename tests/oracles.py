@@ -885,11 +885,12 @@ def attention(
     soft_cap=None,
     sink=-INF,
     score=None,
+    weigh=None,
 ):
     """Averages and log-sum-exp of softmax attention in extended precision, head by head.
 
     `score(s, head)` changes the scores [T, S] of a head; what is not kept takes no part,
-    whatever stands there.
+    whatever stands there. `weigh(row)` stands for the softmax.
     """
     queries, keys, values, bias, sink = (
         np.asarray(x).astype(np.longdouble) for x in (queries, keys, values, bias, sink)
@@ -915,6 +916,8 @@ def attention(
             peak = row.max()
             if peak > -INF:
                 weights = np.exp(row - peak)
+                if weigh is not None:
+                    weights = np.append(weigh(row[:-1].astype(np.float64)), 0)
                 out[place][t, n] = weights[:-1] @ v[kept[t]] / weights.sum()
                 lse[place][t, n] = peak + np.log(weights.sum())
     return out, lse

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
 from softjax._exact import where_finite
 from softjax._inputs import computing_dtype
@@ -26,14 +25,15 @@ from softjax.attentions._operands import (
     Program,
     drop,
     huge,
+    moving,
     push_scores,
     scores_of,
     tile_kinds,
     weighted,
 )
-from softjax.attentions._walks import only_tile, over_keys, over_queries
+from softjax.attentions._walks import only_tile, over_keys, over_queries, sum_over_keys
 
-WHOLE = Place(0, 0, masked=True)
+WHOLE = Place(0, 0)
 
 
 class _Seen(NamedTuple):
@@ -76,7 +76,7 @@ def average(program: Program, floats: Floats, others: Others) -> tuple[Array, Ar
             sums = weighted(drop(weights, others, at), part.values)
             return _Seen(peak, total, seen.sums * fade[..., None] + sums)
 
-        seen = over_keys(grid, i, visit, start, kinds, parts)
+        seen = over_keys(grid, i, visit, start, kinds, *parts)
         total = jnp.where(seen.total == 0, 1, seen.total)
         return seen.sums / total[..., None], _log_sum(seen.peak, seen.total)
 
@@ -101,7 +101,7 @@ def _log_sum(peak: Array, total: Array) -> Array:
 
 def _average_jvp(program: Program, primals: Any, tangents: Any) -> tuple[Any, Any]:
     floats, others = primals
-    dots = _moving(tangents[0])
+    dots = moving(tangents[0])
     if program.remember:
         part, dot = only_tile((floats, dots))
         scores, scores_dot = push_scores(program, part, dot, others, WHOLE)
@@ -119,18 +119,13 @@ def _average_jvp(program: Program, primals: Any, tangents: Any) -> tuple[Any, An
     def block(i: Any, parts: Any, kinds: Array, out: Array, lse: Array) -> tuple[Array, Array]:
         level = jnp.where(lse == -jnp.inf, 0, lse)
 
-        def visit(at: Place, moved: _Moved, part: Floats, dot: Floats) -> _Moved:
-            @functools.partial(jax.checkpoint, prevent_cse=False)
-            def tile(j: Any, level: Array, part: Floats, dot: Floats) -> _Moved:
-                place = at._replace(j=j)
-                scores, scores_dot = push_scores(program, part, dot, others, place)
-                weights = jnp.exp(scores - level[..., None])
-                return _move(weights, scores_dot, part, dot, others, place)
-
-            return jax.tree.map(jnp.add, moved, tile(at.j, level, part, dot))
+        def term(at: Place, part: Floats, dot: Floats, level: Array) -> _Moved:
+            scores, scores_dot = push_scores(program, part, dot, others, at)
+            weights = jnp.exp(scores - level[..., None])
+            return _move(weights, scores_dot, part, dot, others, at)
 
         start = _Moved(zero, _no_sums(zero, floats))
-        moved = over_keys(grid, i, visit, start, kinds, parts)
+        moved = sum_over_keys(grid, i, term, start, kinds, parts, level)
         return moved.sums - moved.mean[..., None] * out, moved.mean
 
     dots = over_queries(grid, block, (floats, dots), kinds, out, lse, remember=False)
@@ -149,17 +144,6 @@ def _move(
     if dot.values is not None:
         sums += weighted(drop(weights, others, at), dot.values)
     return _Moved(jnp.sum(pulled, -1), sums)
-
-
-def _moving(dots: Floats) -> Floats:
-    """Tangents, of which those that vanish are None; of what is captured, all or none."""
-    zero = lambda dot: isinstance(dot, SymbolicZero)
-    captured = None
-    if dots.captured is not None and not all(map(zero, dots.captured)):
-        written = lambda dot: jnp.zeros(dot.aval.shape, dot.aval.dtype) if zero(dot) else dot
-        captured = tuple(map(written, dots.captured))
-    moving = Floats(*(None if zero(dot) else dot for dot in dots))
-    return moving._replace(captured=captured)
 
 
 def _no_sums(zero: Array, floats: Floats) -> Array:

@@ -6,12 +6,14 @@ come before tokens, and the G query heads that share a head of keys lie side by 
 no key is ever repeated.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from softjax._inputs import computing_dtype
 from softjax._tiles import Grid, Tile
@@ -29,6 +31,7 @@ class Floats(NamedTuple):
     scale: Array | None = None  # [1, N or 1, 1, 1], as is the cap
     soft_cap: Array | None = None
     captured: Any = None  # by the score function
+    weigher: Any = None  # what the function of a threshold map has captured
 
     def by_query(self, grid: Grid) -> tuple["Floats", "Floats"]:
         """What is cut along the queries, and the rest."""
@@ -63,29 +66,30 @@ class Others(NamedTuple):
     bad_queries: Array  # [batch, N, T], which held NaN or inf, and are 0 now
     bad_keys: Array  # [batch, K, S], likewise, in the key or its value
     captured: Any = None  # by the score function
+    weigher: Any = None
     dropout: tuple[Array, Array] | None = None  # two words of random bits, and the rate
 
 
 class Place(NamedTuple):
-    """Which tile, and whether it needs masking (static)."""
+    """Which tile, and what is known of it."""
 
     i: Any
     j: Any
-    masked: bool
+    kind: Any = 1  # 0: empty, 1: to be masked, 2: full
 
 
 class Program(NamedTuple):
     """What is static."""
 
-    score: Callable[..., Array] | None = None  # of (floats, others captured, scores, index)
+    score: Callable[..., Array] | None = None  # of (floats, others captured; scores, index)
+    weigh: Callable[..., Array] | None = None  # of a threshold map; None: softmax
     remember: bool = False  # one tile, whose weights are kept for the derivative
 
 
 def scores_of(program: Program, part: Floats, others: Others, at: Place) -> Array:
     """The scores of a tile from its part of the operands, `[batch, N, query, key]`.
 
-    -inf is dropped; NaN marks who sees a bad token. A tile that is not `masked` is known to be
-    full and to hold none of these.
+    -inf is dropped; NaN marks who sees a bad token. Of a full tile nothing is.
     """
     return _dropped(_raw(program, part, others, at), program, part, others, at)
 
@@ -94,8 +98,9 @@ def push_scores(
     program: Program, part: Floats, dot: Floats, others: Others, at: Place
 ) -> tuple[Array, Array]:
     """The scores of a tile, and their tangent in the operands that move: 0 where dropped."""
+    apart = ("values", "weigher")
     moving = {
-        name: x for name, x in dot._asdict().items() if x is not None and name != "values"
+        name: x for name, x in dot._asdict().items() if x is not None and name not in apart
     }
     if not moving:
         scores = scores_of(program, part, others, at)
@@ -104,11 +109,22 @@ def push_scores(
     form = lambda moved: _raw(program, part._replace(**moved), others, at)
     raw, raw_dot = jax.jvp(form, (base,), (moving,))
     scores = _dropped(raw, program, part, others, at)
-    if at.masked or part.bias is not None or program.score is not None:
-        # For the transpose: the cotangent of a dropped score, NaN perhaps, ends here.
-        moves = (scores > -jnp.inf) & (scores < huge(scores.dtype))
-        raw_dot = jnp.where(moves, raw_dot, 0)
-    return scores, raw_dot
+    # For the transpose: the cotangent of a dropped score, NaN perhaps, ends here.
+    moves = (scores > -jnp.inf) & (scores < huge(scores.dtype))
+    return scores, jnp.where(moves, raw_dot, 0)
+
+
+def moving(dots: Floats) -> Floats:
+    """Tangents, of which those that vanish are None; of what is captured, all or none."""
+
+    def kept(dot: Any) -> Any:
+        zero = lambda x: isinstance(x, SymbolicZero)
+        if not isinstance(dot, tuple):
+            return None if zero(dot) else dot
+        written = lambda x: jnp.zeros(x.aval.shape, x.aval.dtype) if zero(x) else x
+        return None if all(map(zero, dot)) else tuple(map(written, dot))
+
+    return Floats(*map(kept, dots))
 
 
 def _raw(program: Program, part: Floats, others: Others, at: Place) -> Array:
@@ -128,18 +144,26 @@ def _raw(program: Program, part: Floats, others: Others, at: Place) -> Array:
 
 
 def _dropped(scores: Array, program: Program, part: Floats, others: Others, at: Place) -> Array:
-    grid = others.grid
+    """The scores, -inf where dropped, NaN where bad; infinite ones are equal and finite."""
     if part.bias is not None and (part.soft_cap is not None or program.score is not None):
         scores = jnp.where(part.bias == -jnp.inf, -jnp.inf, scores)
-    if at.masked:
-        bad = grid.queries.take(others.bad_queries, at.i)[..., :, None]
-        bad |= _per_head(grid.keys.take(others.bad_keys, at.j), grid)[..., None, :]
-        scores = jnp.where(bad, jnp.nan, scores)
-        if others.mask is not None:
-            keep = others.mask.tile(Tile(grid, at.i, at.j, grid.index(at.i, at.j)))
-            scores = jnp.where(keep, scores, -jnp.inf)
-    # (Infinite scores share the mass if they count as equal and finite.)
+    masked = functools.partial(_masked, others=others, at=at)
+    if isinstance(at.kind, int):
+        scores = masked(scores) if at.kind == 1 else scores
+    else:
+        scores = lax.cond(at.kind == 1, masked, lambda scores: scores, scores)
     return jnp.where(scores > huge(scores.dtype), huge(scores.dtype), scores)
+
+
+def _masked(scores: Array, others: Others, at: Place) -> Array:
+    grid = others.grid
+    bad = grid.queries.take(others.bad_queries, at.i)[..., :, None]
+    bad |= _per_head(grid.keys.take(others.bad_keys, at.j), grid)[..., None, :]
+    scores = jnp.where(bad, jnp.nan, scores)
+    if others.mask is None:
+        return scores
+    keep = others.mask.tile(Tile(grid, at.i, at.j, grid.index(at.i, at.j)))
+    return jnp.where(keep, scores, -jnp.inf)
 
 
 def huge(dtype: Any) -> float:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._hoist import hoist
+from softjax._hoist import hoist_floats
 from softjax._inputs import computing_dtype, to_float
 from softjax._tiles import Grid, grid_of, per_score
 from softjax.attentions._dropout import words_of
@@ -21,9 +21,9 @@ from softjax.attentions._operands import Floats, Others, Program
 from softjax.masks import Inside, Mask
 
 DENSE = 2**19  # so many scores, or fewer, are formed at once and kept for the derivative
-ENTRIES = 2**18  # scores of a tile, at most
-LARGEST = 512  # tokens of a block, at most
-LEAST = 64  # and at least
+ENTRIES = 2**19  # scores of a tile, about
+LARGEST = 512  # queries of a block, at most
+LEAST = 32  # keys of a block, at least
 
 
 class Problem(NamedTuple):
@@ -173,9 +173,11 @@ def _blocks(
     small = heads * num_queries * num_keys <= DENSE
     if implementation == "dense" or (implementation is None and small):
         return num_queries, num_keys
-    side = max(LEAST, min(LARGEST, 1 << int(math.log2(max(1, ENTRIES / max(1, heads))) / 2)))
-    query_block = _even(num_queries, side)
-    key_block = _even(num_keys, max(side, min(4096, side * side // query_block)))
+    # Twice as many queries as keys: each block of queries costs a pass over all keys.
+    side = 1 << int(math.log2(max(1, ENTRIES / (2 * max(1, heads)))) / 2)
+    key_block = max(LEAST, min(LARGEST // 2, side))
+    query_block = _even(num_queries, 2 * key_block)
+    key_block = _even(num_keys, max(key_block, 2 * key_block**2 // query_block))
     if (query_block, key_block) == (num_queries, num_keys):
         key_block = -(-num_keys // 2)  # Streamed means in tiles.
     return query_block, key_block
@@ -218,25 +220,32 @@ def _with_score(
     grid = others.grid
     shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
     scores, index = jax.ShapeDtypeStruct(shape, dtype), grid.index(0, 0)
-    run, captured = hoist(lambda scores, index: score(scores, index), scores, index)
-    out = jax.eval_shape(run, captured, scores, index)
+    run, floating, fixed = hoist_floats(
+        lambda scores, index: score(scores, index), scores, index
+    )
+    out = jax.eval_shape(run, floating, fixed, scores, index)
     if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != shape:
-        raise ValueError(
-            f"`score` must give scores of the shape {shape} that it got, got {out}."
-        )
+        raise ValueError(f"`score` must give scores of the shape {shape}, got {out}.")
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"`score` must give real scores, got {out.dtype}.")
-    moves = [jnp.issubdtype(x.dtype, jnp.floating) for x in captured]
+    program = program._replace(score=run)
+    return program, floats._replace(captured=floating), others._replace(captured=fixed)
 
-    def of_both(floating: Any, fixed: Any, scores: Array, index: Any) -> Array:
-        floating, fixed = iter(floating), iter(fixed)
-        together = tuple(next(floating if move else fixed) for move in moves)
-        result: Array = run(together, scores, index)
-        return result
 
-    pairs = list(zip(captured, moves, strict=True))
-    return (
-        program._replace(score=of_both),
-        floats._replace(captured=tuple(x for x, move in pairs if move)),
-        others._replace(captured=tuple(x for x, move in pairs if not move)),
+def with_weigher(problem: Problem, weigh: Callable[[Array], Array]) -> Problem:
+    """The problem under a threshold map of a user's own."""
+    grid, dtype = problem.others.grid, computing_dtype(problem.dtype)
+    shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
+    margins = jax.ShapeDtypeStruct(shape, dtype)
+    run, floating, fixed = hoist_floats(lambda margins: weigh(margins), margins)
+    out = jax.eval_shape(run, floating, fixed, margins)
+    if not isinstance(out, jax.ShapeDtypeStruct) or (out.shape, out.dtype) != (shape, dtype):
+        raise ValueError(
+            f"the function of `normalizer` must keep shape and dtype, {shape} and {dtype}, got"
+            f" {out}."
+        )
+    return problem._replace(
+        program=problem.program._replace(weigh=run),
+        floats=problem.floats._replace(weigher=floating),
+        others=problem.others._replace(weigher=fixed),
     )

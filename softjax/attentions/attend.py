@@ -12,8 +12,8 @@ from jax.typing import ArrayLike
 
 from softjax import masks
 from softjax._inputs import computing_dtype
-from softjax.attentions import _exponential
-from softjax.attentions._prepare import Problem, per_head, prepare
+from softjax.attentions import _exponential, _sparse
+from softjax.attentions._prepare import Problem, per_head, prepare, with_weigher
 
 __all__ = ["attention"]
 
@@ -29,6 +29,7 @@ def attention(
     scale: ArrayLike | None = None,
     soft_cap: ArrayLike | None = None,
     sink: ArrayLike | None = None,
+    normalizer: str | tuple[Callable[[Array], Array], ArrayLike] = "softmax",
     positions: ArrayLike | tuple[ArrayLike | None, ArrayLike | None] | None = None,
     dropout_rate: ArrayLike = 0.0,
     dropout_key: Array | None = None,
@@ -36,7 +37,7 @@ def attention(
     implementation: str | None = None,
     return_lse: bool = False,
 ) -> Any:
-    r"""Averages values, weighted by the softmax of the scores of queries and keys.
+    r"""Averages values, weighted by the softmax, or a sparse map, of query-key scores.
 
     .. math:: o_t = \sum_s p_{ts} v_s, \qquad
         p_{ts} = e^{z_{ts}} \Big/ \Big(e^{c} + \sum_{r} e^{z_{tr}}\Big), \qquad
@@ -58,6 +59,9 @@ def attention(
         soft_cap: kappa > 0, one number or one a head; None for no cap; differentiable.
         sink: c, a score that takes weight and has no value, one number or one a head; None for
             no sink; differentiable.
+        normalizer: how scores become weights: "softmax", "sparsemax", "entmax15", or a pair of
+            a function f and a number r for weights f(z - tau) that sum to one. f is convex and
+            increases from 0, elementwise, with f(r) = 1; what it captures is differentiable.
         positions: where the tokens stand, for masks and `score`: ints `[..., T]`, or a pair for
             queries and keys; by default 0, 1, 2, ...
         dropout_rate: share of the weights that are dropped, in [0, 1]; the others are divided
@@ -68,7 +72,8 @@ def attention(
         implementation: "dense" forms all scores at once and remembers the weights; "streamed"
             forms them tile by tile and never keeps one; None takes the first for up to 2^19
             scores. The results are the same but for rounding.
-        return_lse: whether to return also the logarithm of the sum of exponentials.
+        return_lse: whether to return also the logarithm of the sum of exponentials (of softmax
+            alone, as is `sink`).
 
     Returns:
         Averages `[..., T, N, W]` in the dtype of `queries`; with `return_lse`, a pair of them
@@ -94,9 +99,10 @@ def attention(
     Note:
         O(T S) time, and streamed O(T + S) memory: in the value, the gradient, the JVP and
         Hessian-vector products. Tiles that the mask leaves empty are skipped, in all of these,
-        if the mask itself is not batched by `vmap` (leading axes of the arrays are better).
-        Half precision is multiplied as it comes, and summed and averaged in float32. Both
-        modes, any order.
+        if the mask itself is not batched by `vmap` (leading axes of the arrays are better);
+        sparse maps skip those without weight too, once their thresholds are found in some ten
+        walks over the scores. Half precision is multiplied as it comes, and summed and averaged
+        in float32. Both modes, any order.
 
     Reference:
         Vaswani et al. (2017), Attention is all you need; Milakov and Gimelshein (2018), Online
@@ -111,10 +117,26 @@ def attention(
             raise ValueError(f"`dropout_rate` must be in [0, 1], got {dropout_rate}.")
     if dropout_key is None and not none_dropped:
         raise ValueError("`dropout_rate` needs a `dropout_key`.")
+    weigh: Callable[..., Array] | None = None
+    reach: ArrayLike = 0.0
+    if not isinstance(normalizer, str):
+        weigh, reach = _pair(normalizer)
+    elif normalizer != "softmax":
+        if normalizer not in _sparse.MAPS:
+            raise ValueError(
+                '`normalizer` must be "softmax", "sparsemax", "entmax15" or a pair of a'
+                f" function and a number, got {normalizer!r}."
+            )
+        weigh, reach = _sparse.MAPS[normalizer]
+    if weigh is not None and (return_lse or sink is not None):
+        name = "return_lse" if return_lse else "sink"
+        raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
     return _attend(
         queries,
         keys,
         values,
+        weigh=None if weigh is None else _Callable.of(weigh),
+        reach=reach,
         mask=masks.as_mask(mask),
         bias=bias,
         score=None if score is None else _Callable.of(score),
@@ -128,6 +150,17 @@ def attention(
         implementation=implementation,
         return_lse=return_lse,
     )
+
+
+def _pair(normalizer: Any) -> tuple[Callable[..., Array], ArrayLike]:
+    pair = isinstance(normalizer, tuple) and len(normalizer) == 2 and callable(normalizer[0])
+    if not pair:
+        raise TypeError(
+            f"`normalizer` must be a name, or a pair of a function and a number, got"
+            f" {normalizer!r}."
+        )
+    weigh, reach = normalizer
+    return weigh, reach
 
 
 @jax.tree_util.register_dataclass
@@ -157,6 +190,8 @@ def _attend(
     keys: ArrayLike,
     values: ArrayLike,
     *,
+    weigh: Callable[..., Array] | None,
+    reach: ArrayLike,
     sink: ArrayLike | None,
     return_lse: bool,
     **options: Any,
@@ -165,14 +200,18 @@ def _attend(
     if problem.others.grid.empty:
         return _nothing(problem, sink, return_lse)
     grid, wide = problem.others.grid, computing_dtype(problem.dtype)
+    shaped = lambda x: grid.queries.join(x, 2).swapaxes(1, 2)
+    if weigh is not None:
+        problem = with_weigher(problem, weigh)
+        reach = jnp.asarray(reach, wide)
+        out = _sparse.sparse_average(problem.program, problem.floats, problem.others, reach)
+        return shaped(out).reshape(problem.shape).astype(problem.dtype)
     out, lse = _exponential.average(problem.program, problem.floats, problem.others)
     if sink is not None:
         level = per_head(sink, grid.heads, wide, "sink")
         out, lse = _with_sink(out, lse, jnp.squeeze(level, 3)[None])
-    out = grid.queries.join(out, 2).swapaxes(1, 2).reshape(problem.shape).astype(problem.dtype)
-    if not return_lse:
-        return out
-    return out, grid.queries.join(lse, 2).swapaxes(1, 2).reshape(problem.shape[:-1])
+    out = shaped(out).reshape(problem.shape).astype(problem.dtype)
+    return (out, shaped(lse).reshape(problem.shape[:-1])) if return_lse else out
 
 
 def _nothing(problem: Problem, sink: ArrayLike | None, return_lse: bool) -> Any:
