@@ -2,6 +2,7 @@
 
 from softjax import masks as masks
 from softjax.attentions.attend import attention
+from softjax.attentions.decoding import merge_attention, paged_attention
 from softjax.contrastive import info_nce, siglip_loss
 from softjax.dense import log_softmax, softmax
 from softjax.entropies import entropy, kl_divergence, log_prob
@@ -52,7 +53,9 @@ __all__ = [
     "logsumexp",
     "mean_loss",
     "mellowmax",
+    "merge_attention",
     "min_p_filter",
+    "paged_attention",
     "scalable_scores",
     "segment_softmax",
     "siglip_loss",

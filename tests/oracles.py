@@ -921,3 +921,23 @@ def attention(
                 out[place][t, n] = weights[:-1] @ v[kept[t]] / weights.sum()
                 lse[place][t, n] = peak + np.log(weights.sum())
     return out, lse
+
+
+def merge_attention(outs, lses):
+    outs, lses = (np.asarray(x).astype(np.longdouble) for x in (outs, lses))
+    shares = np.exp(lses - lses.max(0))
+    lse = lses.max(0) + np.log(shares.sum(0))
+    return np.sum(shares[..., None] * outs, 0) / shares.sum(0)[..., None], lse
+
+
+def paged_attention(queries, key_pages, value_pages, page_table, lengths, **options):
+    """Sequence by sequence, over the keys up to its length, the last queries aligned."""
+    key_pages, value_pages, page_table = map(np.asarray, (key_pages, value_pages, page_table))
+    outs = []
+    for q, pages, length in zip(
+        np.asarray(queries), page_table, np.asarray(lengths), strict=True
+    ):
+        k, v = (x[pages].reshape(-1, *x.shape[2:])[:length] for x in (key_pages, value_pages))
+        keep = np.tri(len(q), length, length - len(q), dtype=bool)
+        outs.append(attention(q, k, v, keep=keep, **options)[0])
+    return np.stack(outs)

@@ -135,11 +135,11 @@ def attention(
         queries,
         keys,
         values,
-        weigh=None if weigh is None else _Callable.of(weigh),
+        weigh=None if weigh is None else Argument.of(weigh),
         reach=reach,
         mask=masks.as_mask(mask),
         bias=bias,
-        score=None if score is None else _Callable.of(score),
+        score=None if score is None else Argument.of(score),
         scale=scale,
         soft_cap=soft_cap,
         sink=sink,
@@ -165,7 +165,7 @@ def _pair(normalizer: Any) -> tuple[Callable[..., Array], ArrayLike]:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Callable:
+class Argument:
     """A function, or an object with arrays that can be called, as an argument of `jit`."""
 
     arrays: list[Any]
@@ -173,7 +173,7 @@ class _Callable:
     structure: Any = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, function: Callable[..., Any]) -> "_Callable":
+    def of(cls, function: Callable[..., Any]) -> "Argument":
         leaves, structure = jax.tree.flatten(function)
         arrays = [x if hasattr(x, "dtype") else None for x in leaves]
         others = tuple(None if hasattr(x, "dtype") else x for x in leaves)
@@ -209,7 +209,7 @@ def _attend(
     out, lse = _exponential.average(problem.program, problem.floats, problem.others)
     if sink is not None:
         level = per_head(sink, grid.heads, wide, "sink")
-        out, lse = _with_sink(out, lse, jnp.squeeze(level, 3)[None])
+        out, lse = with_sink(out, lse, jnp.squeeze(level, 3)[None])
     out = shaped(out).reshape(problem.shape).astype(problem.dtype)
     return (out, shaped(lse).reshape(problem.shape[:-1])) if return_lse else out
 
@@ -226,7 +226,7 @@ def _nothing(problem: Problem, sink: ArrayLike | None, return_lse: bool) -> Any:
     return (out, lse) if return_lse else out
 
 
-def _with_sink(out: Array, lse: Array, sink: Array) -> tuple[Array, Array]:
-    """One more score, whose value is 0."""
+def with_sink(out: Array, lse: Array, sink: Array) -> tuple[Array, Array]:
+    """Averages `[..., W]` after one more score, whose value is 0."""
     share = jax.nn.sigmoid(lse - sink)
     return out * share[..., None], jnp.logaddexp(lse, sink)
