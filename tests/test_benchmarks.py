@@ -21,6 +21,10 @@ ROWS = {
         *("| sparsemax ", "| entmax15 ", "| entmax(alpha=1.3) ", "| soft_top_k(k=8) "),
         *("| top_p_filter(p=0.9) ", "| top_k_filter(k=50) ", "Copy: "),
     ],
+    "attention": [
+        *("| causal ", "| full ", "| window of 4 ", "| 8 documents ", "| entmax15 "),
+        *("| value ", "| gradient ", "| JVP ", "| HVP "),
+    ],
     "accuracy": [
         f"| {name} "
         for name in ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15")
@@ -42,7 +46,7 @@ def launch(*arguments):
 
 
 def test_every_benchmark_asks_a_question(capsys):
-    assert set(command_line.questions()) == {"accuracy", "maps"}
+    assert set(command_line.questions()) == {"accuracy", "attention", "maps"}
     assert command_line.main([]) == 0
     listing = capsys.readouterr().out
     for name, question in command_line.questions().items():
@@ -68,16 +72,14 @@ def test_quick_run(tmp_path, name):
 
     (file,) = tmp_path.iterdir()
     results = json.loads(file.read_text(encoding="utf-8"))
-    assert file.stem == ("maps-cpu" if name == "maps" else "accuracy")
+    assert file.stem == ("accuracy" if name == "accuracy" else f"{name}-cpu")
     assert results["benchmark"] == name
     versions = results["environment"]["versions"]
     assert versions.keys() >= {"jax", "jaxlib", "numpy", "softjax", "optax", "torch", "entmax"}
     assert results["environment"]["platform"] == "cpu"
     assert str(tmp_path) not in done.stdout
-    if name == "maps":
-        check_maps(results)
-    else:
-        check_accuracy(results)
+    checks = {"accuracy": check_accuracy, "attention": check_attention, "maps": check_maps}
+    checks[name](results)
 
 
 def check_maps(results):
@@ -91,6 +93,14 @@ def check_maps(results):
     for record in results["memory"]:
         assert record["output_bytes"] == 4 * math.prod(record["shape"])
         assert record["residual_bytes"] >= 0
+
+
+def check_attention(results):
+    for record in results["times"]:
+        assert record["passed"] is (record["ratio"] <= record["limit"])
+    for record in results["memory"]:
+        assert record["bytes"] > 0
+        assert (record["growth"] is None) == (record["length"] == 64)
 
 
 def check_accuracy(results):

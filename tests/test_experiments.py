@@ -20,6 +20,7 @@ from experiments._train import fit
 
 NAMES = tuple(command_line.questions())
 FIGURES = {
+    "attention": {"accuracy", "curves", "weights"},
     "blobs": {"curves", "regions", "sigmoid", "simplex"},
     "classification": {"confusion", "curves"},
     "language_model": {"loss", "memory"},
@@ -27,6 +28,7 @@ FIGURES = {
     "toy": {"loss", "steps"},
 }
 IMPOSSIBLE = {
+    "attention": {"min_recall": 1.01},
     "blobs": {"max_loss": -1.0},
     "classification": {"min_mlp_accuracy": 1.01},
     "language_model": {"max_loss": -1.0},
@@ -80,6 +82,7 @@ def test_unknown_name(capsys):
         ["toy", "--row", "8"],
         ["blobs", "--maps", "sparsemax"],
         ["blobs", "--num-test", "1000"],
+        ["attention", "--num-symbols", "3"],
         ["classification", "--maps"],
         ["language_model", "--window", "0"],
     ],
