@@ -1,5 +1,7 @@
 """From scores to choices: softmax and its relatives, exact and differentiable in JAX."""
 
+from softjax import masks as masks
+from softjax.attentions import attention, merge_attention, paged_attention
 from softjax.budgets import soft_top_k
 from softjax.contrastive import info_nce, siglip_loss
 from softjax.decoding import repetition_penalty
@@ -66,6 +68,7 @@ __all__ = [
     "actor_critic_value",
     "adaptive_log_softmax",
     "adjusted_scores",
+    "attention",
     "bellman_target",
     "class_balanced_weights",
     "clip_gradient",
@@ -95,7 +98,9 @@ __all__ = [
     "mean_loss",
     "mellowmax",
     "mellowmax_temperature",
+    "merge_attention",
     "min_p_filter",
+    "paged_attention",
     "policy_entropy",
     "policy_gradient_loss",
     "policy_log_prob",

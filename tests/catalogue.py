@@ -585,4 +585,43 @@ CATALOGUE = (
         lambda m, q, o, w: m.mellowmax_temperature(q, omega=o, where=w),
         make=_make(_logits, lambda rng: _per_slice(rng, 2.0, 5.0)),
     ),
+    Entry(
+        name="attention",
+        call=lambda q, k, v, b, c, keep: sj.attention(q, k, v, mask=keep, bias=b, sink=c),
+        oracle=lambda q, k, v, b, c, keep: oracles.attention(
+            q, k, v, keep=keep, bias=b, sink=c
+        )[0],
+        make=_make(
+            lambda rng: rng.standard_normal((2, 2, 3)),
+            lambda rng: rng.standard_normal((3, 1, 3)),
+            lambda rng: rng.standard_normal((3, 1, 2)),
+            lambda rng: rng.standard_normal((2, 1, 3)),
+            lambda rng: rng.standard_normal(2),
+            others=(lambda rng: rng.permuted(MASK[:, :3], axis=-1),),
+        ),
+    ),
+    Entry(
+        name="merge_attention",
+        call=lambda o, c: sj.merge_attention(o, c)[0],
+        oracle=lambda o, c: oracles.merge_attention(o, c)[0],
+        make=_make(
+            lambda rng: rng.standard_normal((3, 2, 4)),
+            lambda rng: rng.standard_normal((3, 2)),
+            others=(),
+        ),
+    ),
+    Entry(
+        name="paged_attention",
+        call=lambda q, k, v, table, lengths: sj.paged_attention(q, k, v, table, lengths),
+        oracle=lambda q, k, v, table, lengths: oracles.paged_attention(q, k, v, table, lengths),
+        make=_make(
+            lambda rng: rng.standard_normal((2, 2, 2, 3)),
+            lambda rng: rng.standard_normal((4, 2, 1, 3)),
+            lambda rng: rng.standard_normal((4, 2, 1, 2)),
+            others=(
+                lambda rng: rng.permuted(np.arange(4)).reshape(2, 2),
+                lambda rng: rng.permutation([2, 3]),
+            ),
+        ),
+    ),
 )

@@ -1156,3 +1156,73 @@ def mellowmax_temperature(values, *, omega, axis=-1, where=None):
         return mp.exp(_root(lambda u: value(u) - goal, mp.mpf(-40), mp.mpf(40)))
 
     return _with_options(rule, 0.0, values, axis, where, keepdims=True, omega=omega)
+
+
+@quiet
+def attention(
+    queries,
+    keys,
+    values,
+    *,
+    keep=True,
+    bias=0,
+    scale=None,
+    soft_cap=None,
+    sink=-INF,
+    score=None,
+    weigh=None,
+):
+    """Averages and log-sum-exp of softmax attention in extended precision, head by head.
+
+    `score(s, head)` changes the scores [T, S] of a head; what is not kept takes no part,
+    whatever stands there. `weigh(row)` stands for the softmax.
+    """
+    queries, keys, values, bias, sink = (
+        np.asarray(x).astype(np.longdouble) for x in (queries, keys, values, bias, sink)
+    )
+    *batch, num_queries, heads, width = queries.shape
+    groups = heads // keys.shape[-2]
+    full = (*batch, heads, num_queries, keys.shape[-3])
+    keep, bias = np.broadcast_to(keep, full), np.broadcast_to(bias, full)
+    scale = np.broadcast_to(1 / np.sqrt(width) if scale is None else scale, heads)
+    cap = None if soft_cap is None else np.broadcast_to(soft_cap, heads)
+    sink = np.broadcast_to(sink, heads)
+    out = np.zeros((*batch, num_queries, heads, values.shape[-1]), np.longdouble)
+    lse = np.full((*batch, num_queries, heads), -INF, np.longdouble)
+    for *place, n in np.ndindex(*batch, heads):
+        place = tuple(place)
+        q, k, v = queries[place][:, n], *(x[place][:, n // groups] for x in (keys, values))
+        s = np.longdouble(scale[n]) * (q @ k.T) + bias[place][n]
+        s = s if cap is None else cap[n] * np.tanh(s / cap[n])
+        s = s if score is None else score(s, n)
+        kept = keep[place][n] & (bias[place][n] != -INF) & (s != -INF)
+        for t in range(num_queries):
+            row = np.append(s[t][kept[t]], sink[n])
+            peak = row.max()
+            if peak > -INF:
+                weights = np.exp(row - peak)
+                if weigh is not None:
+                    weights = np.append(weigh(row[:-1].astype(np.float64)), 0)
+                out[place][t, n] = weights[:-1] @ v[kept[t]] / weights.sum()
+                lse[place][t, n] = peak + np.log(weights.sum())
+    return out, lse
+
+
+def merge_attention(outs, lses):
+    outs, lses = (np.asarray(x).astype(np.longdouble) for x in (outs, lses))
+    shares = np.exp(lses - lses.max(0))
+    lse = lses.max(0) + np.log(shares.sum(0))
+    return np.sum(shares[..., None] * outs, 0) / shares.sum(0)[..., None], lse
+
+
+def paged_attention(queries, key_pages, value_pages, page_table, lengths, **options):
+    """Sequence by sequence, over the keys up to its length, the last queries aligned."""
+    key_pages, value_pages, page_table = map(np.asarray, (key_pages, value_pages, page_table))
+    outs = []
+    for q, pages, length in zip(
+        np.asarray(queries), page_table, np.asarray(lengths), strict=True
+    ):
+        k, v = (x[pages].reshape(-1, *x.shape[2:])[:length] for x in (key_pages, value_pages))
+        keep = np.tri(len(q), length, length - len(q), dtype=bool)
+        outs.append(attention(q, k, v, keep=keep, **options)[0])
+    return np.stack(outs)

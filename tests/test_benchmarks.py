@@ -21,6 +21,10 @@ ROWS = {
         *("| sparsemax ", "| entmax15 ", "| entmax(alpha=1.3) ", "| soft_top_k(k=8) "),
         *("| top_p_filter(p=0.9) ", "| top_k_filter(k=50) ", "Copy: "),
     ],
+    "attention": [
+        *("| causal ", "| full ", "| window of 4 ", "| 8 documents ", "| entmax15 "),
+        *("| value ", "| gradient ", "| JVP ", "| HVP "),
+    ],
     "losses": [
         *("| cross_entropy ", "| linear_cross_entropy ", "| info_nce ", "| siglip_loss "),
         "| linear_cross_entropy, forward_gradient ",
@@ -118,6 +122,14 @@ def check_sampling(results):
         noise = 4 * case.rows * case.classes * case.draws
         assert record["rival_temporary_bytes"] >= noise
     assert record["temporary_bytes"] < noise / 2
+
+
+def check_attention(results):
+    for record in results["times"]:
+        assert record["passed"] is (record["ratio"] <= record["limit"])
+    for record in results["memory"]:
+        assert record["bytes"] > 0
+        assert (record["growth"] is None) == (record["length"] == 64)
 
 
 def check_accuracy(results):

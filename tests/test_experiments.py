@@ -20,6 +20,7 @@ from experiments._train import fit
 
 NAMES = tuple(command_line.questions())
 FIGURES = {
+    "attention": {"accuracy", "curves", "weights"},
     "bandit": {"exploration", "gradient", "parameters"},
     "blobs": {"curves", "regions", "sigmoid", "simplex"},
     "cartpole": {"return"},
@@ -30,6 +31,7 @@ FIGURES = {
     "toy": {"loss", "steps"},
 }
 IMPOSSIBLE = {
+    "attention": {"min_recall": 1.01},
     "bandit": {"tolerance": -0.01},
     "blobs": {"max_loss": -1.0},
     "cartpole": {"min_return": 501.0},
@@ -87,6 +89,7 @@ def test_unknown_name(capsys):
         ["blobs", "--maps", "sparsemax"],
         ["bandit", "--num-arms", "0"],
         ["blobs", "--num-test", "1000"],
+        ["attention", "--num-symbols", "3"],
         ["cartpole", "--num-minibatches", "3"],
         ["classification", "--maps"],
         ["language_model", "--window", "0"],

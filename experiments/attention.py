@@ -1,0 +1,441 @@
+"""Which map from scores to weights lets attention find one token among ever more?
+
+Two tasks, small transformers, all maps of one registry and several seeds. In max-retrieval
+(Velickovic et al. 2024, Softmax is not enough for sharp out-of-distribution) a query must give
+the class of the item with the highest priority; trained on 16 items, it is tested on up to
+4096. In associative recall (Arora et al. 2023, Zoology) two layers read pairs of keys and
+values, then keys alone, and must name the value of each. Expected: all maps recall everything;
+in retrieval softmax spreads its weight over the many and fades, and scalable softmax
+(Nakanishi 2025), whose scores grow with the logarithm of the number of items, fades later.
+Softmax as good as that at 16 times the training length would refute it.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from matplotlib.figure import Figure
+
+import softjax as sj
+from experiments._networks import mlp
+from experiments._plots import COLOURS, curves, panels
+from experiments._run import Experiment, Measure, Options, launch
+from experiments._train import descend
+from experiments._types import Arrays, Track, untracked
+from softjax import masks
+
+__all__ = ["Config", "draw", "judge", "main", "run"]
+
+NUM_CLASSES = 10
+MapName = Literal[
+    "softmax", "sink", "scalable softmax", "sparsemax", "entmax15", "adaptive temperature"
+]
+Params = dict[str, Any]
+Attend = Callable[[Array, Array, Array, Array, masks.Mask | None], Array]
+
+
+class Map(NamedTuple):
+    """Attention under one map: of a learnt number, queries, keys, values and a mask."""
+
+    attend: Attend
+    start: float = 0.0  # of the learnt number, where there is one
+    trained_as: MapName | None = None  # Another map, whose weights are used.
+
+
+def _normalizer(name: str) -> Attend:
+    return lambda _, *args: sj.attention(*args[:3], mask=args[3], normalizer=name)
+
+
+def _sink(level: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None) -> Array:
+    return sj.attention(q, k, v, mask=mask, sink=level)
+
+
+def _scalable(scale: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None) -> Array:
+    """Scores times s ln n, of the n keys that a query sees."""
+
+    def score(scores: Array, at: Any) -> Array:
+        seen = jnp.full_like(at.query, k.shape[-3]) if mask is None else at.query + 1
+        return scores * scale * jnp.log(jnp.maximum(seen, 2).astype(scores.dtype))
+
+    return sj.attention(q, k, v, mask=mask, score=score)
+
+
+def _adaptive(_: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None) -> Array:
+    """Softmax, sharpened by a polynomial in its entropy (that of the paper on retrieval)."""
+    attend = functools.partial(sj.attention, mask=mask)
+    mean_key, lse = attend(q, k, k, return_lse=True)
+    mean_score = jnp.sum(q * mean_key, -1) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
+    entropy = lse - mean_score
+    fitted = jnp.polyval(jnp.array([-0.037, 0.481, -2.3, 4.917, -1.791], q.dtype), entropy)
+    sharper = jnp.where(entropy > 0.5, jnp.maximum(fitted, 1), 1)
+    return attend(q * sharper[..., None], k, v)
+
+
+MAPS: dict[MapName, Map] = {
+    "softmax": Map(_normalizer("softmax")),
+    "sink": Map(_sink),
+    "scalable softmax": Map(_scalable, start=0.43),
+    "sparsemax": Map(_normalizer("sparsemax")),
+    "entmax15": Map(_normalizer("entmax15")),
+    "adaptive temperature": Map(_adaptive, trained_as="softmax"),
+}
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    """Options of attention over ever more tokens."""
+
+    num_seeds: int = 3
+    """Number of independent repetitions, run side by side."""
+    maps: tuple[MapName, ...] = tuple(MAPS)
+    """The maps that are compared."""
+    num_items: int = 16
+    """Items of max-retrieval in training."""
+    lengths: tuple[int, ...] = (16, 64, 256, 1024, 4096)
+    """Items in testing."""
+    num_pairs: int = 4
+    """Pairs of associative recall, and keys that are asked."""
+    num_symbols: int = 16
+    """Keys of associative recall, and as many values."""
+    num_features: int = 64
+    """Width of both models."""
+    num_rounds: int = 10
+    """Points of the training curves."""
+    retrieval_steps: int = 150
+    """Steps a round of max-retrieval."""
+    recall_steps: int = 100
+    """Steps a round of associative recall."""
+    batch_size: int = 64
+    """Sequences a step."""
+    num_test: int = 256
+    """Sequences in testing."""
+    learning_rate: float = 2e-3
+    """Of Adam, at its peak."""
+    min_recall: float = 0.995
+    """Target: accuracy of associative recall under softmax."""
+    min_retrieval: float = 0.97
+    """Target: accuracy of max-retrieval under softmax, as long as in training."""
+    min_gain: float = 0.10
+    """Target: by how much scalable softmax surpasses softmax at `gain_length`."""
+    gain_length: int = 256
+    """Where they are compared."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.maps:
+            raise ValueError("maps must name at least one map.")
+        if self.num_items not in self.lengths or self.gain_length not in self.lengths:
+            raise ValueError(
+                f"lengths must include num_items, {self.num_items}, and gain_length,"
+                f" {self.gain_length}, got {self.lengths}."
+            )
+        if self.num_symbols < self.num_pairs:
+            raise ValueError(
+                f"num_symbols must be at least num_pairs, {self.num_pairs}, got"
+                f" {self.num_symbols}."
+            )
+
+    @classmethod
+    def reduced(cls) -> Self:
+        """One map, one short length, few steps; only that something is learnt is judged."""
+        return cls(
+            quick=True,
+            num_seeds=2,
+            maps=("softmax",),
+            num_items=4,
+            lengths=(4,),
+            num_pairs=2,
+            num_symbols=4,
+            num_features=16,
+            num_rounds=2,
+            retrieval_steps=100,
+            recall_steps=50,
+            num_test=64,
+            learning_rate=1e-2,
+            min_recall=0.25,
+            min_retrieval=0.3,
+            gain_length=4,
+        )
+
+
+class Task(NamedTuple):
+    """A task: its first parameters, examples of it, and logits of the labels that count."""
+
+    start: Callable[[Array, Array, Config], Params]
+    sample: Callable[..., tuple[Any, Array]]  # of (key, count, config, length)
+    apply: Callable[[Params, Any, Attend], Array]
+    num_steps: Callable[[Config], int]
+
+
+# Max-retrieval: one query over items without order.
+
+
+def _retrieval_start(key: Array, number: Array, config: Config) -> Params:
+    items_key, values_key, out_key, query_key = jax.random.split(key, 4)
+    width = config.num_features
+    return {
+        "items": mlp([1 + NUM_CLASSES, width, width]).init(items_key),
+        "keys_values": jax.random.normal(values_key, (width, 2 * width)) / width**0.5,
+        "out": mlp([width, width, NUM_CLASSES]).init(out_key),
+        "query": jax.random.normal(query_key, (width,)),
+        "number": number,
+    }
+
+
+def _retrieval_sample(key: Array, count: int, config: Config, length: int) -> Any:
+    priority_key, class_key = jax.random.split(key)
+    priorities = jax.random.uniform(priority_key, (count, length))
+    classes = jax.random.randint(class_key, (count, length), 0, NUM_CLASSES)
+    first = jnp.argmax(priorities, -1, keepdims=True)
+    return (priorities, classes), jnp.take_along_axis(classes, first, -1)
+
+
+def _items(params: Params, items: Any) -> tuple[Array, Array, Array]:
+    """The query, keys and values `[count, tokens, 1, width]` of items."""
+    priorities, classes = items
+    one_hot = jax.nn.one_hot(classes, NUM_CLASSES, dtype=priorities.dtype)
+    inputs = jnp.concatenate([priorities[..., None], one_hot], -1)
+    width = params["query"].size
+    network = mlp([1 + NUM_CLASSES, width, width])
+    hidden = network.apply(params["items"], inputs.reshape(-1, 1 + NUM_CLASSES))
+    hidden = hidden.reshape(*priorities.shape, width) @ params["keys_values"]
+    keys, values = jnp.split(hidden[:, :, None], 2, -1)
+    query = jnp.broadcast_to(params["query"], (len(priorities), 1, 1, width))
+    return query, keys, values
+
+
+def _retrieval_apply(params: Params, items: Any, attend: Attend) -> Array:
+    out = attend(params["number"], *_items(params, items), None)
+    width = params["query"].size
+    network = mlp([width, width, NUM_CLASSES])
+    return network.apply(params["out"], out.reshape(-1, width))[:, None]
+
+
+# Associative recall: pairs of a key and its value, then keys, each to be answered.
+
+
+def _recall_start(key: Array, number: Array, config: Config) -> Params:
+    token_key, place_key, layer_key = jax.random.split(key, 3)
+    width, length = config.num_features, 3 * config.num_pairs
+    return {
+        "tokens": jax.random.normal(token_key, (2 * config.num_symbols, width)),
+        "places": jax.random.normal(place_key, (length, width)),
+        "layers": jax.random.normal(layer_key, (2, width, 4 * width)) / width**0.5,
+        "out": jnp.zeros((width, 2 * config.num_symbols)),
+        "number": jnp.broadcast_to(number, (2,)),
+    }
+
+
+def _recall_sample(key: Array, count: int, config: Config, length: int) -> Any:
+    del length
+
+    def one(key: Array) -> tuple[Array, Array]:
+        keys_key, values_key, order_key = jax.random.split(key, 3)
+        symbols = jnp.arange(config.num_symbols, dtype=jnp.int32)
+        keys = jax.random.permutation(keys_key, symbols)[: config.num_pairs]
+        shape = (config.num_pairs,)
+        values = jax.random.randint(values_key, shape, 0, config.num_symbols, jnp.int32)
+        values += config.num_symbols
+        asked = jax.random.permutation(order_key, jnp.arange(config.num_pairs))
+        pairs = jnp.stack([keys, values], 1).reshape(-1)
+        return jnp.concatenate([pairs, keys[asked]]), values[asked]
+
+    return jax.vmap(one)(jax.random.split(key, count))
+
+
+def _recall_apply(params: Params, tokens: Array, attend: Attend) -> Array:
+    width = params["places"].shape[-1]
+    x = params["tokens"][tokens] + params["places"][None]
+
+    def read(x: Array, parts: tuple[Array, Array]) -> tuple[Array, None]:
+        layer, number = parts
+        normed = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
+        q, k, v = jnp.split((normed @ layer[:, : 3 * width])[:, :, None], 3, -1)
+        out = attend(number, q, k, v, masks.Causal())[:, :, 0]
+        return x + out @ layer[:, 3 * width :], None
+
+    x, _ = jax.lax.scan(read, x, (params["layers"], params["number"]))
+    num_asked = tokens.shape[1] // 3
+    return x[:, -num_asked:] @ params["out"]
+
+
+TASKS = {
+    "retrieval": Task(
+        _retrieval_start, _retrieval_sample, _retrieval_apply, lambda c: c.retrieval_steps
+    ),
+    "recall": Task(_recall_start, _recall_sample, _recall_apply, lambda c: c.recall_steps),
+}
+
+
+def run(config: Config, track: Track = untracked) -> Arrays:
+    """Training curves, accuracies by seed (and length), and the weights of one example."""
+    keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
+    arrays: Arrays = {"lengths": np.array(config.lengths)}
+    for task in TASKS:
+        trained: dict[MapName, Params] = {}
+        for name in config.maps:
+            source = MAPS[name].trained_as or name
+            if source not in trained:
+                trained[source], losses = _fit(keys, task, source, config, track)
+                arrays[f"curves/{task}, {source}/train_loss"] = losses
+            params = trained[source]
+            if task == "recall":
+                arrays[f"recall/{name}"] = _accuracy(params, keys, task, name, config, 0)
+                continue
+            by_length = [_accuracy(params, keys, task, name, config, n) for n in config.lengths]
+            arrays[f"retrieval/{name}"] = np.stack(by_length, -1)
+            arrays[f"weights/{name}"] = np.asarray(_weights(params, keys[0], name, config))
+    return arrays
+
+
+def _fit(
+    keys: Array, task: str, name: MapName, config: Config, track: Track
+) -> tuple[Params, Any]:
+    params, state = _start(keys, jnp.array(MAPS[name].start), task, config)
+    losses = []
+    for number in track(range(config.num_rounds), f"{task}, {name}"):
+        params, state, loss = _train(params, state, keys, jnp.int32(number), task, name, config)
+        losses.append(np.asarray(loss))
+    return params, np.stack(losses, -1)
+
+
+def _optimizer(task: str, config: Config) -> Any:
+    num_steps = config.num_rounds * TASKS[task].num_steps(config)
+    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps))
+
+
+@functools.partial(jax.jit, static_argnames=("task", "config"))
+def _start(keys: Array, number: Array, task: str, config: Config) -> tuple[Params, Any]:
+    start = lambda key: TASKS[task].start(key, number, config)
+    params = jax.vmap(start)(keys)
+    return params, jax.vmap(_optimizer(task, config).init)(params)
+
+
+@functools.partial(jax.jit, static_argnames=("task", "name", "config"))
+def _train(
+    params: Params,
+    state: Any,
+    keys: Array,
+    number: Array,
+    task: str,
+    name: MapName,
+    config: Config,
+) -> tuple[Params, Any, Array]:
+    """One round; the new parameters and state, and the mean loss `[seeds]`."""
+    optimizer, attend = _optimizer(task, config), MAPS[name].attend
+
+    def mean_loss(params: Params, examples: Any, labels: Array) -> Array:
+        logits = TASKS[task].apply(params, examples, attend)
+        return jnp.mean(sj.cross_entropy(logits, labels))
+
+    def step(carry: Any, key: Array) -> tuple[Any, Array]:
+        params, state = carry
+        examples = TASKS[task].sample(key, config.batch_size, config, config.num_items)
+        loss, grads = jax.value_and_grad(mean_loss)(params, *examples)
+        return descend(optimizer, grads, state, params), loss
+
+    def one_seed(params: Params, state: Any, key: Array) -> tuple[Params, Any, Array]:
+        step_keys = jax.random.split(
+            jax.random.fold_in(key, number), TASKS[task].num_steps(config)
+        )
+        (params, state), losses = jax.lax.scan(step, (params, state), step_keys)
+        return params, state, jnp.mean(losses)
+
+    return jax.vmap(one_seed)(params, state, keys)
+
+
+@functools.partial(jax.jit, static_argnames=("task", "name", "config", "length"))
+def _right(
+    params: Params, keys: Array, task: str, name: MapName, config: Config, length: int
+) -> Array:
+    def one_seed(params: Params, key: Array) -> Array:
+        # Beyond the numbers of all rounds: these examples are in no training.
+        key = jax.random.fold_in(key, config.num_rounds + length)
+
+        def some(key: Array) -> Array:
+            count = max(1, min(config.num_test, 2**16 // max(1, length)))
+            examples, labels = TASKS[task].sample(key, count, config, length)
+            logits = TASKS[task].apply(params, examples, MAPS[name].attend)
+            return jnp.mean(jnp.argmax(logits, -1) == labels)
+
+        num_parts = max(1, config.num_test * length // 2**16)
+        return jnp.mean(jax.lax.map(some, jax.random.split(key, num_parts)))
+
+    return jax.vmap(one_seed)(params, keys)
+
+
+def _accuracy(
+    params: Params, keys: Array, task: str, name: MapName, config: Config, length: int
+) -> Any:
+    return np.asarray(_right(params, keys, task, name, config, length))
+
+
+@functools.partial(jax.jit, static_argnames=("name", "config"))
+def _weights(params: Params, key: Array, name: MapName, config: Config) -> Array:
+    """The weights of items in the order of their priority, of a few examples."""
+    params = jax.tree.map(lambda leaf: leaf[0], params)
+    length = config.lengths[min(2, len(config.lengths) - 1)]
+    (priorities, classes), _ = _retrieval_sample(key, 8, config, length)
+    order = jnp.argsort(priorities, -1, descending=True)
+    items = tuple(jnp.take_along_axis(x, order, -1) for x in (priorities, classes))
+    query, keys, _ = _items(params, items)
+    eye = jnp.broadcast_to(jnp.eye(length, dtype=query.dtype)[:, None], (8, length, 1, length))
+    return MAPS[name].attend(params["number"], query, keys, eye, None)[:, 0, 0]
+
+
+def judge(config: Config, arrays: Arrays) -> list[Measure]:
+    """Accuracies of all maps, and what scalable softmax gains."""
+    measures = []
+    for name in config.maps:
+        target = config.min_recall if name == "softmax" else None
+        measures.append(Measure(f"recall, {name}", arrays[f"recall/{name}"], at_least=target))
+    for name in config.maps:
+        for column, length in enumerate(config.lengths):
+            judged = name == "softmax" and length == config.num_items
+            measures.append(
+                Measure(
+                    f"retrieval among {length}, {name}",
+                    arrays[f"retrieval/{name}"][:, column],
+                    at_least=config.min_retrieval if judged else None,
+                )
+            )
+    if {"softmax", "scalable softmax"} <= set(config.maps):
+        column = config.lengths.index(config.gain_length)
+        ours, theirs = (
+            arrays[f"retrieval/{name}"][:, column] for name in ("scalable softmax", "softmax")
+        )
+        title = f"gain of scalable softmax among {config.gain_length}"
+        measures.append(Measure(title, ours - theirs, at_least=config.min_gain))
+    return measures
+
+
+def draw(arrays: Arrays) -> dict[str, Figure]:
+    """Accuracy against length, training curves, and where each map puts its weight."""
+    names = [key.removeprefix("retrieval/") for key in arrays if key.startswith("retrieval/")]
+    length, (panel,) = panels(["max-retrieval: accuracy by number of items"], size=4.2)
+    for name, colour in zip(names, COLOURS, strict=False):
+        accuracy = arrays[f"retrieval/{name}"]
+        panel.plot(arrays["lengths"], accuracy.T, color=colour, linewidth=0.5, alpha=0.3)
+        mean = np.mean(accuracy, 0)
+        panel.plot(arrays["lengths"], mean, color=colour, marker="o", markersize=3, label=name)
+    panel.set_xscale("log", base=2)
+    panel.set_ylim(0, 1.02)
+    panel.legend(fontsize=7)
+    weights, axes = panels(names, size=2.2)
+    for axis, name in zip(axes, names, strict=True):
+        image = np.maximum(arrays[f"weights/{name}"][:, :32], 1e-6)
+        axis.imshow(np.log10(image), vmin=-4, vmax=0, aspect="auto", cmap="viridis")
+        axis.set_xlabel("items by priority")
+        axis.set_yticks([])
+    return {"accuracy": length, "curves": curves(arrays, "round"), "weights": weights}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the experiment from its command line; returns the exit code."""
+    return launch(Experiment("attention", __doc__, Config, run, judge, draw), args)

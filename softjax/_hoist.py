@@ -1,0 +1,44 @@
+"""Functions that users pass: what they capture becomes an argument.
+
+A closure may hold arrays that are traced, batched or differentiated outside. A rule with
+derivatives of its own must receive all of them as arguments.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+
+
+def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
+    """A function of (captured, *args) alone, and the arrays that `function` has captured.
+
+    They become arguments, and so have derivatives; the result is static.
+    """
+    closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
+    structure = jax.tree.structure(out)
+
+    def run(captured: Any, *args: Any) -> Any:
+        whole = jex.core.ClosedJaxpr(closed.jaxpr, captured)
+        leaves = jex.core.jaxpr_as_fun(whole)(*jax.tree.leaves(args))
+        return jax.tree.unflatten(structure, leaves)
+
+    return run, tuple(jnp.asarray(x) for x in closed.consts)
+
+
+def hoist_floats(
+    function: Callable[..., Any], *args: Any
+) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
+    """A function of (floats, others, *args), and what it captured, in these two kinds."""
+    run, captured = hoist(function, *args)
+    moves = [jnp.issubdtype(x.dtype, jnp.floating) for x in captured]
+
+    def apart(floats: Any, others: Any, *args: Any) -> Any:
+        left, right = iter(floats), iter(others)
+        return run(tuple(next(left if move else right) for move in moves), *args)
+
+    pairs = list(zip(captured, moves, strict=True))
+    floats = tuple(x for x, move in pairs if move)
+    return apart, floats, tuple(x for x, move in pairs if not move)

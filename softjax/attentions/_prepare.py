@@ -1,0 +1,251 @@
+"""From what a caller passes to the operands of the tiles: shapes, dtypes, blocks.
+
+Keys and values that hold NaN or inf are replaced by zeros and remembered as bad, and so are
+queries: who sees one gets NaN, and nobody else is touched, in no derivative either.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from softjax._hoist import hoist_floats
+from softjax._inputs import computing_dtype, to_float
+from softjax._tiles import Grid, grid_of, per_score
+from softjax.attentions._dropout import words_of
+from softjax.attentions._operands import Floats, Others, Program
+from softjax.masks import Inside, Mask
+
+DENSE = 2**19  # so many scores, or fewer, are formed at once and kept for the derivative
+ENTRIES = 2**19  # scores of a tile, about
+LARGEST = 512  # queries of a block, at most
+LEAST = 32  # keys of a block, at least
+
+
+class Problem(NamedTuple):
+    """An attention as its tiles see it."""
+
+    program: Program
+    floats: Floats
+    others: Others
+    shape: tuple[int, ...]  # of the result, [..., T, N, W]
+    dtype: jnp.dtype  # of the result
+
+
+def prepare(
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    *,
+    mask: Mask | None,
+    bias: ArrayLike | None,
+    score: Callable[..., Array] | None,
+    scale: ArrayLike | None,
+    soft_cap: ArrayLike | None,
+    positions: Any,
+    dropout_rate: ArrayLike,
+    dropout_key: Array | None,
+    block_size: int | tuple[int, int] | None,
+    implementation: str | None,
+) -> Problem:
+    """Checks and cuts the arguments of `attention`."""
+    queries, keys, values, dtype = _three(queries, keys, values)
+    *batch, num_queries, heads, width = queries.shape
+    num_keys, key_heads = keys.shape[-3], keys.shape[-2]
+    wide = computing_dtype(dtype)
+    blocks = _blocks(
+        math.prod(batch) * heads, num_queries, num_keys, block_size, implementation
+    )
+    grid = grid_of(
+        tuple(batch),
+        heads,
+        num_queries,
+        num_keys,
+        blocks=blocks,
+        positions=_positions(positions),
+    )
+    bound = None if mask is None else mask.bind(grid)
+    if grid.keys.padding:
+        bound = Inside() if bound is None else bound & Inside()
+
+    by_head = lambda x: x.reshape(grid.rows, *x.shape[-3:]).swapaxes(1, 2)
+    queries, keys, values = by_head(queries), by_head(keys), by_head(values)
+    bad_queries = _bad(queries)
+    bad_keys = _bad(keys) | _bad(values)
+    queries = jnp.where(bad_queries[..., None], 0, queries)
+    keys = jnp.where(bad_keys[..., None], 0, keys)
+    values = jnp.where(bad_keys[..., None], 0, values)
+    shared = (grid.rows, key_heads, heads // key_heads, num_queries, width)
+    queries = queries.reshape(shared)
+
+    remember = grid.queries.num_blocks == grid.keys.num_blocks == 1 and block_size is None
+    program = Program(remember=remember)
+    floats = Floats(
+        grid.queries.cut(queries, 3), grid.keys.cut(keys, 2), grid.keys.cut(values, 2)
+    )
+    floats = floats._replace(
+        bias=None if bias is None else _bias(bias, grid),
+        scale=per_head(
+            1 / max(1, width) ** 0.5 if scale is None else scale, heads, wide, "scale"
+        ),
+        soft_cap=None if soft_cap is None else per_head(soft_cap, heads, wide, "soft_cap"),
+    )
+    others = Others(grid, bound, bad_queries, bad_keys)
+    if score is not None:
+        program, floats, others = _with_score(score, program, floats, others, wide)
+    if dropout_key is not None:
+        rate, _ = to_float(dropout_rate, name="dropout_rate")
+        if rate.ndim:
+            raise ValueError(f"`dropout_rate` must be one number, got the shape {rate.shape}.")
+        others = others._replace(dropout=(words_of(dropout_key), rate.astype(wide)))
+    shape = (*batch, num_queries, heads, values.shape[-1])
+    return Problem(program, floats, others, shape, dtype)
+
+
+def per_head(x: ArrayLike, heads: int, dtype: Any, name: str) -> Array:
+    """One number, or one a head, as `[1, N or 1, 1, 1]`."""
+    x, _ = to_float(x, name=name)
+    if x.shape not in ((), (1,), (heads,)):
+        raise ValueError(
+            f"`{name}` must be one number or one a head, ({heads},), got the shape {x.shape}."
+        )
+    return x.astype(dtype).reshape(1, -1, 1, 1)
+
+
+def _three(
+    queries: ArrayLike, keys: ArrayLike, values: ArrayLike
+) -> tuple[Array, Array, Array, jnp.dtype]:
+    given = {"queries": queries, "keys": keys, "values": values}
+    dtypes = {name: to_float(x, name=name)[1] for name, x in given.items()}
+    dtype = dtypes["queries"]
+    for name in ("keys", "values"):
+        if dtypes[name] != dtype:
+            raise TypeError(
+                f"`{name}` must have the dtype {dtype} of `queries`, got {dtypes[name]}."
+            )
+    queries, keys, values = (jnp.asarray(x).astype(dtype) for x in given.values())
+    shapes = f"{queries.shape}, {keys.shape} and {values.shape}"
+    wanted = (
+        "`queries` must be [..., T, N, H], `keys` [..., S, K, H] and `values` [..., S, K, W]"
+    )
+    if queries.ndim < 3 or keys.ndim != queries.ndim or values.ndim != queries.ndim:
+        raise ValueError(f"{wanted}, got {shapes}.")
+    if (
+        keys.shape[:-3] != queries.shape[:-3]
+        or keys.shape[-1] != queries.shape[-1]
+        or values.shape[:-1] != keys.shape[:-1]
+    ):
+        raise ValueError(f"{wanted}, got {shapes}.")
+    if keys.shape[-2] == 0 or queries.shape[-2] % keys.shape[-2]:
+        raise ValueError(
+            f"the N heads of `queries` must be a multiple of the K of `keys`, got"
+            f" {queries.shape[-2]} and {keys.shape[-2]}."
+        )
+    return queries, keys, values, dtype
+
+
+def _blocks(
+    heads: int,
+    num_queries: int,
+    num_keys: int,
+    block_size: int | tuple[int, int] | None,
+    implementation: str | None,
+) -> tuple[int, int]:
+    """How many queries and keys make a tile."""
+    if implementation not in (None, "dense", "streamed"):
+        raise ValueError(
+            f'`implementation` must be None, "dense" or "streamed", got {implementation!r}.'
+        )
+    num_queries, num_keys = max(1, num_queries), max(1, num_keys)
+    if block_size is not None:
+        pair = block_size if isinstance(block_size, tuple) else (block_size, block_size)
+        if len(pair) != 2 or any(not isinstance(n, int) or n < 1 for n in pair):
+            raise ValueError(
+                f"`block_size` must be a positive int, or two of them, got {block_size!r}."
+            )
+        if implementation == "dense":
+            raise ValueError('`block_size` has no meaning with `implementation="dense"`.')
+        return min(pair[0], num_queries), min(pair[1], num_keys)
+    small = heads * num_queries * num_keys <= DENSE
+    if implementation == "dense" or (implementation is None and small):
+        return num_queries, num_keys
+    # Twice as many queries as keys: each block of queries costs a pass over all keys.
+    side = 1 << int(math.log2(max(1, ENTRIES / (2 * max(1, heads)))) / 2)
+    key_block = max(LEAST, min(LARGEST // 2, side))
+    query_block = _even(num_queries, 2 * key_block)
+    key_block = _even(num_keys, max(key_block, 2 * key_block**2 // query_block))
+    if (query_block, key_block) == (num_queries, num_keys):
+        key_block = -(-num_keys // 2)  # Streamed means in tiles.
+    return query_block, key_block
+
+
+def _even(size: int, block: int) -> int:
+    """A block of about that size, of which a whole number makes up nearly all tokens."""
+    count = -(-size // block)
+    return -(-size // count)
+
+
+def _positions(positions: Any) -> tuple[Any, Any]:
+    if positions is None:
+        return None, None
+    if isinstance(positions, tuple):
+        if len(positions) != 2:
+            raise ValueError(
+                f"`positions` must be those of queries and keys, got {len(positions)} of them."
+            )
+        return positions
+    return positions, positions
+
+
+def _bad(x: Any) -> Array:
+    return ~jnp.all(jnp.isfinite(x), -1)
+
+
+def _bias(bias: ArrayLike, grid: Grid) -> Array:
+    wide, dtype = to_float(bias, name="bias")
+    bias = per_score(wide.astype(dtype), grid, "bias")
+    cut = grid.queries.cut(bias, 2) if bias.shape[2] != 1 else bias[None]
+    if bias.shape[3] == 1:
+        return cut[:, None]
+    return jnp.moveaxis(grid.keys.cut(cut, 4), 0, 1)
+
+
+def _with_score(
+    score: Callable[..., Array], program: Program, floats: Floats, others: Others, dtype: Any
+) -> tuple[Program, Floats, Others]:
+    grid = others.grid
+    shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
+    scores, index = jax.ShapeDtypeStruct(shape, dtype), grid.index(0, 0)
+    run, floating, fixed = hoist_floats(
+        lambda scores, index: score(scores, index), scores, index
+    )
+    out = jax.eval_shape(run, floating, fixed, scores, index)
+    if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != shape:
+        raise ValueError(f"`score` must give scores of the shape {shape}, got {out}.")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        raise TypeError(f"`score` must give real scores, got {out.dtype}.")
+    program = program._replace(score=run)
+    return program, floats._replace(captured=floating), others._replace(captured=fixed)
+
+
+def with_weigher(problem: Problem, weigh: Callable[[Array], Array]) -> Problem:
+    """The problem under a threshold map of a user's own."""
+    grid, dtype = problem.others.grid, computing_dtype(problem.dtype)
+    shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
+    margins = jax.ShapeDtypeStruct(shape, dtype)
+    run, floating, fixed = hoist_floats(lambda margins: weigh(margins), margins)
+    out = jax.eval_shape(run, floating, fixed, margins)
+    if not isinstance(out, jax.ShapeDtypeStruct) or (out.shape, out.dtype) != (shape, dtype):
+        raise ValueError(
+            f"the function of `normalizer` must keep shape and dtype, {shape} and {dtype}, got"
+            f" {out}."
+        )
+    return problem._replace(
+        program=problem.program._replace(weigh=run),
+        floats=problem.floats._replace(weigher=floating),
+        others=problem.others._replace(weigher=fixed),
+    )

@@ -1,0 +1,178 @@
+"""Attention under threshold maps: sparsemax, entmax15, and maps of a user's own.
+
+The weights are f(z - tau), with a threshold tau for each query that makes them sum to one. It
+is found by Newton's method, blockwise: each step visits the tiles that still reach above it,
+and as it only climbs, they become fewer. Then one more walk takes the weighted sum of the
+values, over those tiles alone. The threshold has one rule, that of an implicit function,
+
+    tau' = sum f'(z - tau) z' / sum f'(z - tau),
+
+and the weighted sum is differentiated as it stands.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from softjax._exact import where_finite
+from softjax._inputs import computing_dtype
+from softjax._threshold import reciprocal
+from softjax.attentions._operands import (
+    Floats,
+    Others,
+    Place,
+    Program,
+    drop,
+    moving,
+    push_scores,
+    scores_of,
+    tile_kinds,
+    weighted,
+)
+from softjax.attentions._walks import over_keys, over_queries, sum_over_keys
+
+
+def _sparsemax(margins: Array) -> Array:
+    return jnp.where(margins > 0, margins, 0)
+
+
+def _entmax15(margins: Array) -> Array:
+    return jnp.where(margins > 0, margins / 2, 0) ** 2
+
+
+# Each f with its reach, at which it is 1.
+MAPS: dict[str, tuple[Callable[[Array], Array], float]] = {
+    "sparsemax": (_sparsemax, 1.0),
+    "entmax15": (_entmax15, 2.0),
+}
+STEPS = 64  # of Newton's method, at most
+
+
+class _Found(NamedTuple):
+    """Of each query; weights are f((z - peak) - tau)."""
+
+    tau: Array  # [i, batch, N, query]; NaN where a NaN is seen
+    peak: Array  # the largest score, a constant; 0 where nothing is seen
+    kinds: Any  # of tiles; 0 also where all weights are 0
+
+
+class _Climb(NamedTuple):
+    tau: Array
+    kinds: Array
+    moving: Array
+    steps: Array
+
+
+def sparse_average(program: Program, floats: Floats, others: Others, reach: Array) -> Array:
+    """Averages of values `[i, batch, N, query, W]`."""
+    found = _threshold(program, floats, others, reach)
+    grid = others.grid
+    start = jnp.zeros((*found.tau.shape[1:], floats.values.shape[-1]), found.tau.dtype)
+
+    def block(i: Any, parts: tuple[Floats], found: _Found) -> Array:
+        def term(at: Place, part: Floats, tau: Array, peak: Array) -> Array:
+            scores = scores_of(program, part, others, at)
+            weights = _weights(program, part, others, scores, tau, peak)
+            return weighted(drop(weights, others, at), part.values)
+
+        rows = (found.tau, found.peak)
+        return sum_over_keys(grid, i, term, start, found.kinds, parts, *rows)
+
+    out = over_queries(grid, block, (floats,), found, remember=False)
+    return jnp.where(jnp.isnan(found.tau)[..., None], jnp.nan, out)
+
+
+def _weights(
+    program: Program, part: Floats, others: Others, scores: Array, tau: Array, peak: Array
+) -> Array:
+    dropped = scores == -jnp.inf
+    margins = jnp.where(dropped, 0, (scores - peak[..., None]) - tau[..., None])
+    assert program.weigh is not None
+    weights = program.weigh(part.weigher, others.weigher, margins)
+    return jnp.where(dropped, 0, jnp.where(jnp.isnan(scores), jnp.nan, weights))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _threshold(program: Program, floats: Floats, others: Others, reach: Array) -> _Found:
+    grid = others.grid
+    dtype = computing_dtype(floats.queries.dtype)
+    rows = (grid.rows, grid.heads, grid.queries.block)
+
+    def block(i: Any, parts: tuple[Floats], kinds: Array) -> _Found:
+        def higher(at: Place, peak: Array, part: Floats) -> Array:
+            return jnp.maximum(peak, jnp.max(scores_of(program, part, others, at), -1))
+
+        lowest = jnp.full(rows, -jnp.inf, dtype)
+        peak = where_finite(over_keys(grid, i, higher, lowest, kinds, *parts))
+
+        def sums(tau: Array, kinds: Array) -> tuple[Array, Array, Array]:
+            """Of weights and slopes; and which tiles reach above the thresholds."""
+
+            def visit(at: Place, seen: Any, part: Floats) -> Any:
+                scores = scores_of(program, part, others, at)
+                weigh = lambda tau: -_weights(program, part, others, scores, tau, peak)
+                weights, slopes = jax.jvp(weigh, (tau,), (jnp.ones_like(tau),))
+                live = jnp.where(
+                    jnp.any(~(weights >= 0)), seen[2].at[at.j].set(at.kind), seen[2]
+                )
+                return seen[0] - jnp.sum(weights, -1), seen[1] + jnp.sum(slopes, -1), live
+
+            zero = jnp.zeros_like(tau)
+            return over_keys(grid, i, visit, (zero, zero, jnp.zeros_like(kinds)), kinds, *parts)
+
+        def climb(state: _Climb) -> _Climb:
+            total, slope, live = sums(state.tau, state.kinds)
+            above = (total > 1) & (slope > 0)
+            step = jnp.where(above, (total - 1) / jnp.where(above, slope, 1), 0)
+            far = jnp.any(step > 2 * jnp.finfo(dtype).eps * (reach + 1))
+            tau = jnp.where(jnp.isnan(total), jnp.nan, state.tau + step)
+            return _Climb(tau, live, far, state.steps + 1)
+
+        start = _Climb(jnp.full(rows, -reach), kinds, jnp.array(True), jnp.array(0))
+        found = lax.while_loop(lambda s: s.moving & (s.steps < STEPS), climb, start)
+        return _Found(found.tau, peak, found.kinds)
+
+    return over_queries(grid, block, (floats,), tile_kinds(others))
+
+
+def _threshold_jvp(program: Program, primals: Any, tangents: Any) -> tuple[_Found, _Found]:
+    # The rule of an implicit function; see the module. Its slopes are those of f, found by JAX.
+    floats, others, _ = primals
+    found = _threshold(program, *primals)
+    dots, grid = moving(tangents[0]), others.grid
+    zero = jnp.zeros(found.tau.shape[1:], found.tau.dtype)
+
+    def slopes(at: Place, part: Floats, tau: Array, peak: Array) -> Array:
+        scores = scores_of(program, part, others, at)
+        weigh = lambda tau: -_weights(program, part, others, scores, tau, peak)
+        return jnp.sum(jax.jvp(weigh, (tau,), (jnp.ones_like(tau),))[1], -1)
+
+    def term(at: Place, part: Floats, dot: Floats, tau: Array, peak: Array) -> Array:
+        scores, scores_dot = push_scores(program, part, dot, others, at)
+
+        def weigh(scores: Array, weigher: Any) -> Array:
+            return _weights(program, part._replace(weigher=weigher), others, scores, tau, peak)
+
+        if dot.weigher is None:
+            pushed = jax.jvp(lambda s: weigh(s, part.weigher), (scores,), (scores_dot,))
+        else:
+            pushed = jax.jvp(weigh, (scores, part.weigher), (scores_dot, dot.weigher))
+        return jnp.sum(pushed[1], -1)
+
+    def block(i: Any, parts: Any, found: _Found) -> Array:
+        rows = (found.tau, found.peak)
+        slope = sum_over_keys(grid, i, slopes, zero, found.kinds, parts[:1], *rows)
+        moved = sum_over_keys(grid, i, term, zero, found.kinds, parts, *rows)
+        return moved * reciprocal(slope)
+
+    tau_dot = over_queries(grid, block, (floats, dots), found, remember=False)
+    fixed = np.zeros(found.kinds.shape, jax.dtypes.float0)
+    return found, _Found(tau_dot, jnp.zeros_like(found.peak), fixed)
+
+
+_threshold.defjvp(_threshold_jvp, symbolic_zeros=True)

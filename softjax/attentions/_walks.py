@@ -1,0 +1,104 @@
+"""Walks over the tiles: every block of queries, and for each the blocks of keys.
+
+Only what is known of a tile from its bounds decides whether it is visited. A single tile
+is visited without a loop.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from softjax._tiles import Grid
+from softjax.attentions._operands import Floats, Place
+
+Parts = tuple[Floats, ...]
+Visit = Callable[..., Any]  # of a place, and more
+
+
+def only_tile(floats: Parts) -> Parts:
+    """The operands of the one tile that there is."""
+    first = lambda x: x if x is None else x[0]
+    whole = lambda f: f._replace(
+        queries=first(f.queries),
+        keys=first(f.keys),
+        values=first(f.values),
+        bias=first(first(f.bias)),
+    )
+    return tuple(map(whole, floats))
+
+
+def over_queries(
+    grid: Grid, body: Callable[..., Any], floats: Parts, *rows: Any, remember: bool = True
+) -> Any:
+    """body(i, floats of block i, *rows of block i) for all i, stacked.
+
+    Unless it may be remembered, each is found again for the derivative.
+    """
+    cut, rest = zip(*(f.by_query(grid) for f in floats), strict=True)
+
+    def one(rest: Parts, i: Any, cut: Parts, rows: Any) -> Any:
+        parts = tuple(a.join(b) for a, b in zip(cut, rest, strict=True))
+        return body(i, parts, *rows)
+
+    run = one if remember else jax.checkpoint(one, prevent_cse=False)
+    if grid.queries.num_blocks == 1:
+        first = jax.tree.map(lambda x: x[0], (cut, rows))
+        return jax.tree.map(lambda x: x[None], run(rest, jnp.array(0, jnp.int32), *first))
+    numbers = jnp.arange(grid.queries.num_blocks, dtype=jnp.int32)
+    return lax.map(lambda xs: run(rest, *xs), (numbers, cut, rows))
+
+
+def over_keys(
+    grid: Grid, i: Any, visit: Visit, state: Any, kinds: Array, floats: Floats
+) -> Any:
+    """The state after the blocks of keys whose tiles are not empty.
+
+    (A block is sliced where it is needed, so that an empty tile costs nothing. The transpose
+    of that would add up whole arrays: what is transposed is `sum_over_keys`.)
+    """
+    cut, rest = floats.by_key(grid)
+
+    def step(state: Any, xs: Any) -> tuple[Any, None]:
+        j, kind = xs
+
+        def branch(kind: int) -> Callable[[Any], Any]:
+            def run(state: Any) -> Any:
+                here = lambda x: lax.dynamic_index_in_dim(x, j, 0, keepdims=False)
+                part = jax.tree.map(here, cut).join(rest)
+                return visit(Place(i, j, kind), state, part)
+
+            return run
+
+        return lax.switch(kind, [lambda state: state, branch(1), branch(2)], state), None
+
+    numbers = jnp.arange(grid.keys.num_blocks, dtype=jnp.int32)
+    return lax.scan(step, state, (numbers, kinds))[0]
+
+
+def sum_over_keys(
+    grid: Grid, i: Any, term: Visit, start: Any, kinds: Array, floats: Parts, *rows: Any
+) -> Any:
+    """The start and the terms of all tiles that are not empty, found again for a derivative."""
+    cut, rest = zip(*(f.by_key(grid) for f in floats), strict=True)
+
+    def step(total: Any, xs: Any) -> tuple[Any, None]:
+        j, kind, cut = xs
+
+        # (The checkpoint lies inside of the branch: what is skipped keeps nothing. There is one
+        # such branch only, for each keeps its own copy of what it sees.)
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def live(cut: Parts, rest: Parts, rows: Any) -> Any:
+            parts = tuple(a.join(b) for a, b in zip(cut, rest, strict=True))
+            return term(Place(i, j, kind), *parts, *rows)
+
+        def add(total: Any, cut: Parts, rest: Parts, rows: Any) -> Any:
+            return jax.tree.map(jnp.add, total, live(cut, rest, rows))
+
+        return lax.cond(kind > 0, add, lambda total, *_: total, total, cut, rest, rows), None
+
+    numbers = jnp.arange(grid.keys.num_blocks, dtype=jnp.int32)
+    return lax.scan(step, start, (numbers, kinds, cut))[0]

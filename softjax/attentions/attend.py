@@ -1,0 +1,233 @@
+"""Attention: averages of values, weighted by a map of the scores of queries and keys."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from softjax import masks
+from softjax._inputs import computing_dtype
+from softjax.attentions._exponential import average
+from softjax.attentions._prepare import Problem, per_head, prepare, with_weigher
+from softjax.attentions._sparse import MAPS, sparse_average
+
+__all__ = ["attention"]
+
+
+def attention(
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    *,
+    mask: masks.Mask | ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    score: Callable[..., Array] | None = None,
+    scale: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    sink: ArrayLike | None = None,
+    normalizer: str | tuple[Callable[[Array], Array], ArrayLike] = "softmax",
+    positions: ArrayLike | tuple[ArrayLike | None, ArrayLike | None] | None = None,
+    dropout_rate: ArrayLike = 0.0,
+    dropout_key: Array | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> Any:
+    r"""Averages values, weighted by the softmax, or a sparse map, of query-key scores.
+
+    .. math:: o_t = \sum_s p_{ts} v_s, \qquad
+        p_{ts} = e^{z_{ts}} \Big/ \Big(e^{c} + \sum_{r} e^{z_{tr}}\Big), \qquad
+        z_{ts} = f\big(\kappa \tanh((\lambda \langle q_t, k_s \rangle + b_{ts}) / \kappa)\big)
+
+    Args:
+        queries: q, `[..., T, N, H]`, real; differentiable.
+        keys: k, `[..., S, K, H]`, of the dtype of `queries`, with K heads of which each serves
+            N / K heads of the queries in turn; differentiable.
+        values: v, `[..., S, K, W]`, likewise; differentiable.
+        mask: which query sees which key: an object of `softjax.masks`, or a bool array that
+            broadcasts to `[..., N, T, S]`, where True sees.
+        bias: b, broadcastable to `[..., N, T, S]`; differentiable. -inf drops a score.
+        score: f, a function of (scores, index) that gives new scores of the same shape: those
+            of a tile, `[batch, N, query, key]`, and `index.batch`, `index.head`, `index.query`
+            and `index.key`, ints that broadcast to it. Arrays that it captures, or holds as a
+            `jax.tree_util.Partial`, are differentiable. -inf drops a score.
+        scale: lambda, one number or one a head `[N]`; 1 / sqrt(H) by default; differentiable.
+        soft_cap: kappa > 0, one number or one a head; None for no cap; differentiable.
+        sink: c, a score that takes weight and has no value, one number or one a head; None for
+            no sink; differentiable.
+        normalizer: how scores become weights: "softmax", "sparsemax", "entmax15", or a pair of
+            a function f and a number r for weights f(z - tau) that sum to one. f is convex and
+            increases from 0, elementwise, with f(r) = 1; what it captures is differentiable.
+        positions: where the tokens stand, for masks and `score`: ints `[..., T]`, or a pair for
+            queries and keys; by default 0, 1, 2, ...
+        dropout_rate: share of the weights that are dropped, in [0, 1]; the others are divided
+            by what is left. Needs `dropout_key`.
+        dropout_key: random key, or None with rate 0. The same key drops the same weights,
+            however the scores are formed.
+        block_size: tokens of a block, or a pair for queries and keys; chosen by default.
+        implementation: "dense" forms all scores at once and remembers the weights; "streamed"
+            forms them tile by tile and never keeps one; None takes the first for up to 2^19
+            scores. The results are the same but for rounding.
+        return_lse: whether to return also the logarithm of the sum of exponentials (of softmax
+            alone, as is `sink`).
+
+    Returns:
+        Averages `[..., T, N, W]` in the dtype of `queries`; with `return_lse`, a pair of them
+        and of the log-sum-exp `[..., T, N]`, float32 or wider, which has its gradient too. A
+        query that sees nothing gets exactly 0 (and -inf), with gradient 0. One that sees a NaN
+        or inf in a query, key or value gets NaN; one that does not is untouched, also in every
+        gradient.
+
+    Raises:
+        TypeError: an argument is not real, the dtypes of the three differ, or a mask is not of
+            bools.
+        ValueError: shapes do not fit, an option is out of its range, or a rate of dropout has
+            no key.
+
+    Example:
+        >>> tokens = jnp.eye(3)[:, None, :]  # three tokens, one head
+        >>> weights = attention(tokens, tokens, tokens, mask=masks.Causal())[:, 0]
+        >>> print((100 * weights).round())
+        [[100.   0.   0.]
+         [ 36.  64.   0.]
+         [ 26.  26.  47.]]
+
+    Note:
+        O(T S) time, and streamed O(T + S) memory: in the value, the gradient, the JVP and
+        Hessian-vector products. Tiles that the mask leaves empty are skipped, in all of these,
+        if the mask itself is not batched by `vmap` (leading axes of the arrays are better);
+        sparse maps skip those without weight too, once their thresholds are found in some ten
+        walks over the scores. Half precision is multiplied as it comes, and summed and averaged
+        in float32. Both modes, any order.
+
+    Reference:
+        Vaswani et al. (2017), Attention is all you need; Milakov and Gimelshein (2018), Online
+        normalizer calculation for softmax; Rabe and Staats (2021), Self-attention does not need
+        O(n^2) memory; Dao et al. (2022), FlashAttention. Ainslie et al. (2023), GQA, for shared
+        heads; Xiao et al. (2024), Efficient streaming language models with attention sinks.
+    """
+    none_dropped = False
+    if isinstance(dropout_rate, (int, float)):
+        none_dropped = dropout_rate == 0
+        if not 0 <= dropout_rate <= 1:
+            raise ValueError(f"`dropout_rate` must be in [0, 1], got {dropout_rate}.")
+    if dropout_key is None and not none_dropped:
+        raise ValueError("`dropout_rate` needs a `dropout_key`.")
+    weigh: Callable[..., Array] | None = None
+    reach: ArrayLike = 0.0
+    if not isinstance(normalizer, str):
+        weigh, reach = _pair(normalizer)
+    elif normalizer != "softmax":
+        if normalizer not in MAPS:
+            raise ValueError(
+                '`normalizer` must be "softmax", "sparsemax", "entmax15" or a pair of a'
+                f" function and a number, got {normalizer!r}."
+            )
+        weigh, reach = MAPS[normalizer]
+    if weigh is not None and (return_lse or sink is not None):
+        name = "return_lse" if return_lse else "sink"
+        raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
+    return _attend(
+        queries,
+        keys,
+        values,
+        weigh=None if weigh is None else Argument.of(weigh),
+        reach=reach,
+        mask=masks.as_mask(mask),
+        bias=bias,
+        score=None if score is None else Argument.of(score),
+        scale=scale,
+        soft_cap=soft_cap,
+        sink=sink,
+        positions=positions,
+        dropout_rate=dropout_rate,
+        dropout_key=dropout_key,
+        block_size=block_size,
+        implementation=implementation,
+        return_lse=return_lse,
+    )
+
+
+def _pair(normalizer: Any) -> tuple[Callable[..., Array], ArrayLike]:
+    pair = isinstance(normalizer, tuple) and len(normalizer) == 2 and callable(normalizer[0])
+    if not pair:
+        raise TypeError(
+            f"`normalizer` must be a name, or a pair of a function and a number, got"
+            f" {normalizer!r}."
+        )
+    weigh, reach = normalizer
+    return weigh, reach
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """A function, or an object with arrays that can be called, as an argument of `jit`."""
+
+    arrays: list[Any]
+    others: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    structure: Any = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> "Argument":
+        leaves, structure = jax.tree.flatten(function)
+        arrays = [x if hasattr(x, "dtype") else None for x in leaves]
+        others = tuple(None if hasattr(x, "dtype") else x for x in leaves)
+        return cls(arrays, others, structure)
+
+    def __call__(self, *args: Any) -> Any:
+        leaves = [b if a is None else a for a, b in zip(self.arrays, self.others, strict=True)]
+        return jax.tree.unflatten(self.structure, leaves)(*args)
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "implementation", "return_lse"))
+def _attend(
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    *,
+    weigh: Callable[..., Array] | None,
+    reach: ArrayLike,
+    sink: ArrayLike | None,
+    return_lse: bool,
+    **options: Any,
+) -> Any:
+    problem = prepare(queries, keys, values, **options)
+    if problem.others.grid.empty:
+        return _nothing(problem, sink, return_lse)
+    grid, wide = problem.others.grid, computing_dtype(problem.dtype)
+    shaped = lambda x: grid.queries.join(x, 2).swapaxes(1, 2)
+    if weigh is not None:
+        problem = with_weigher(problem, weigh)
+        reach = jnp.asarray(reach, wide)
+        out = sparse_average(problem.program, problem.floats, problem.others, reach)
+        return shaped(out).reshape(problem.shape).astype(problem.dtype)
+    out, lse = average(problem.program, problem.floats, problem.others)
+    if sink is not None:
+        level = per_head(sink, grid.heads, wide, "sink")
+        out, lse = with_sink(out, lse, jnp.squeeze(level, 3)[None])
+    out = shaped(out).reshape(problem.shape).astype(problem.dtype)
+    return (out, shaped(lse).reshape(problem.shape[:-1])) if return_lse else out
+
+
+def _nothing(problem: Problem, sink: ArrayLike | None, return_lse: bool) -> Any:
+    """The result where there are no queries, or no keys to see."""
+    out = jnp.zeros(problem.shape, problem.dtype)
+    heads, dtype = problem.others.grid.heads, computing_dtype(problem.dtype)
+    lse = jnp.full(problem.shape[:-1], -jnp.inf, dtype)
+    if sink is not None:
+        level = per_head(sink, heads, dtype, "sink").reshape(-1)
+        lse = jnp.broadcast_to(level, (*(1,) * (lse.ndim - 1), level.size)).astype(dtype)
+        lse = jnp.broadcast_to(lse, problem.shape[:-1])
+    return (out, lse) if return_lse else out
+
+
+def with_sink(out: Array, lse: Array, sink: Array) -> tuple[Array, Array]:
+    """Averages `[..., W]` after one more score, whose value is 0."""
+    share = jax.nn.sigmoid(lse - sink)
+    return out * share[..., None], jnp.logaddexp(lse, sink)

@@ -1,0 +1,231 @@
+"""Attention in parts: averages over sets of keys that merge, and keys that lie in pages.
+
+An average and its log-sum-exp are the whole online state of a set of keys. Sets that are
+attended to apart (splits of a long cache, a shared prefix, another device) merge exactly.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from softjax import _online, masks
+from softjax._inputs import computing_dtype, public, to_float, widen
+from softjax.attentions._prepare import per_head
+from softjax.attentions.attend import Argument, attention, with_sink
+
+__all__ = ["merge_attention", "paged_attention"]
+
+AT_ONCE = 512  # keys that are gathered at once, about
+
+
+@public()
+def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
+    r"""Merges attention over disjoint sets of keys into attention over all of them.
+
+    .. math:: o = \sum_i e^{l_i - l} o_i, \qquad l = \log \sum_i e^{l_i}
+
+    Args:
+        outs: averages o, `[parts, ..., W]`, of `attention` over each set; differentiable.
+        lses: their log-sum-exp l, `[parts, ...]`; differentiable. -inf where a query has seen
+            nothing of a set.
+
+    Returns:
+        The average `[..., W]` in the dtype of `outs`, and its log-sum-exp, float32 or wider.
+
+    Raises:
+        TypeError: an argument is not real.
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> out, lse = merge_attention(jnp.array([[1.0], [4.0]]), jnp.array([0.5, 0.5]))
+        >>> print(out, lse.round(1))
+        [2.5] 1.2
+
+    Note:
+        O(n) time and memory; both modes, any order. Averages in half precision lose what they
+        were rounded to: parts of a long sequence are better kept in float32.
+    """
+    outs, out_dtype = to_float(outs, name="outs")
+    lses, _ = to_float(lses, name="lses")
+    if outs.ndim < 2 or lses.shape != outs.shape[:-1]:
+        raise ValueError(
+            f"`outs` must be [parts, ..., W] and `lses` [parts, ...], got {outs.shape} and"
+            f" {lses.shape}."
+        )
+    dtype = jnp.promote_types(outs.dtype, lses.dtype)
+    scores = jnp.moveaxis(lses.astype(dtype), 0, -1)
+    state = _online.observe(scores, jnp.moveaxis(outs.astype(dtype), 0, -2))
+    out, lse = _online.finish(state)
+    return out.astype(out_dtype), lse
+
+
+def paged_attention(
+    queries: ArrayLike,
+    key_pages: ArrayLike,
+    value_pages: ArrayLike,
+    page_table: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    mask: masks.Mask | None = None,
+    score: Callable[..., Array] | None = None,
+    scale: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    sink: ArrayLike | None = None,
+    num_splits: int = 1,
+) -> Array:
+    r"""Attends from the last tokens of each sequence to keys that lie in pages.
+
+    .. math:: o_t = \sum_{s \le t} p_{ts} v_s, \qquad
+        k_s = K[\mathrm{table}[\lfloor s / P \rfloor], s \bmod P]
+
+    Args:
+        queries: q, `[..., T, N, H]`, of the tokens at positions length - T to length - 1, each
+            of which sees the keys up to its own position; differentiable.
+        key_pages: K, `[num_pages, P, K, H]`, P keys a page; differentiable.
+        value_pages: V, `[num_pages, P, K, W]`; differentiable.
+        page_table: which pages hold a sequence, in order, ints `[..., M]`. What stands behind
+            the length plays no part.
+        lengths: keys of each sequence, those of the queries included, ints `[...]`.
+        mask: which of these a query may see, by positions (`masks.Window`, say).
+        score: as in `attention`; its index holds positions.
+        scale: as in `attention`; differentiable.
+        soft_cap: as in `attention`; differentiable.
+        sink: as in `attention`; differentiable.
+        num_splits: into how many parts the pages of a sequence are split, which are visited
+            side by side and merged (for accelerators that one query cannot fill).
+
+    Returns:
+        Averages `[..., T, N, W]` in the dtype of `queries`.
+
+    Raises:
+        TypeError: as `attention`; `page_table` or `lengths` is not of integers.
+        ValueError: as `attention`.
+
+    Example:
+        >>> pages = jnp.arange(8.0).reshape(4, 2, 1, 1)  # four pages of two keys
+        >>> query, table = jnp.zeros((1, 1, 1)), jnp.array([2, 0])
+        >>> print(paged_attention(query, pages, pages, table, jnp.array(3)).squeeze())
+        3.0
+
+    Note:
+        Some 512 keys a sequence are gathered at once: O(T + P) memory beside the pages, and
+        time as `attention` over M P keys. A page number out of range gives NaN to who sees it.
+        Both modes, any order.
+
+    Reference:
+        Kwon et al. (2023), Efficient memory management for large language model serving with
+        PagedAttention; Dao et al. (2023), Flash-Decoding, for the splits.
+    """
+    if num_splits < 1:
+        raise ValueError(f"`num_splits` must be at least 1, got {num_splits}.")
+    return _paged(
+        queries,
+        key_pages,
+        value_pages,
+        page_table,
+        lengths,
+        mask=mask,
+        score=None if score is None else Argument.of(score),
+        scale=scale,
+        soft_cap=soft_cap,
+        sink=sink,
+        num_splits=num_splits,
+        at_once=AT_ONCE,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("num_splits", "at_once"))
+def _paged(
+    queries: ArrayLike,
+    key_pages: ArrayLike,
+    value_pages: ArrayLike,
+    page_table: ArrayLike,
+    lengths: ArrayLike,
+    *,
+    mask: masks.Mask | None,
+    sink: ArrayLike | None,
+    num_splits: int,
+    at_once: int,
+    **options: Any,
+) -> Array:
+    queries = jnp.asarray(queries)
+    key_pages, value_pages = jnp.asarray(key_pages), jnp.asarray(value_pages)
+    table, lengths = _integers(page_table, "page_table"), _integers(lengths, "lengths")
+    batch = queries.shape[:-3]
+    if key_pages.ndim != 4 or value_pages.shape[:3] != key_pages.shape[:3]:
+        raise ValueError(
+            "`key_pages` must be [num_pages, P, K, H] and `value_pages` [num_pages, P, K, W],"
+            f" got {key_pages.shape} and {value_pages.shape}."
+        )
+    if table.shape[:-1] != batch or table.ndim != len(batch) + 1 or lengths.shape != batch:
+        raise ValueError(
+            f"`page_table` must be [..., M] and `lengths` [...] with the batch {batch} of"
+            f" `queries`, got {table.shape} and {lengths.shape}."
+        )
+    num_pages, size, num_queries = table.shape[-1], key_pages.shape[1], queries.shape[-3]
+    at_once = max(1, min(at_once // max(1, size), -(-num_pages // num_splits)))
+    num_steps = max(1, -(-num_pages // (at_once * num_splits)))
+    padding = num_steps * at_once * num_splits - num_pages
+    table = jnp.pad(table, [(0, 0)] * len(batch) + [(0, padding)])
+    table = jnp.moveaxis(table.reshape(*batch, num_splits, num_steps, at_once), -2, 0)
+    last = jnp.arange(num_queries, 0, -1, dtype=jnp.int32)
+    asked = lengths[..., None] - last.reshape(*(1,) * len(batch), -1)
+    seen = masks.Causal() & masks.Lengths(None, lengths)
+    seen = seen if mask is None else seen & mask
+
+    def attend(keys: Array, values: Array, places: Array) -> _online.State:
+        positions = asked, places
+        out, lse = attention(
+            queries, keys, values, mask=seen, positions=positions, return_lse=True, **options
+        )
+        total = jnp.where(lse == -jnp.inf, 0, 1).astype(lse.dtype)
+        return _online.State(lse, total, out.astype(lse.dtype))
+
+    shape, width = queries.shape[:-1], value_pages.shape[-1]
+    start = _online.init(shape, width, computing_dtype(queries.dtype))
+    walk = functools.partial(_walk, attend, start, key_pages, value_pages)
+    parts = jax.vmap(walk, (-2, 0))(
+        table, jnp.arange(num_splits, dtype=jnp.int32) * num_steps * at_once * size
+    )
+    out, lse = merge_attention(*parts)
+    if sink is not None:
+        level = per_head(sink, queries.shape[-2], lse.dtype, "sink").reshape(-1)
+        out, _ = with_sink(out, lse, level.reshape(*(1,) * len(batch), 1, -1))
+    return out.astype(queries.dtype)
+
+
+def _walk(
+    attend: Callable[..., _online.State],
+    start: _online.State,
+    key_pages: Array,
+    value_pages: Array,
+    table: Array,
+    first: Array,
+) -> tuple[Array, Array]:
+    """Over pages `[steps, ..., pages]`, of which the first begins at the position `first`."""
+    num_keys = table.shape[-1] * key_pages.shape[1]
+
+    def gather(pages: Array, some: Array) -> Array:
+        found = jnp.take(pages, some, 0, mode="fill", fill_value=jnp.nan)
+        return found.reshape(*some.shape[:-1], num_keys, *pages.shape[2:])
+
+    def visit(state: _online.State, step: Any) -> tuple[_online.State, None]:
+        number, some = step
+        places = first + number * num_keys + jnp.arange(num_keys, dtype=jnp.int32)
+        part = attend(gather(key_pages, some), gather(value_pages, some), places)
+        return _online.merge(state, part), None
+
+    numbers = jnp.arange(table.shape[0], dtype=jnp.int32)
+    return _online.finish(lax.scan(visit, start, (numbers, table))[0])
+
+
+def _integers(x: ArrayLike, name: str) -> Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"`{name}` must hold integers, got {x.dtype}.")
+    return widen(x).astype(jnp.int32)

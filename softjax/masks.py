@@ -1,0 +1,357 @@
+"""Masks of attention: which query may see which key.
+
+A mask is an object, not an array. It answers for one tile of scores at a time, and says from
+the bounds of a tile alone whether the tile is empty, partial or full, so that empty tiles can
+be skipped and full ones need no masking, although nothing of the size queries x keys is ever
+built. Masks combine by `&`, `|` and `~`, and hold arrays that may be traced.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from softjax._hoist import hoist
+from softjax._tiles import (
+    FAR,
+    Grid,
+    Tile,
+    grid_of,
+    meet,
+    per_score,
+    per_sequence,
+    per_token,
+    positions_met,
+)
+
+__all__ = ["Causal", "Dense", "Function", "Lengths", "Mask", "Prefix", "Segments", "Window"]
+
+Node = TypeVar("Node")
+
+
+class Mask:
+    """What all masks share; one of your own needs `bind`, `tile` and `bounds`."""
+
+    def bind(self, grid: Grid) -> "Mask":
+        """The same mask, checked against the shapes, its arrays `[batch or 1, ...]`."""
+        raise NotImplementedError
+
+    def tile(self, tile: Tile) -> Array:
+        """True where a query sees a key; broadcasts to `[batch, head, query, key]`."""
+        raise NotImplementedError
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        """Whether any score of a tile may be kept, and whether surely all are.
+
+        Two arrays that broadcast to `[batch, head, query block, key block]`.
+        """
+        raise NotImplementedError
+
+    def array(
+        self,
+        num_queries: int,
+        num_keys: int | None = None,
+        *,
+        num_heads: int = 1,
+        batch: Sequence[int] = (),
+        positions: tuple[ArrayLike | None, ArrayLike | None] = (None, None),
+    ) -> Array:
+        """The mask as a bool array `[*batch, num_heads, num_queries, num_keys]`, to look at."""
+        num_keys = num_queries if num_keys is None else num_keys
+        grid = grid_of(tuple(batch), num_heads, num_queries, num_keys, positions=positions)
+        shape = (grid.rows, num_heads, num_queries, num_keys)
+        kept = self.bind(grid).tile(Tile(grid, 0, 0, grid.index(0, 0)))
+        return jnp.broadcast_to(kept, shape).reshape(*batch, *shape[1:])
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return _Both(self, _mask(other))
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return _Either(self, _mask(other))
+
+    def __invert__(self) -> "Mask":
+        return _Not(self)
+
+
+@dataclass_transform(frozen_default=True, eq_default=False)
+def _node(cls: type[Node]) -> type[Node]:
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+
+
+@_node
+class Causal(Mask):
+    """A query at position t sees the keys at positions up to t + offset.
+
+    The offset is one int or one a sequence. 0 aligns the first tokens; the number of keys less
+    that of queries aligns the last ones, as in decoding with a cache.
+    """
+
+    offset: Any = 0
+
+    def bind(self, grid: Grid) -> "Causal":
+        return Causal(per_sequence(self.offset, grid, "Causal.offset"))
+
+    def tile(self, tile: Tile) -> Array:
+        return tile.places.key <= tile.places.query + self.offset
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        at = positions_met(grid)
+        some = at.key_low <= at.query_high + self.offset
+        return some, at.key_high <= at.query_low + self.offset
+
+
+@_node
+class Window(Mask):
+    """A query at position t sees the keys at positions t - left to t + right.
+
+    Either is one int, one a sequence, or None for no limit.
+    """
+
+    left: Any
+    right: Any = 0
+
+    def bind(self, grid: Grid) -> "Window":
+        limits = ((self.left, "Window.left"), (self.right, "Window.right"))
+        left, right = (per_sequence(FAR if x is None else x, grid, name) for x, name in limits)
+        return Window(left, right)
+
+    def tile(self, tile: Tile) -> Array:
+        ahead = tile.places.key - tile.places.query
+        return (ahead <= self.right) & (ahead >= -self.left)
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        at = positions_met(grid)
+        least, most = at.key_low - at.query_high, at.key_high - at.query_low
+        some = (least <= self.right) & (most >= -self.left)
+        return some, (most <= self.right) & (least >= -self.left)
+
+
+@_node
+class Segments(Mask):
+    """Packed documents: a query sees the keys of the same id.
+
+    Ids are ints, `[..., T]` and `[..., S]`, token by token whatever their positions; those of
+    the keys are those of the queries if they are not given. A token of a negative id is
+    padding: it sees nothing, and nothing sees it.
+    """
+
+    query_ids: Any
+    key_ids: Any = None
+
+    def bind(self, grid: Grid) -> "Segments":
+        keys = self.query_ids if self.key_ids is None else self.key_ids
+        return Segments(
+            per_token(self.query_ids, grid.batch, grid.queries, "Segments.query_ids"),
+            per_token(keys, grid.batch, grid.keys, "Segments.key_ids"),
+        )
+
+    def tile(self, tile: Tile) -> Array:
+        query = tile.queries(self.query_ids)[:, None, :, None]
+        key = tile.keys(self.key_ids)[:, None, None, :]
+        return (query == key) & (query >= 0)
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        at = meet(grid.queries.extent(self.query_ids), grid.keys.extent(self.key_ids))
+        some = (at.key_low <= at.query_high) & (at.query_low <= at.key_high)
+        some &= at.query_high >= 0
+        one = (at.query_low == at.query_high) & (at.key_low == at.key_high)
+        return some, one & (at.query_low == at.key_low) & (at.query_low >= 0)
+
+
+@_node
+class Lengths(Mask):
+    """Only positions below a length take part: one a sequence, `[...]`, or None for all."""
+
+    query_lengths: Any = None
+    key_lengths: Any = None
+
+    def bind(self, grid: Grid) -> "Lengths":
+        limits = (
+            (self.query_lengths, "Lengths.query_lengths"),
+            (self.key_lengths, "Lengths.key_lengths"),
+        )
+        queries, keys = (
+            per_sequence(FAR if x is None else x, grid, name) for x, name in limits
+        )
+        return Lengths(queries, keys)
+
+    def tile(self, tile: Tile) -> Array:
+        return (tile.places.query < self.query_lengths) & (tile.places.key < self.key_lengths)
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        at = positions_met(grid)
+        some = (at.query_low < self.query_lengths) & (at.key_low < self.key_lengths)
+        return some, (at.query_high < self.query_lengths) & (at.key_high < self.key_lengths)
+
+
+@_node
+class Prefix(Mask):
+    """Every query sees the keys at positions below a length, as in `Causal() | Prefix(n)`."""
+
+    length: Any
+
+    def bind(self, grid: Grid) -> "Prefix":
+        return Prefix(per_sequence(self.length, grid, "Prefix.length"))
+
+    def tile(self, tile: Tile) -> Array:
+        return tile.places.key < self.length
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        at = positions_met(grid)
+        return at.key_low < self.length, at.key_high < self.length
+
+
+@_node
+class Dense(Mask):
+    """A bool array that broadcasts to `[..., N, T, S]`, token by token; True sees."""
+
+    keep: Any
+
+    def bind(self, grid: Grid) -> "Dense":
+        keep = jnp.asarray(self.keep)
+        if keep.dtype != jnp.bool_:
+            raise TypeError(f"`mask` must be bool (True sees a key), got {keep.dtype}.")
+        return Dense(per_score(keep, grid, "mask"))
+
+    def tile(self, tile: Tile) -> Array:
+        keep = self.keep
+        if keep.shape[2] != 1:
+            keep = tile.queries(keep, 2)
+        return keep if keep.shape[3] == 1 else tile.keys(keep, 3)
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        some = everything = self.keep
+        for side, axis in ((grid.queries, 2), (grid.keys, 3)):
+            if self.keep.shape[axis] != 1:
+                some = jnp.moveaxis(jnp.any(side.cut(some, axis, "edge"), axis + 1), 0, axis)
+                everything = side.cut(everything, axis, "edge")
+                everything = jnp.moveaxis(jnp.all(everything, axis + 1), 0, axis)
+        return some, everything
+
+
+@_node
+class Function(Mask):
+    """Where `keep(index)` is True.
+
+    The index holds four int arrays, batch, head, query and key (positions), that broadcast to
+    a tile. What the function captures may be traced. No tile is known to be empty or full.
+    """
+
+    keep: Callable[..., Array] = dataclasses.field(metadata={"static": True})
+    captured: Any = ()
+
+    def bind(self, grid: Grid) -> "Function":
+        index = grid.index(0, 0)
+        keep, captured = hoist(lambda index: self.keep(index), index)
+        shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
+        kept = jax.eval_shape(keep, captured, index)
+        if not isinstance(kept, jax.ShapeDtypeStruct) or kept.dtype != jnp.bool_:
+            raise TypeError(f"the function of `masks.Function` must give bools, got {kept}.")
+        if kept.ndim != 4 or any(
+            n not in (1, m) for n, m in zip(kept.shape, shape, strict=True)
+        ):
+            raise ValueError(
+                "the function of `masks.Function` must give an array that broadcasts to the"
+                f" tile {shape} that it is asked about, got the shape {kept.shape}."
+            )
+        return Function(keep, captured)
+
+    def tile(self, tile: Tile) -> Array:
+        kept: Array = self.keep(self.captured, tile.places)
+        return kept
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        return _everywhere(True), _everywhere(False)
+
+
+@_node
+class _Both(Mask):
+    one: Mask
+    other: Mask
+
+    def bind(self, grid: Grid) -> "_Both":
+        return _Both(self.one.bind(grid), self.other.bind(grid))
+
+    def tile(self, tile: Tile) -> Array:
+        return self.one.tile(tile) & self.other.tile(tile)
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        (a_some, a_all), (b_some, b_all) = self.one.bounds(grid), self.other.bounds(grid)
+        return a_some & b_some, a_all & b_all
+
+
+@_node
+class _Either(Mask):
+    one: Mask
+    other: Mask
+
+    def bind(self, grid: Grid) -> "_Either":
+        return _Either(self.one.bind(grid), self.other.bind(grid))
+
+    def tile(self, tile: Tile) -> Array:
+        return self.one.tile(tile) | self.other.tile(tile)
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        (a_some, a_all), (b_some, b_all) = self.one.bounds(grid), self.other.bounds(grid)
+        return a_some | b_some, a_all | b_all
+
+
+@_node
+class _Not(Mask):
+    mask: Mask
+
+    def bind(self, grid: Grid) -> "_Not":
+        return _Not(self.mask.bind(grid))
+
+    def tile(self, tile: Tile) -> Array:
+        return ~self.mask.tile(tile)
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        some, everything = self.mask.bounds(grid)
+        return ~everything, ~some
+
+
+@_node
+class Inside(Mask):
+    """Not the padding of the last block of keys."""
+
+    def bind(self, grid: Grid) -> "Inside":
+        return self
+
+    def tile(self, tile: Tile) -> Array:
+        return (tile.grid.keys.order(tile.j) < tile.grid.keys.size)[None, None, None]
+
+    def bounds(self, grid: Grid) -> tuple[Array, Array]:
+        last = jnp.arange(grid.keys.num_blocks) == grid.keys.num_blocks - 1
+        short = last & (grid.keys.padding > 0)
+        return _everywhere(True), ~short[None, None, None]
+
+
+def as_mask(mask: Mask | ArrayLike | None) -> Mask | None:
+    """A bool array is a `Dense` mask."""
+    if mask is None or isinstance(mask, Mask):
+        return mask
+    if callable(mask):
+        raise TypeError("a function is a mask as `masks.Function(fn)`.")
+    return Dense(mask)
+
+
+def _mask(other: Any) -> Mask:
+    if not isinstance(other, Mask):
+        raise TypeError(f"a mask combines with masks alone, got {type(other).__name__}.")
+    return other
+
+
+@functools.cache
+def _constant(value: bool) -> np.ndarray:
+    return np.full((1, 1, 1, 1), value)
+
+
+def _everywhere(value: bool) -> Array:
+    return jnp.asarray(_constant(value))

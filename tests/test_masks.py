@@ -1,0 +1,199 @@
+"""Masks: what they keep, what they say of a tile, and how they combine."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softjax import masks
+from softjax._tiles import Tile, grid_of
+
+T, S, N, BATCH = 7, 10, 2, (3,)
+SHAPE = (*BATCH, N, T, S)
+RNG = np.random.default_rng(0)
+IDS = np.sort(RNG.integers(-1, 4, (*BATCH, T)), -1)
+KEY_IDS = np.sort(RNG.integers(-1, 4, (*BATCH, S)), -1)
+DENSE = RNG.random((N, T, S)) < 0.5
+QUERY, KEY = np.arange(T)[:, None], np.arange(S)[None]
+
+
+def per_sequence(values):
+    return np.reshape(values, (-1, 1, 1, 1))
+
+
+# A mask, and the definition of what it keeps, which broadcasts to SHAPE.
+CASES = {
+    "causal": (masks.Causal(), KEY <= QUERY),
+    "causal, last aligned": (masks.Causal(S - T), KEY <= QUERY + S - T),
+    "causal, per sequence": (
+        masks.Causal(np.array([0, 3, -2])),
+        QUERY + per_sequence([0, 3, -2]) >= KEY,
+    ),
+    "window": (masks.Window(2, 1), (KEY >= QUERY - 2) & (KEY <= QUERY + 1)),
+    "window, left alone": (masks.Window(2), (KEY >= QUERY - 2) & (KEY <= QUERY)),
+    "window, no limit on the right": (masks.Window(1, None), KEY >= QUERY - 1),
+    "window, behind": (masks.Window(5, -2), (KEY >= QUERY - 5) & (KEY <= QUERY - 2)),
+    "segments": (
+        masks.Segments(IDS, KEY_IDS),
+        ((IDS[:, :, None] == KEY_IDS[:, None]) & (IDS[:, :, None] >= 0))[:, None],
+    ),
+    "lengths": (
+        masks.Lengths(np.array([7, 3, 0]), np.array([10, 0, 4])),
+        (per_sequence([7, 3, 0]) > QUERY) & (per_sequence([10, 0, 4]) > KEY),
+    ),
+    "key lengths": (masks.Lengths(None, np.array([10, 0, 4])), per_sequence([10, 0, 4]) > KEY),
+    "prefix": (masks.Prefix(3), np.broadcast_to(KEY < 3, (T, S))),
+    "dense": (masks.Dense(DENSE), DENSE),
+    "dense, one row": (masks.Dense(DENSE[0, :1]), DENSE[0, :1]),
+    "dense, one column": (masks.Dense(DENSE[:, :, :1]), DENSE[:, :, :1]),
+    "function": (
+        masks.Function(lambda at: (at.key + at.query + at.head + at.batch) % 3 != 0),
+        (KEY + QUERY + np.arange(N).reshape(N, 1, 1) + per_sequence(range(3))) % 3 != 0,
+    ),
+    "prefix language model": (masks.Causal() | masks.Prefix(3), (KEY <= QUERY) | (KEY < 3)),
+    "documents, causal": (
+        masks.Segments(IDS, KEY_IDS) & masks.Causal(),
+        ((IDS[:, :, None] == KEY_IDS[:, None]) & (IDS[:, :, None] >= 0))[:, None]
+        & (KEY <= QUERY),
+    ),
+    "sinks and a window": (
+        (masks.Prefix(1) | masks.Window(2)) & ~masks.Dense(DENSE),
+        ((KEY < 1) | ((KEY >= QUERY - 2) & (KEY <= QUERY))) & ~DENSE,
+    ),
+    "neither": (~(masks.Causal() | masks.Prefix(2)), ~((KEY <= QUERY) | (KEY < 2))),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+@every_case
+def test_array_is_the_definition(name):
+    mask, expected = CASES[name]
+    got = mask.array(T, S, num_heads=N, batch=BATCH)
+    np.testing.assert_array_equal(got, np.broadcast_to(expected, SHAPE), strict=True)
+
+
+@every_case
+def test_tiles_agree_with_their_bounds(name):
+    """What is called empty or full is so; together the tiles are the mask; as traced values."""
+    mask, expected = CASES[name]
+    expected = np.broadcast_to(expected, SHAPE)
+    for blocks in ((3, 4), (7, 5)):
+        grid = grid_of(BATCH, N, T, S, blocks=blocks)
+        num_queries, num_keys = grid.queries.num_blocks, grid.keys.num_blocks
+
+        @jax.jit
+        def look(mask, grid=grid, pairs=(num_queries, num_keys)):
+            bound = mask.bind(grid)
+            tiles = [
+                bound.tile(Tile(grid, i, j, grid.index(i, j)))
+                for i, j in itertools.product(*map(range, pairs))
+            ]
+            return bound.bounds(grid), tiles
+
+        bounds, tiles = look(mask)
+        shape = (*BATCH, N, num_queries, num_keys)
+        some, everything = (np.broadcast_to(b, shape) for b in bounds)
+        for tile, (i, j) in zip(
+            tiles, itertools.product(range(num_queries), range(num_keys)), strict=True
+        ):
+            part = expected[
+                ...,
+                i * blocks[0] : (i + 1) * blocks[0],
+                j * blocks[1] : (j + 1) * blocks[1],
+            ]
+            got = np.broadcast_to(tile, (*BATCH, N, *blocks))
+            np.testing.assert_array_equal(got[..., : part.shape[-2], : part.shape[-1]], part)
+            assert (some[..., i, j] >= part.any((-2, -1))).all()
+            assert (everything[..., i, j] <= part.all((-2, -1))).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "num_empty", "num_full"),
+    [
+        (masks.Causal(), 28, 28),
+        (masks.Causal(-1), 28, 28),
+        (masks.Window(16, 0), 49, 0),
+        (masks.Window(31, 0), 43, 7),
+        (masks.Segments(np.repeat(np.arange(4), 32)), 48, 16),
+        (masks.Segments(np.repeat(np.arange(4), 32)) & masks.Causal(), 52, 4),
+        (masks.Prefix(32), 48, 16),
+        (masks.Lengths(None, 40), 40, 16),
+        (masks.Dense(np.tri(128, dtype=bool)), 28, 28),
+        (~masks.Causal(), 28, 28),
+        (masks.Function(lambda at: at.key <= at.query), 0, 0),
+    ],
+)
+def test_bounds_are_sharp(mask, num_empty, num_full):
+    """Of 8 x 8 tiles of 16 x 16."""
+    grid = grid_of((), 1, 128, 128, blocks=(16, 16))
+    some, everything = jax.jit(lambda m: m.bind(grid).bounds(grid))(mask)
+    shape = (1, 1, 8, 8)
+    assert np.sum(~np.broadcast_to(some, shape)) == num_empty
+    assert np.sum(np.broadcast_to(everything, shape)) == num_full
+
+
+def test_positions():
+    """Tokens dealt out to two devices, the first and the last quarter to the first one."""
+    zigzag = np.array([0, 1, 6, 7, 2, 3, 4, 5])
+    mask = masks.Causal() & masks.Window(4)
+    got = mask.array(8, positions=(zigzag, zigzag))[0]
+    plain = mask.array(8)[0]
+    np.testing.assert_array_equal(got, plain[zigzag][:, zigzag])
+    grid = grid_of((), 1, 8, 8, blocks=(2, 2), positions=(zigzag, zigzag))
+    some, _ = mask.bind(grid).bounds(grid)
+    tiles = np.asarray(plain[zigzag][:, zigzag]).reshape(4, 2, 4, 2).any((1, 3))
+    np.testing.assert_array_equal(np.broadcast_to(some, (1, 1, 4, 4))[0, 0], tiles)
+
+
+def test_nothing_of_the_size_of_the_scores_is_built():
+    """The bounds of a long sequence, of masks whose fields are traced."""
+    grid = grid_of((), 1, 65536, 65536, blocks=(512, 512))
+
+    def bounds(offset, left, ids, length):
+        mask = masks.Causal(offset) & masks.Window(left) & masks.Segments(ids)
+        return (
+            (mask | masks.Prefix(length) & ~masks.Lengths(None, length)).bind(grid).bounds(grid)
+        )
+
+    args = jnp.array(0), jnp.array(99), jnp.arange(65536) // 300, jnp.array(7)
+    plan = jax.jit(bounds).lower(*args).compile().memory_analysis()
+    assert plan.temp_size_in_bytes < 4 * 65536 * 4
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (masks.Causal(1.5), TypeError, "`Causal.offset` must hold integers, got float64"),
+        (masks.Causal(np.zeros(2, int)), ValueError, r"one a sequence, \(3,\), got .*\(2,\)"),
+        (masks.Window(np.zeros((3, 1), int)), ValueError, r"`Window.left`.*got .*\(3, 1\)"),
+        (masks.Segments(np.zeros(T, int)), ValueError, r"`Segments.key_ids`.*\(3, 10\), got"),
+        (masks.Segments(np.zeros(T)), TypeError, "`Segments.query_ids` must hold integers"),
+        (masks.Dense(np.ones((T, S))), TypeError, "`mask` must be bool"),
+        (masks.Dense(np.ones((T, T), bool)), ValueError, r"\(7, 7\) does not broadcast to"),
+        (masks.Function(lambda at: at.key), TypeError, "must give bools"),
+        (masks.Function(lambda at: at.key[0] > 0), ValueError, "broadcasts to the tile"),
+    ],
+)
+def test_errors(mask, error, message):
+    with pytest.raises(error, match=message):
+        mask.array(T, S, num_heads=N, batch=BATCH)
+
+
+def test_masks_combine_with_masks_alone():
+    for combine in (lambda: masks.Causal() & DENSE, lambda: masks.Causal() | 1):
+        with pytest.raises(TypeError, match="combines with masks alone"):
+            combine()
+    with pytest.raises(TypeError, match=r"masks\.Function"):
+        masks.as_mask(lambda at: at.key > 0)
+
+
+def test_masks_are_pytrees():
+    mask = masks.Causal(jnp.array(2)) & ~masks.Window(jnp.array(3), None)
+    leaves, structure = jax.tree.flatten(mask)
+    assert len(leaves) == 2
+    again = jax.tree.unflatten(structure, leaves)
+    np.testing.assert_array_equal(again.array(T, S), mask.array(T, S))
+    assert dataclasses.is_dataclass(masks.Causal)
