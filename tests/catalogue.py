@@ -154,7 +154,7 @@ KEY = jax.random.key(7)
 
 def _noise(logits):
     """What is added to logits of a dtype: wider noise is other noise."""
-    wide = jnp.promote_types(jnp.asarray(logits).dtype, "float32")
+    wide = "float64" if logits.dtype == "float64" else "float32"
     return np.asarray(sj.gumbel(KEY, logits.shape, dtype=wide))
 
 
@@ -474,7 +474,7 @@ CATALOGUE = (
         oracle=oracles.relaxed_log_density,
         make=_make(
             _logits,
-            lambda rng: np.log(rng.dirichlet(np.full(SIZE, 3.0), ROWS)),
+            lambda rng: np.log(rng.dirichlet(np.full(SIZE, 30.0), ROWS)),
             _temperature,
         ),
         wide=True,

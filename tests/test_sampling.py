@@ -121,7 +121,7 @@ def test_rare_classes_after_a_common_one():
     assert abs(got[1:].sum() / (299 * np.exp(-22.0)) - 1) < 1e-2
 
 
-@pytest.mark.parametrize("size", [3, 37, 600])
+@pytest.mark.parametrize("size", [3, 37])
 def test_both_ways_draw_the_same(size):
     """Whether a block is weighed anew or all weights are summed up in advance."""
     logits = jnp.asarray(draw(2, (2, size), scale=3.0, dtype="float32")[0])
@@ -221,6 +221,7 @@ def test_gumbel_noise_couples():
 # Edges.
 
 METHODS = ("inverse", "gumbel")
+WAYS = [("gumbel", 4), ("inverse", 4), ("inverse", 40)]
 EDGES = [
     ([-INF, -INF, -INF], {-1}),
     ([NAN, 0.0, 1.0], {-1}),
@@ -232,8 +233,7 @@ EDGES = [
 ]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("size", [3, 40])
+@pytest.mark.parametrize(("method", "size"), WAYS)
 def test_edges(method, size):
     logits = np.full((len(EDGES), size), -INF, np.float32)
     logits[:, :3] = [row for row, _ in EDGES]
@@ -246,8 +246,7 @@ def test_edges(method, size):
         sj.sample(KEY, clean, shape=(2,), method=method)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("size", [4, 40])
+@pytest.mark.parametrize(("method", "size"), WAYS)
 def test_limits_of_the_temperature(method, size):
     logits = np.full((2, size), -INF, np.float32)
     logits[:, :4] = [[1.0, 3.0, 3.0, 2.0], [5.0, 1.0, -2.0, 0.0]]
@@ -283,7 +282,7 @@ def test_shapes(method):
     assert sj.sample(KEY, jnp.arange(3) * 100, method=method) == 2
 
 
-@pytest.mark.parametrize(("method", "size"), [("gumbel", 5), ("inverse", 5), ("inverse", 40)])
+@pytest.mark.parametrize(("method", "size"), WAYS[::2])
 def test_transformations(method, size):
     logits = jnp.asarray(draw(8, (3, 2, size), dtype="float32")[0])
     keys = jax.random.split(KEY, 3)
@@ -298,7 +297,7 @@ def test_transformations(method, size):
 
 
 def test_without_jit():
-    logits = jnp.asarray(draw(8, (2, 20), dtype="float32")[0])
+    logits = jnp.asarray(draw(8, (2, 4), dtype="float32")[0])
     with jax.disable_jit():
         plain = sj.sample(KEY, logits, temperature=0.7)
     assert_same(plain, sj.sample(KEY, logits, temperature=0.7))
