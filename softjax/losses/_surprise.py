@@ -68,10 +68,10 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
     total = lambda x: jnp.squeeze(AlongAxes((axis,)).sum(x), axis)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def tangent(others: Array, rows: Any, logits: Array, dots: Any) -> Statistics:
+    def tangent(others: Array, rows: Any, kept: Any, logits: Any, dots: Any) -> Statistics:
         logits_dot, _, weights_dot = dots
         certain, missing, inverse, own, peak, log_total = map(by_row, rows)
-        hit = _places(logits, labels, axis) == by_row(labels)
+        hit = _places(others, labels, axis) == by_row(labels)
         zero = jnp.zeros_like(found.surprise)
         surprise_dot = logsumexp_dot = zero
         if logits_dot is not None:
@@ -81,7 +81,6 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
             logsumexp_dot = total(jnp.where(probs != 0, probs * logits_dot, 0))
         if class_weights is None:
             return Statistics(surprise_dot, logsumexp_dot)
-        kept = logits != -jnp.inf
         even_dot = zero
         if logits_dot is not None:
             weights = jnp.where(kept, class_weights, 0)
@@ -91,10 +90,14 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
             costs = jnp.where(kept, _below(peak, logits) + log_total, 0)
             even_dot += total(costs * weights_dot)
         return Statistics(
-            surprise_dot, logsumexp_dot, even_dot / _count(kept, axis, logits.dtype)
+            surprise_dot, logsumexp_dot, even_dot / _count(kept, axis, others.dtype)
         )
 
-    return found, tangent(shares.others, rows, logits, dots)
+    # (Beside the weights, what is dropped is remembered as bits, and the logits only for the
+    # derivative in the class weights.)
+    kept = None if class_weights is None else logits != -jnp.inf
+    values = None if dots[2] is None else logits
+    return found, tangent(shares.others, rows, kept, values, dots)
 
 
 class _Shares(NamedTuple):
