@@ -814,6 +814,18 @@ def test_a_kept_nan_makes_its_own_row_nan(name):
         assert jnp.isfinite(grad[1]).all()
 
 
+@pytest.mark.parametrize("n", [7, 1000])
+def test_a_nan_among_many_is_seen(n):
+    """Reductions of XLA's CPU backend may pass over a NaN: wherever it stands, it must show."""
+    call = jax.jit(lambda z, y: sj.cross_entropy(z, y))
+    grad = jax.jit(jax.grad(lambda z, y: jnp.sum(sj.cross_entropy(z, y))))
+    for place, label in itertools.product((0, 1, n // 2, n - 1), (0, 1)):
+        logits = jnp.zeros((300, n), "float32").at[17, place].set(NAN)
+        labels = jnp.full(300, label)
+        assert np.flatnonzero(np.isnan(call(logits, labels))).tolist() == [17]
+        assert np.flatnonzero(np.isnan(grad(logits, labels)).any(1)).tolist() == [17]
+
+
 def test_soft_cross_entropy_at_the_edges():
     cases = [
         ([0.0, 0.0, -INF], [0.5, 0.5, 0.0], [True] * 3, np.log(2)),

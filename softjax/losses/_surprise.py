@@ -131,7 +131,8 @@ def _weigh(
     by_row = functools.partial(jnp.expand_dims, axis=axis)
 
     def weights(z: Array, scale: Array, anchor: Array, floor: Array) -> Array:
-        near = jnp.minimum(jnp.maximum(z * scale, floor), limits.max)
+        # (In this order: XLA's CPU backend lets a NaN through as the second operand.)
+        near = jnp.minimum(limits.max, jnp.maximum(floor, z * scale))
         below, error = two_difference(near, anchor)
         weights = jnp.exp(below)
         return weights + weights * lax.stop_gradient(error)
