@@ -126,5 +126,7 @@ def g_test(counts, probs):
     group = np.floor(np.cumsum(expected) / 100).astype(int)
     expected, observed = (np.bincount(group, w) for w in (expected, counts[order]))
     observed, expected = observed[expected > 0], expected[expected > 0]
+    if len(expected) == 1:  # One class alone, which all draws are.
+        return 1.0
     ratio = np.where(observed > 0, observed, 1) / expected
     return float(stats.chi2.sf(2 * np.sum(observed * np.log(ratio)), len(expected) - 1))
