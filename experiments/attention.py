@@ -107,9 +107,9 @@ class Config(Options):
     """Width of both models."""
     num_rounds: int = 10
     """Points of the training curves."""
-    retrieval_steps: int = 150
+    retrieval_steps: int = 100
     """Steps a round of max-retrieval."""
-    recall_steps: int = 100
+    recall_steps: int = 60
     """Steps a round of associative recall."""
     batch_size: int = 64
     """Sequences a step."""

@@ -18,14 +18,16 @@ STREAMED = {"block_size": (4, 3)}
 DENSE = {"implementation": "dense"}
 WAYS = {"dense": DENSE, "streamed": STREAMED}
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-# The two share the scores and the masks: the whole list is run for one of them by default.
-mostly_streamed = pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param(DENSE, marks=pytest.mark.slow, id="dense"),
-        pytest.param(STREAMED, id="streamed"),
-    ],
-)
+
+
+def mostly_slow(cases, default):
+    """Ways and cases, of which the streamed ones that are named are run by default."""
+    for name, way in WAYS.items():
+        for case in cases:
+            marks = [] if name == "streamed" and case in default else [pytest.mark.slow]
+            yield pytest.param(way, case, marks=marks, id=f"{name}-{case}")
+
+
 SLOW_MODES = ("reverse over forward", "reverse over reverse")
 
 
@@ -33,7 +35,8 @@ def pairs(ways, modes, slow=SLOW_MODES):
     """All of both, of which some modes are slow."""
     for name, way in ways.items():
         for mode in modes:
-            marks = [pytest.mark.slow] if mode in slow else []
+            rare = mode in slow or (name in ("dense", "sparsemax") and mode != "gradient")
+            marks = [pytest.mark.slow] if rare else []
             yield pytest.param(way, mode, marks=marks, id=f"{name}-{mode}")
 
 
@@ -99,20 +102,29 @@ def check_value(way, mask, ours, theirs, seed=0):
     assert out.dtype == lse.dtype == jnp.float64
 
 
-@mostly_streamed
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("way", "mask"), [*mostly_slow(MASKS, ("documents", "lengths", "dense", "function"))]
+)
 def test_masks(way, mask):
     check_value(way, MASKS[mask], {}, {})
 
 
-@mostly_streamed
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("way", "name"), [*mostly_slow(OPTIONS, ("bias with -inf", "soft cap", "sink"))]
+)
 def test_options(way, name):
     check_value(way, MASKS["causal"], *OPTIONS[name])
 
 
 @pytest.mark.parametrize(
-    "block_size", [1, (2, 11), (9, 4), (9, 11), (100, 100), pytest.param(7, id="padded")]
+    "block_size",
+    [
+        1,
+        pytest.param((2, 11), marks=pytest.mark.slow),
+        pytest.param((9, 4), marks=pytest.mark.slow),
+        (100, 100),
+        pytest.param(7, id="padded"),
+    ],
 )
 def test_block_sizes_change_nothing(block_size):
     arrays = draw(1)
@@ -373,7 +385,10 @@ def test_large_scores(way):
     assert (lse == INF).all()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "float32"))],
+)
 def test_narrow_types_lose_no_more_than_the_naive_way(dtype):
     """The largest errors, of values and gradients, against those of plain code in that type."""
     shape = (1, 40, 40, 2, 1, 16, 16)
@@ -494,21 +509,22 @@ def temporary_bytes(call, mode, length):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "gradient",
-        *(pytest.param(m, marks=pytest.mark.slow) for m in MEASURED if m != "gradient"),
-    ],
-)
+def test_memory_of_the_gradient():
+    """Less than a tenth of that of the scores, and no more than linear in the length."""
+    call = functools.partial(sj.attention, mask=masks.Causal())
+    small, large = (temporary_bytes(call, "gradient", n) for n in (1024, 4096))
+    assert large <= 4.5 * small
+    theirs = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    assert large <= temporary_bytes(theirs, "gradient", 4096) / 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MEASURED)
 def test_memory_grows_with_the_length(mode):
     call = functools.partial(sj.attention, mask=masks.Causal())
     small, middle, large = (temporary_bytes(call, mode, n) for n in (1024, 4096, 16384))
     assert middle <= 4.5 * small
     assert large <= 4.5 * middle
-    if mode == "gradient":
-        theirs = functools.partial(jax.nn.dot_product_attention, is_causal=True)
-        assert middle <= temporary_bytes(theirs, mode, 4096) / 10
 
 
 # Dropout.
@@ -533,9 +549,25 @@ def test_dropout():
     assert_close(dense, dropped, rtol=0, atol=16 * eps("float64"))
     other = functools.partial(call, dropout_rate=rate, dropout_key=jax.random.key(1))
     assert (np.asarray(other(*arrays[:2], values) != 0) != kept).any()
+    assert_same(call(*arrays, dropout_rate=0.0, dropout_key=key), call(*arrays))
+    assert (call(*arrays, dropout_rate=1.0, dropout_key=key) == 0).all()
 
-    # All derivatives are those of attention with the dropped weights fixed to 0.
-    fixed = jnp.where(jnp.asarray(kept), 1 / (1 - rate), 0)
+
+@pytest.mark.parametrize("mode", ["gradient", pytest.param("jvp", marks=pytest.mark.slow)])
+def test_derivatives_under_dropout(mode):
+    """Those of attention with the dropped weights fixed to 0."""
+    arrays = draw(14, shape=(2, 16, 16, 2, 1, 3, 16))
+    values = jnp.broadcast_to(jnp.eye(16)[None, :, None], (2, 16, 1, 16))
+    rate = 0.25
+    dropping = functools.partial(
+        sj.attention,
+        mask=masks.Causal(),
+        block_size=5,
+        dropout_rate=rate,
+        dropout_key=jax.random.key(0),
+    )
+    kept = dropping(*arrays[:2], values) != 0
+    fixed = jnp.where(kept, 1 / (1 - rate), 0)
 
     def definition(queries, keys, values):
         scores = jnp.einsum("btnh,bsh->btns", queries, keys[:, :, 0]) / jnp.sqrt(3.0)
@@ -544,19 +576,14 @@ def test_dropout():
         return jnp.einsum("btns,bsw->btnw", weights, values[:, :, 0])
 
     dots = draw(15, shape=(2, 16, 16, 2, 1, 3, 16))
-    for mode in ("gradient", "jvp"):
-        pair = []
-        for fn in (dropping, definition):
-            total = lambda *a, fn=fn: jnp.sum(jnp.sin(fn(*a)))
-            if mode == "jvp":
-                run = lambda *a, fn=fn: (jax.jvp(fn, a, dots)[1],)
-            else:
-                run = jax.grad(total, argnums=(0, 1, 2))
-            pair.append(jax.jit(run)(*arrays))
-        for one, two in zip(*pair, strict=True):
-            assert_close(one, two, rtol=0, atol=1e-12)
-    assert_same(call(*arrays, dropout_rate=0.0, dropout_key=key), call(*arrays))
-    assert (call(*arrays, dropout_rate=1.0, dropout_key=key) == 0).all()
+    found = []
+    for fn in (dropping, definition):
+        total = lambda *a, fn=fn: jnp.sum(jnp.sin(fn(*a)))
+        push = lambda *a, fn=fn: (jax.jvp(fn, a, dots)[1],)
+        run = push if mode == "jvp" else jax.grad(total, argnums=(0, 1, 2))
+        found.append(jax.jit(run)(*arrays))
+    for one, two in zip(*found, strict=True):
+        assert_close(one, two, rtol=0, atol=1e-12)
 
 
 # Refusals.

@@ -69,10 +69,11 @@ def test_parts_of_the_keys_merge_into_all():
         return sj.merge_attention(*(jnp.stack(x) for x in widest))
 
     args = queries, keys, values
-    for one, other in zip(merged(*args), attend(*args), strict=True):
+    for one, other in zip(jax.jit(merged)(*args), attend(*args), strict=True):
         assert_close(one, other, rtol=0, atol=32 * eps("float64"))
     loss = lambda f: lambda *a: sum(jnp.sum(jnp.sin(x)) for x in f(*a))
-    grads = (jax.grad(loss(f), argnums=(0, 1, 2))(*args) for f in (merged, attend))
+    grad = lambda f: jax.jit(jax.grad(loss(f), argnums=(0, 1, 2)))(*args)
+    grads = map(grad, (merged, attend))
     for one, other in zip(*grads, strict=True):
         assert_close(one, other, rtol=0, atol=64 * eps("float64"))
 
@@ -85,7 +86,7 @@ def test_merging_nothing():
         sj.merge_attention(jnp.zeros((2, 3, W)), jnp.zeros((2, 4)))
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3])
+@pytest.mark.parametrize("num_splits", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_pages(num_splits, monkeypatch):
     """Two pages at a time; with a sink and a soft cap; whatever stands in other pages."""
     monkeypatch.setattr("softjax.attentions.decoding.AT_ONCE", 2 * PAGE)

@@ -75,39 +75,39 @@ def test_array_is_the_definition(name):
     np.testing.assert_array_equal(got, np.broadcast_to(expected, SHAPE), strict=True)
 
 
+@pytest.mark.parametrize("blocks", [(3, 4), pytest.param((7, 5), marks=pytest.mark.slow)])
 @every_case
-def test_tiles_agree_with_their_bounds(name):
+def test_tiles_agree_with_their_bounds(name, blocks):
     """What is called empty or full is so; together the tiles are the mask; as traced values."""
     mask, expected = CASES[name]
     expected = np.broadcast_to(expected, SHAPE)
-    for blocks in ((3, 4), (7, 5)):
-        grid = grid_of(BATCH, N, T, S, blocks=blocks)
-        num_queries, num_keys = grid.queries.num_blocks, grid.keys.num_blocks
+    grid = grid_of(BATCH, N, T, S, blocks=blocks)
+    num_queries, num_keys = grid.queries.num_blocks, grid.keys.num_blocks
 
-        @jax.jit
-        def look(mask, grid=grid, pairs=(num_queries, num_keys)):
-            bound = mask.bind(grid)
-            tiles = [
-                bound.tile(Tile(grid, i, j, grid.index(i, j)))
-                for i, j in itertools.product(*map(range, pairs))
-            ]
-            return bound.bounds(grid), tiles
+    @jax.jit
+    def look(mask, grid=grid, pairs=(num_queries, num_keys)):
+        bound = mask.bind(grid)
+        tiles = [
+            bound.tile(Tile(grid, i, j, grid.index(i, j)))
+            for i, j in itertools.product(*map(range, pairs))
+        ]
+        return bound.bounds(grid), tiles
 
-        bounds, tiles = look(mask)
-        shape = (*BATCH, N, num_queries, num_keys)
-        some, everything = (np.broadcast_to(b, shape) for b in bounds)
-        for tile, (i, j) in zip(
-            tiles, itertools.product(range(num_queries), range(num_keys)), strict=True
-        ):
-            part = expected[
-                ...,
-                i * blocks[0] : (i + 1) * blocks[0],
-                j * blocks[1] : (j + 1) * blocks[1],
-            ]
-            got = np.broadcast_to(tile, (*BATCH, N, *blocks))
-            np.testing.assert_array_equal(got[..., : part.shape[-2], : part.shape[-1]], part)
-            assert (some[..., i, j] >= part.any((-2, -1))).all()
-            assert (everything[..., i, j] <= part.all((-2, -1))).all()
+    bounds, tiles = look(mask)
+    shape = (*BATCH, N, num_queries, num_keys)
+    some, everything = (np.broadcast_to(b, shape) for b in bounds)
+    for tile, (i, j) in zip(
+        tiles, itertools.product(range(num_queries), range(num_keys)), strict=True
+    ):
+        part = expected[
+            ...,
+            i * blocks[0] : (i + 1) * blocks[0],
+            j * blocks[1] : (j + 1) * blocks[1],
+        ]
+        got = np.broadcast_to(tile, (*BATCH, N, *blocks))
+        np.testing.assert_array_equal(got[..., : part.shape[-2], : part.shape[-1]], part)
+        assert (some[..., i, j] >= part.any((-2, -1))).all()
+        assert (everything[..., i, j] <= part.all((-2, -1))).all()
 
 
 @pytest.mark.parametrize(
