@@ -4,7 +4,9 @@ They find their threshold by a search over reductions, never by sorting, and der
 through what is kept. Dropped (-inf) entries stay dropped.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -158,7 +160,7 @@ def _filter(logits: ArrayLike, axis: Axis, amount: ArrayLike, name: str, rank: R
             threshold = jnp.minimum(threshold, first)
         return ~(keys < slices.spread(threshold))
 
-    return jnp.where(keep(slices, x, row), problem.logits, -jnp.inf).astype(problem.dtype)
+    return _drop(problem.logits.astype(problem.dtype), keep(slices, x, row))
 
 
 @public("axis", min_p=PROBABILITY)
@@ -195,4 +197,21 @@ def min_p_filter(logits: ArrayLike, min_p: ArrayLike, *, axis: Axis = -1) -> Arr
     gap = jnp.where(peak == jnp.inf, -jnp.inf, x - where_finite(peak))
     gap = jnp.where(x == peak, 0, gap)
     kept = ~(gap < jnp.log(min_p))
-    return jnp.where(kept, x, -jnp.inf).astype(problem.dtype)
+    return _drop(x.astype(problem.dtype), kept)
+
+
+@jax.custom_jvp
+def _drop(logits: Array, kept: Array) -> Array:
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+@_drop.defjvp
+def _drop_jvp(primals: tuple[Array, Array], tangents: Any) -> tuple[Array, Array]:
+    # A rule, for memory: the result tells what is kept, and no mask is remembered beside it.
+    filtered = _drop(*primals)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def pass_through(filtered: Array, logits_dot: Array) -> Array:
+        return jnp.where(filtered == -jnp.inf, 0, logits_dot)
+
+    return filtered, pass_through(filtered, tangents[0])

@@ -216,3 +216,16 @@ def test_unary_scores_at_the_edges(name):
             for derivative in (jax.grad(fn)(z), jax.grad(jax.grad(fn))(z)):
                 assert jnp.isfinite(derivative)
     assert jnp.isnan(fn(jnp.asarray(NAN)))
+
+
+def test_a_filter_remembers_its_result_alone():
+    filters = (
+        lambda z: sj.top_k_filter(z, 2),
+        lambda z: sj.top_p_filter(z, 0.9),
+        lambda z: sj.min_p_filter(z, 0.1),
+    )
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16)), "float32")
+    for fn in filters:
+        filtered, pullback = jax.vjp(fn, logits)
+        (kept,) = jax.tree.leaves(pullback)
+        assert_same(kept, filtered)
