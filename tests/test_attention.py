@@ -18,6 +18,13 @@ STREAMED = {"block_size": (4, 3)}
 DENSE = {"implementation": "dense"}
 WAYS = {"dense": DENSE, "streamed": STREAMED}
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+mostly_streamed = pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(DENSE, id="dense", marks=pytest.mark.slow),
+        pytest.param(STREAMED, id="streamed"),
+    ],
+)
 
 
 def mostly_slow(cases, default):
@@ -154,6 +161,7 @@ def test_layouts():
         assert_same(lse, jnp.broadcast_to(jnp.arange(float(N)), (B, t, N)))
 
 
+@pytest.mark.slow
 def test_positions():
     """Tokens in another order give the same averages, in that order."""
     queries, _, _ = draw(4)
@@ -295,7 +303,7 @@ def test_two_orders_by_differences(way):
 # Edges.
 
 
-@every_way
+@mostly_streamed
 def test_what_is_not_seen_reaches_nothing(way):
     """NaN and inf in unseen queries, keys, values and biases: no output, no gradient."""
     queries, keys, values, *_ = args = draw(6)
@@ -350,7 +358,7 @@ def test_a_nan_is_seen_by_who_sees_it(way):
         assert_same(out[:, :, 2:], plain[:, :, 2:])
 
 
-@every_way
+@mostly_streamed
 def test_quiet_under_debug_nans(way):
     arrays = draw(8)
     mask = masks.Causal(-2)  # The first two queries see nothing.
@@ -553,6 +561,7 @@ def test_dropout():
     assert (call(*arrays, dropout_rate=1.0, dropout_key=key) == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["gradient", pytest.param("jvp", marks=pytest.mark.slow)])
 def test_derivatives_under_dropout(mode):
     """Those of attention with the dropped weights fixed to 0."""

@@ -105,6 +105,7 @@ def test_pages(num_splits, monkeypatch):
     assert (np.asarray(bars[1] != 0).any((2, 3)) == used).all()
 
 
+@pytest.mark.slow
 def test_pages_with_a_window_and_a_score():
     queries, keys, values, table = pages(1)
     got = sj.paged_attention(

@@ -99,6 +99,7 @@ def test_kl_divergence_of_close_distributions_keeps_its_digits():
     assert_close(actual, expected, rtol=0, atol=64e-6 * eps("float64"))
 
 
+@pytest.mark.slow
 def test_kl_divergence_at_the_edges():
     cases = [
         ([0.0, 0.0], [0.0, -INF], [True, True], INF),

@@ -95,6 +95,7 @@ def test_updates_in_a_scan():
     check(state, scores, values)
 
 
+@pytest.mark.slow
 def test_an_associative_scan_gives_every_prefix():
     scores, values = example(5, 6)
     parts = pieces(scores, values, range(1, 6))
@@ -142,6 +143,7 @@ def test_nothing_makes_a_nan():
     assert nan_makers(grads, arrays[0], jnp.ones((2, 4, 1))) == []
 
 
+@pytest.mark.slow
 def test_derivatives_of_merged_parts_are_those_of_the_whole():
     scores, values = example(6, 8, dropped=0.0)
     weights = jnp.cos(jnp.arange(float(WIDTH)))

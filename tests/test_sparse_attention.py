@@ -87,7 +87,7 @@ SPARSE_MODES = {
         lambda a, d: sum(map(jnp.vdot, jax.grad(total(call), argnums=range(5))(*a), d))
     ),
 }
-SLOW = ("forward over reverse", "reverse over reverse")
+SLOW = ("jvp", "forward over reverse", "reverse over reverse")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,9 @@ def test_tiles_without_weight_are_skipped():
     np.testing.assert_array_equal(found.kinds, [[0, 2, 0, 2]] * 2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["sparsemax", pytest.param("entmax15", marks=pytest.mark.slow)]
+)
 def test_edges(name):
     """Nothing seen gives 0; what is not seen reaches nothing; a NaN reaches who sees it."""
     queries, keys, values = draw(3)
@@ -178,6 +180,7 @@ def test_edges(name):
     np.testing.assert_array_equal(seen[:, :4], out[:, :4])
 
 
+@pytest.mark.slow
 def test_dropout_and_score():
     """A soft cap and a score function act before the map, dropout after it."""
     queries, keys, _ = draw(4)

@@ -31,8 +31,8 @@ every_entry = pytest.mark.parametrize(
 
 # One entry a kind of function by default; the others share what is looked at here.
 _KINDS = {
-    *("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax", "soft_top_k-capped"),
-    *("segment_softmax", "top_p_filter", "log_prob", "soft_cap", "cross_entropy"),
+    *("softmax", "logsumexp", "sparsemax", "soft_top_k-capped", "segment_softmax"),
+    *("top_p_filter", "cross_entropy"),
 }
 _marks = {entry: [pytest.mark.slow] if entry.title not in _KINDS else [] for entry in CATALOGUE}
 every_name = pytest.mark.parametrize(
