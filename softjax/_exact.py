@@ -69,7 +69,7 @@ def centre(
         near, remainder = two_quotient(near, divisor)
         # A quotient by a row may be a product, which a compiler may fuse, unrounded, with a
         # difference that follows: a select comes between.
-        near = jnp.where(dead | spread(flat), 0, near)
+        near = jnp.where(dead, 0, jnp.where(spread(flat), near * 0, near))  # NaN stays.
         errors = jnp.where(spread(flat), 0, remainder + errors / divisor)
         dropped = spread(cold) | (values == -jnp.inf)
         values = jnp.where(dropped, -jnp.inf, values / divisor)

@@ -43,7 +43,9 @@ def public(
             for name, (low, high) in ranges.items():
                 value = given.get(name)
                 if isinstance(value, (int, float, np.number)) and not low <= value <= high:
-                    raise ValueError(f"`{name}` must be in [{low:g}, {high:g}], got {value}.")
+                    bounds = f"in [{low:g}, {high:g}]"
+                    wanted = "positive" if low == POSITIVE[0] else bounds
+                    raise ValueError(f"`{name}` must be {wanted}, got {value}.")
             if isinstance(given.get("axis"), list):
                 raise TypeError(f"`axis` must be an int, a tuple or None, got {given['axis']}.")
             if refuse is not None:
@@ -56,6 +58,7 @@ def public(
 
 
 NONNEGATIVE = (0.0, math.inf)
+POSITIVE = (math.ulp(0.0), math.inf)
 PROBABILITY = (0.0, 1.0)
 
 
@@ -86,6 +89,11 @@ def prepare(
     if temperature is not None:
         temperature = per_slice(temperature, logits, axes, name="temperature")
     return Problem(logits, axes, temperature, out_dtype)
+
+
+def nan_unless_positive(option: Array) -> Array:
+    """What an array holds cannot be refused: it shows instead."""
+    return jnp.where(option > 0, option, jnp.nan)
 
 
 def is_one(temperature: ArrayLike | None) -> bool:

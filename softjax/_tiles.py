@@ -206,9 +206,11 @@ def per_sequence(x: ArrayLike, grid: Grid, name: str) -> Array:
     return x.reshape(grid.rows, 1, 1, 1)
 
 
-def per_token(x: ArrayLike, batch: tuple[int, ...], side: Side, name: str) -> Array:
-    """One int a token, `[batch or 1, size]`."""
-    x = _integers(x, name)
+def per_token(
+    x: ArrayLike, batch: tuple[int, ...], side: Side, name: str, *, limited: bool = True
+) -> Array:
+    """One int a token, `[batch or 1, size]`; within `FAR` of 0 if they are to be added to."""
+    x = _integers(x, name, limited=limited)
     wanted = (*batch, side.size)
     if x.ndim < 1 or x.shape[-1] != side.size:
         raise ValueError(
@@ -225,12 +227,14 @@ def per_token(x: ArrayLike, batch: tuple[int, ...], side: Side, name: str) -> Ar
     return x.reshape(math.prod(batch), side.size)
 
 
-def _integers(x: ArrayLike, name: str) -> Array:
+def _integers(x: ArrayLike, name: str, *, limited: bool = True) -> Array:
     if isinstance(x, int) and not isinstance(x, bool):
         return jnp.asarray(max(-FAR, min(FAR, x)), jnp.int32)
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"`{name}` must hold integers, got {x.dtype}.")
     if x.dtype.itemsize >= 4:
+        if not limited:
+            return x
         x = jnp.clip(x, jnp.asarray(0 if x.dtype.kind == "u" else -FAR, x.dtype), FAR)
     return x.astype(jnp.int32)

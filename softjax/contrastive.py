@@ -12,14 +12,14 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._blocks import scan_blocks
-from softjax._inputs import NONNEGATIVE, computing_dtype, public, to_float
+from softjax._inputs import POSITIVE, computing_dtype, nan_unless_positive, public, to_float
 from softjax.output_layers import linear_cross_entropy
 from softjax.output_layers._stream import ENTRIES
 
 __all__ = ["info_nce", "siglip_loss"]
 
 
-@public("symmetric", temperature=NONNEGATIVE)
+@public("symmetric", temperature=POSITIVE)
 def info_nce(
     queries: ArrayLike, keys: ArrayLike, *, temperature: ArrayLike, symmetric: bool = True
 ) -> Array:
@@ -69,7 +69,7 @@ def info_nce(
     return (loss(queries, keys) + loss(keys, queries)) / 2
 
 
-@public(temperature=NONNEGATIVE)
+@public(temperature=POSITIVE)
 def siglip_loss(
     queries: ArrayLike, keys: ArrayLike, *, temperature: ArrayLike, bias: ArrayLike
 ) -> Array:
@@ -105,7 +105,7 @@ def siglip_loss(
     """
     queries, keys = _pairs(queries, keys)
     dtype = computing_dtype(queries.dtype)
-    rate = 1 / _one_number(temperature, "temperature").astype(dtype)
+    rate = 1 / nan_unless_positive(_one_number(temperature, "temperature").astype(dtype))
     bias = _one_number(bias, "bias").astype(dtype)
     num_pairs = queries.shape[0]
     if num_pairs == 0:

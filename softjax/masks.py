@@ -146,10 +146,12 @@ class Segments(Mask):
 
     def bind(self, grid: Grid) -> "Segments":
         keys = self.query_ids if self.key_ids is None else self.key_ids
-        return Segments(
-            per_token(self.query_ids, grid.batch, grid.queries, "Segments.query_ids"),
-            per_token(keys, grid.batch, grid.keys, "Segments.key_ids"),
-        )
+        ids = functools.partial(per_token, limited=False)  # Any number may name a document.
+        query_ids = ids(self.query_ids, grid.batch, grid.queries, "Segments.query_ids")
+        key_ids = ids(keys, grid.batch, grid.keys, "Segments.key_ids")
+        common = np.promote_types(query_ids.dtype, key_ids.dtype)
+        common = jax.dtypes.canonicalize_dtype(common if common.kind in "iu" else np.int64)
+        return Segments(query_ids.astype(common), key_ids.astype(common))
 
     def tile(self, tile: Tile) -> Array:
         query = tile.queries(self.query_ids)[:, None, :, None]

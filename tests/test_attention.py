@@ -635,3 +635,31 @@ def test_errors(change, error, message):
     arrays = [given.pop(name) for name in ("queries", "keys", "values")]
     with pytest.raises(error, match=message):
         sj.attention(*arrays, **given)
+
+
+@every_way
+def test_no_sink_and_nothing_seen(way):
+    queries, keys, values = draw(0)
+    call = lambda q: sj.attention(
+        q, keys, values, mask=masks.Causal(-1), sink=jnp.full(q.shape[-2], -INF), **way
+    )
+    plain = sj.attention(queries, keys, values, mask=masks.Causal(-1), **way)
+    assert_close(call(queries), plain, rtol=8 * eps("float64"), atol=8 * eps("float64"))
+    assert (call(queries)[:, 0] == 0).all()
+    assert jnp.isfinite(jax.grad(lambda q: jnp.sum(call(q)))(queries)).all()
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])
+def test_gradient_of_vmap(normalizer):
+    """The kinds of tiles are those of the whole batch, or no branch would have a transpose."""
+    queries = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 1, 4)))
+    ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 3, (2, 12)), -1))
+
+    def loss(q, ids):
+        mask = masks.Segments(ids) & masks.Causal()
+        out = sj.attention(30 * q, q, q, mask=mask, normalizer=normalizer, block_size=4)
+        return jnp.sum(jnp.sin(out))
+
+    over_all = jax.grad(lambda q: jnp.sum(jax.vmap(loss)(q, ids)))(queries)
+    one_by_one = [jax.grad(loss)(q, i) for q, i in zip(queries, ids, strict=True)]
+    assert_close(over_all, jnp.stack(one_by_one), rtol=1e-12, atol=1e-12)

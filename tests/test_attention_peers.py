@@ -128,6 +128,7 @@ def attention_fn(
     **_,
 ):
     """For the multi-head attention of flax."""
+    mask = None if mask is None else mask.astype(bool)
     drop = {"dropout_rate": dropout_rate, "dropout_key": dropout_rng}
     drop = {} if deterministic or not dropout_rate else drop
     return sj.attention(query, key, value, bias=bias, mask=mask, **drop)
@@ -138,7 +139,7 @@ def test_flax(as_users_run):
     """Multi-head attention with this attention, beside flax's own; and its dropout."""
     nn = pytest.importorskip("flax.linen")
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 8)), jnp.float32)
-    causal = nn.make_causal_mask(x[..., 0], dtype=bool)
+    causal = nn.make_causal_mask(x[..., 0])
     options = {"num_heads": 2, "dropout_rate": 0.5}
     theirs = nn.MultiHeadDotProductAttention(**options)
     ours = nn.MultiHeadDotProductAttention(**options, attention_fn=attention_fn)

@@ -1,5 +1,6 @@
 """softmax and log_softmax: the numbers of the articles, identities, shapes."""
 
+import functools
 import itertools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import softjax as sj
 from tests import oracles
-from tests.helpers import DTYPES, INF, assert_close, assert_same, draw, eps, spread
+from tests.helpers import DTYPES, INF, NAN, assert_close, assert_same, draw, eps, spread
 
 
 @pytest.mark.parametrize(
@@ -194,3 +195,12 @@ def test_the_reverse_of_a_scan_can_be_reversed(name):
     ):
         scanned, plain = map(second, losses)
         np.testing.assert_allclose(scanned, plain, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "sparsemax", "entmax15"])
+def test_a_nan_outlasts_an_infinite_temperature(name):
+    logits = jnp.array([[0.0, NAN, 1.0], [0.0, 2.0, -INF]])
+    fn = functools.partial(getattr(sj, name), temperature=jnp.inf)
+    keep = jnp.array([True, False, True])
+    assert jnp.isnan(fn(logits)[0]).all()
+    assert jnp.isfinite(fn(logits, where=keep)[0, ::2]).all()

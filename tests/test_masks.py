@@ -197,3 +197,13 @@ def test_masks_are_pytrees():
     again = jax.tree.unflatten(structure, leaves)
     np.testing.assert_array_equal(again.array(T, S), mask.array(T, S))
     assert dataclasses.is_dataclass(masks.Causal)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int64"])
+def test_any_number_names_a_document(dtype):
+    ids = np.array([2**30 + 1] * 3 + [2**30 + 2] * 3, dtype)
+    seen = masks.Segments(jnp.asarray(ids)).array(6)
+    np.testing.assert_array_equal(seen[0], ids[:, None] == ids)
+    hashes = np.array([2**31 - 1, 2**31 - 2, 0], "int32")
+    mixed = masks.Segments(jnp.asarray(hashes), jnp.asarray(hashes.astype("int64")))
+    np.testing.assert_array_equal(mixed.array(3)[0], hashes[:, None] == hashes)

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._hoist import hoist_floats
-from softjax._inputs import computing_dtype, to_float
+from softjax._inputs import computing_dtype, nan_unless_positive, to_float
 from softjax._tiles import Grid, grid_of, per_score
 from softjax.attentions._dropout import words_of
 from softjax.attentions._operands import Floats, Others, Program
@@ -92,7 +92,9 @@ def prepare(
         scale=per_head(
             1 / max(1, width) ** 0.5 if scale is None else scale, heads, wide, "scale"
         ),
-        soft_cap=None if soft_cap is None else per_head(soft_cap, heads, wide, "soft_cap"),
+        soft_cap=None
+        if soft_cap is None
+        else nan_unless_positive(per_head(soft_cap, heads, wide, "soft_cap")),
     )
     others = Others(grid, bound, bad_queries, bad_keys)
     if score is not None:

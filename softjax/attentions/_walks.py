@@ -52,6 +52,27 @@ def over_queries(
     return lax.map(lambda xs: run(rest, *xs), (numbers, cut, rows))
 
 
+@jax.custom_batching.custom_vmap
+def _shared(kinds: Array) -> Array:
+    """The same under `vmap` for the whole batch: a tile is skipped if nobody needs it.
+
+    (Kinds that differ within a batch would make of every branch a select, which skips nothing
+    and has no transpose.)
+    """
+    return kinds
+
+
+@_shared.def_vmap
+def _shared_by_batch(
+    axis_size: int, in_batched: list[bool], kinds: Array
+) -> tuple[Array, bool]:
+    del axis_size
+    if in_batched[0]:
+        low, high = jnp.min(kinds, 0), jnp.max(kinds, 0)
+        kinds = jnp.where(low == high, low, 1)
+    return _shared(kinds), False
+
+
 def over_keys(
     grid: Grid, i: Any, visit: Visit, state: Any, kinds: Array, floats: Floats
 ) -> Any:
@@ -76,7 +97,7 @@ def over_keys(
         return lax.switch(kind, [lambda state: state, branch(1), branch(2)], state), None
 
     numbers = jnp.arange(grid.keys.num_blocks, dtype=jnp.int32)
-    return lax.scan(step, state, (numbers, kinds))[0]
+    return lax.scan(step, state, (numbers, _shared(kinds)))[0]
 
 
 def sum_over_keys(
@@ -101,4 +122,4 @@ def sum_over_keys(
         return lax.cond(kind > 0, add, lambda total, *_: total, total, cut, rest, rows), None
 
     numbers = jnp.arange(grid.keys.num_blocks, dtype=jnp.int32)
-    return lax.scan(step, start, (numbers, kinds, cut))[0]
+    return lax.scan(step, start, (numbers, _shared(kinds), cut))[0]

@@ -112,6 +112,8 @@ def attention(
         heads; Xiao et al. (2024), Efficient streaming language models with attention sinks.
     """
     none_dropped = False
+    if isinstance(soft_cap, (int, float)) and not soft_cap > 0:
+        raise ValueError(f"`soft_cap` must be positive, got {soft_cap}.")
     if isinstance(dropout_rate, (int, float)):
         none_dropped = dropout_rate == 0
         if not 0 <= dropout_rate <= 1:
@@ -229,5 +231,7 @@ def _nothing(problem: Problem, sink: ArrayLike | None, return_lse: bool) -> Any:
 
 def with_sink(out: Array, lse: Array, sink: Array) -> tuple[Array, Array]:
     """Averages `[..., W]` after one more score, whose value is 0."""
-    share = jax.nn.sigmoid(lse - sink)
+    # Of two that are -inf neither counts, and the average is 0.
+    share = jax.nn.sigmoid(lse - jnp.where(sink == -jnp.inf, 0, sink))
+    share = jnp.where((sink == -jnp.inf) & (lse > -jnp.inf), 1, share)
     return out * share[..., None], jnp.logaddexp(lse, sink)

@@ -171,7 +171,11 @@ def _paged(
     at_once = max(1, min(at_once // max(1, size), -(-num_pages // num_splits)))
     num_steps = max(1, -(-num_pages // (at_once * num_splits)))
     padding = num_steps * at_once * num_splits - num_pages
-    table = jnp.pad(table, [(0, 0)] * len(batch) + [(0, padding)])
+    # Neither a negative number nor what fills up the table is a page.
+    outside = key_pages.shape[0]
+    table = jnp.where(table < 0, outside, table)
+    padded = [(0, 0)] * len(batch) + [(0, padding)]
+    table = jnp.pad(table, padded, constant_values=outside)
     table = jnp.moveaxis(table.reshape(*batch, num_splits, num_steps, at_once), -2, 0)
     last = jnp.arange(num_queries, 0, -1, dtype=jnp.int32)
     asked = lengths[..., None] - last.reshape(*(1,) * len(batch), -1)

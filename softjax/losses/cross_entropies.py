@@ -34,7 +34,7 @@ _HOT = 1e15  # above, the loss is its limit to working precision
 __all__ = ["cross_entropy", "distillation_loss", "focal_loss", "soft_cross_entropy"]
 
 
-@public("axis", "ignore_index", label_smoothing=PROBABILITY)
+@public("axis", "ignore_index", label_smoothing=PROBABILITY, z_loss=NONNEGATIVE)
 def cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,

@@ -13,6 +13,7 @@ from softjax._inputs import (
     computing_dtype,
     is_one,
     known_labels,
+    nan_unless_positive,
     per_class,
     to_float,
 )
@@ -82,11 +83,13 @@ def prepare_layer(
             raise ValueError(
                 f"`{prefix}soft_cap` must be one number, got the shape {soft_cap.shape}."
             )
-        soft_cap = soft_cap.astype(dtype)
+        soft_cap = nan_unless_positive(soft_cap.astype(dtype))
     layer = tokens.layer._replace(
         bias=bias,
         soft_cap=soft_cap,
-        temperature=None if is_one(temperature) else tokens.row(temperature, "temperature"),
+        temperature=None
+        if is_one(temperature)
+        else nan_unless_positive(tokens.row(temperature, "temperature")),
     )
     return tokens._replace(layer=layer)
 

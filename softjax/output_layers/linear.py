@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._inputs import NONNEGATIVE, PROBABILITY, is_zero, per_class, public
+from softjax._inputs import NONNEGATIVE, POSITIVE, PROBABILITY, is_zero, per_class, public
 from softjax.losses.means import over_mass, shares_and_masses, sum_of_counted
 from softjax.output_layers._layer import prepare_layer, token_labels, without
 from softjax.output_layers._losses import token_losses, total_with_gradient
@@ -29,7 +29,9 @@ class Statistics(NamedTuple):
     "reduction",
     "block_size",
     "forward_gradient",
-    temperature=NONNEGATIVE,
+    temperature=POSITIVE,
+    soft_cap=POSITIVE,
+    z_loss=NONNEGATIVE,
     label_smoothing=PROBABILITY,
 )
 def linear_cross_entropy(
@@ -144,7 +146,7 @@ def linear_cross_entropy(
     return over_mass(total, masses) if reduction == "mean" else total
 
 
-@public("block_size", temperature=NONNEGATIVE)
+@public("block_size", temperature=POSITIVE, soft_cap=POSITIVE)
 def linear_statistics(
     features: ArrayLike,
     weights: ArrayLike,

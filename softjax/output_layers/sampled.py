@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._blocks import scan_blocks
-from softjax._inputs import NONNEGATIVE, public
+from softjax._inputs import POSITIVE, public
 from softjax.losses._surprise import surprise
 from softjax.output_layers._layer import (
     Layer,
@@ -23,7 +23,7 @@ from softjax.output_layers._stream import ENTRIES
 __all__ = ["sampled_cross_entropy"]
 
 
-@public("num_samples", "ignore_index", temperature=NONNEGATIVE)
+@public("num_samples", "ignore_index", temperature=POSITIVE)
 def sampled_cross_entropy(
     key: Array,
     features: ArrayLike,
