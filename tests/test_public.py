@@ -179,6 +179,7 @@ def test_docstring_names_every_argument(name):
     assert described == list(inspect.signature(getattr(sj, name)).parameters)
 
 
+@pytest.mark.slow
 @every_function
 def test_example(name):
     fn = getattr(sj, name)

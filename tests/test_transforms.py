@@ -15,27 +15,13 @@ import softjax as sj
 from tests.catalogue import CATALOGUE
 from tests.helpers import DTYPES, assert_close, assert_same, eps
 
-# Made of the same parts as others that are looked at here, and tested in their own file.
-_ALIKE = {
-    *("select_action", "policy_probs", "policy_entropy", "policy_gradient_loss"),
-    *("expected_value", "actor_critic_value", "bellman_target", "exponential_temperature"),
-    *("visit_count_temperature", "target_entropy_temperature", "mellowmax_temperature"),
-}
-every_entry = pytest.mark.parametrize(
-    "entry",
-    [
-        pytest.param(e, marks=[pytest.mark.slow] if e.name in _ALIKE else [], id=e.title)
-        for e in CATALOGUE
-    ],
-)
-
 # One entry a kind of function by default; the others share what is looked at here.
 _KINDS = {
     *("softmax", "logsumexp", "sparsemax", "soft_top_k-capped", "segment_softmax"),
     *("top_p_filter", "cross_entropy"),
 }
 _marks = {entry: [pytest.mark.slow] if entry.title not in _KINDS else [] for entry in CATALOGUE}
-every_name = pytest.mark.parametrize(
+every_entry = pytest.mark.parametrize(
     "entry", [pytest.param(e, marks=m, id=e.title) for e, m in _marks.items()]
 )
 
@@ -151,7 +137,7 @@ def _check_temperature(entry, out, logits, floats, others):
     assert_same(entry.call(logits / 2, *(f / 2 for f in floats), *others), out)
 
 
-@every_name
+@every_entry
 def test_integers_become_the_default_float(entry):
     floats, others = entry.arguments()
     whole = jnp.round(4 * floats[0]).astype(int)
@@ -161,7 +147,7 @@ def test_integers_become_the_default_float(entry):
     assert_close(out, expected, **ROUNDINGS)
 
 
-@every_name
+@every_entry
 def test_jit_and_no_jit(entry):
     arguments = sum(entry.arguments(), ())
     out = entry.call(*arguments)
@@ -171,7 +157,7 @@ def test_jit_and_no_jit(entry):
     assert_close(plain, out, **ROUNDINGS)
 
 
-@every_name
+@every_entry
 def test_a_repeated_shape_is_not_traced_again(entry):
     first, second = (sum(entry.arguments(seed), ()) for seed in (0, 1))
     jax.block_until_ready(entry.call(*first))
@@ -205,7 +191,7 @@ def in_axes_of(entry, sizes):
     return [batched for batched in everything if sum(batched) in sizes(count)]
 
 
-@every_name
+@every_entry
 def test_vmap(entry):
     """Over each argument alone, and over all at once."""
     check_vmap(entry, in_axes_of(entry, lambda count: {1, count}))
@@ -217,7 +203,7 @@ def test_vmap_over_pairs_of_arguments(entry):
     check_vmap(entry, in_axes_of(entry, lambda count: {2} - {count}))
 
 
-@every_name
+@every_entry
 def test_vmap_over_the_last_axis(entry):
     lists, stacks = stacked(entry, 3)
     moved = [jnp.moveaxis(a, 0, -1) for a in stacks]
@@ -226,7 +212,7 @@ def test_vmap_over_the_last_axis(entry):
     assert_close(out, expected, **ROUNDINGS)
 
 
-@every_name
+@every_entry
 def test_nested_vmap(entry):
     lists, stacks = stacked(entry, 6)
     out = jax.vmap(jax.vmap(entry.call))(*(a.reshape(2, 3, *a.shape[1:]) for a in stacks))
@@ -234,7 +220,7 @@ def test_nested_vmap(entry):
     assert_close(out.reshape(expected.shape), expected, **ROUNDINGS)
 
 
-@every_name
+@every_entry
 def test_vmap_of_grad(entry):
     num_floats = len(entry.arguments()[0])
     lists, stacks = stacked(entry, 2)
@@ -246,7 +232,7 @@ def test_vmap_of_grad(entry):
         assert_close(out, np.stack([e[i] for e in expected]), **ROUNDINGS)
 
 
-@every_name
+@every_entry
 def test_jacobian_is_that_of_the_definition(entry):
     """Central differences of the oracle: their error is h^2 / 6 times a third derivative."""
     fn, vector, unravel = flat(entry)
@@ -266,7 +252,7 @@ def test_jacobian_is_that_of_the_definition(entry):
         assert np.abs(block).max() > 1e-2  # A flat point would prove nothing.
 
 
-@every_name
+@every_entry
 def test_forward_and_reverse_are_transposes(entry):
     fn, vector, _ = flat(entry)
     rng = np.random.default_rng(0)
@@ -289,7 +275,7 @@ def test_two_orders_in_both_modes(entry):
     check_grads(fn, floats, order=2, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
 
 
-@every_name
+@every_entry
 def test_hessian_in_three_orders(entry):
     """Hessian times vector, against each other and against differences of the gradient."""
     fn, vector, _ = flat(entry)
@@ -324,7 +310,7 @@ def test_hessian_is_symmetric(entry):
         assert_close(hessian, hessian.T, rtol=0, atol=atol)
 
 
-@every_name
+@every_entry
 def test_scan_of_remat(entry):
     _, stacks = stacked(entry, 3)
     num_floats = len(entry.arguments()[0])
