@@ -249,12 +249,15 @@ def _clipped_fwd(axes: tuple[int, ...], x: Array, max_norm: Array) -> tuple[Arra
 def _clipped_bwd(axes: tuple[int, ...], max_norm: Array, bar: Array) -> tuple[Array, Array]:
     # Scaled by the largest entry first, as squares overflow.
     largest = jnp.max(jnp.abs(lax.stop_gradient(bar)), axes, keepdims=True, initial=0)
-    unit = jnp.where((largest > 0) & (largest < jnp.inf), largest, 1)
-    squares = jnp.sum(jnp.square(bar / unit), axes, keepdims=True)
-    norm = unit * jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    long = (squares > 0) & (norm > max_norm)
-    factor = jnp.where(long, max_norm / jnp.where(long, norm, 1), 1)
-    return bar * factor, jnp.zeros_like(max_norm)
+    # (Of a larger unit the inverse, by which XLA divides, would be flushed to 0.)
+    highest = float(jnp.finfo(bar.dtype).max) / 8
+    unit = jnp.where((largest > 0) & (largest < jnp.inf), jnp.minimum(largest, highest), 1)
+    scaled = bar / unit
+    squares = jnp.sum(jnp.square(scaled), axes, keepdims=True)
+    length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    long = (squares > 0) & (length > max_norm / unit)
+    factor = jnp.where(long, max_norm, 1) / length
+    return jnp.where(long, scaled * factor, bar), jnp.zeros_like(max_norm)
 
 
 _clipped.defvjp(_clipped_fwd, _clipped_bwd)

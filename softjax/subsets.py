@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from softjax import _noise
 from softjax._exact import expm1_over
 from softjax._exponential import SOFTMAX
-from softjax._inputs import Axis, prepare, public, resolve_one_axis, widen
+from softjax._inputs import Axis, equal, prepare, public, resolve_one_axis, widen
 from softjax._slices import AlongAxes
 from softjax._threshold import solve
 from softjax.reductions import log_sum
@@ -159,7 +159,7 @@ def _log_probs(scores: Array, indices: Array) -> Array:
     """Of each draw given those before it, along the last axis."""
     num, k = scores.shape[-1], indices.shape[-1]
     if k == 0 or num == 0:
-        return jnp.where(indices == -1, 0, jnp.full(indices.shape, jnp.nan, scores.dtype))
+        return jnp.where(equal(indices, -1), 0, jnp.full(indices.shape, jnp.nan, scores.dtype))
     inside = (indices >= 0) & (indices < num)
     order = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), indices.shape)
     drawn = _first_draws(jnp.where(inside, indices, num).astype(jnp.int32), num)
@@ -173,8 +173,8 @@ def _log_probs(scores: Array, indices: Array) -> Array:
     possible = chosen > -jnp.inf
     gap = jnp.where(possible, later - jnp.where(possible, chosen, 0), 0)
     log_probs = jnp.where(possible | jnp.isnan(chosen), 0 - jax.nn.softplus(gap), -jnp.inf)
-    known = inside | (indices == -1)
-    log_probs = jnp.where(indices == -1, 0, jnp.where(known, log_probs, jnp.nan))
+    known = inside | equal(indices, -1)
+    log_probs = jnp.where(equal(indices, -1), 0, jnp.where(known, log_probs, jnp.nan))
     broken = jnp.any(jnp.isnan(scores), -1, keepdims=True)
     return jnp.where(broken, jnp.nan, log_probs)
 

@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 import softjax as sj
-from tests.helpers import DTYPES, INF, assert_close, assert_same, draw
+from tests.helpers import DTYPES, INF, assert_close, assert_same, draw, eps
 
 LOGITS = jnp.array([0.5, -1.0, 2.0])
 PROBS = np.asarray(jax.nn.softmax(LOGITS))
@@ -163,3 +163,11 @@ def test_wrong_arguments():
     ]:
         with pytest.raises(error, match=match):
             call()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 9e37, 3e38])
+def test_gradients_of_any_size_are_clipped(size):
+    bar = jnp.array([size, -size], "float32")
+    (clipped,) = jax.vjp(lambda x: sj.clip_gradient(x, 1.0), jnp.zeros(2, "float32"))[1](bar)
+    expected = bar if size < 1e-20 else np.array([1, -1]) * np.sqrt(0.5)
+    assert_close(clipped, expected, rtol=4 * eps("float32"))

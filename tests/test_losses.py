@@ -1026,3 +1026,9 @@ def test_the_gradient_holds_one_array(name):
         assert compiled.memory_analysis().temp_size_in_bytes <= 0.1 * 4 * shape[0] * shape[1]
     compiled = jax.jit(jax.grad(mean)).lower(logits, labels).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 1.1 * 4 * shape[0] * shape[1]
+
+
+def test_an_unknown_count_is_not_a_class_without_examples():
+    adjustment = sj.logit_adjustment(jnp.array([0.0, NAN, 1.0]))
+    assert adjustment[0] == -INF
+    assert jnp.isnan(adjustment[1:]).all()

@@ -729,3 +729,11 @@ def test_in_a_scan_with_remat():
 def test_errors(call, error, problem):
     with pytest.raises(error, match=problem):
         call(jnp.zeros((2, 3)))
+
+
+def test_an_unknown_target_has_an_unknown_temperature():
+    values = jnp.array([1.0, 2.0, 4.0])
+    assert jnp.isnan(sj.target_entropy_temperature(values, jnp.array(NAN))).all()
+    assert jnp.isnan(sj.mellowmax_temperature(values, omega=jnp.array(NAN))).all()
+    unsigned = jnp.array(2**32 - 1, "uint32")
+    assert jnp.isnan(sj.policy_log_prob(jnp.full(3, -INF), unsigned))

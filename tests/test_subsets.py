@@ -170,3 +170,8 @@ def test_wrong_arguments():
     ]:
         with pytest.raises(error, match=match):
             call()
+
+
+def test_no_unsigned_index_stands_for_nothing():
+    indices = jnp.array([2**32 - 1, 0], "uint32")
+    assert jnp.isnan(sj.ranking_log_prob(jnp.zeros(3), indices)[0])

@@ -191,7 +191,7 @@ def logit_adjustment(counts: ArrayLike, *, scale: ArrayLike = 1.0) -> Array:
     scale, _ = to_float(scale, name="scale")
     if scale.ndim:
         raise ValueError(f"`scale` must be one number, got the shape {scale.shape}.")
-    seen = counts > 0
+    seen = ~(counts <= 0)  # NaN too, to be seen in its turn.
     total = jnp.sum(jnp.where(seen, counts, 0))
-    shares = jnp.where(seen, counts / jnp.where(total > 0, total, 1), 1)
+    shares = jnp.where(seen, counts / jnp.where(total == 0, 1, total), 1)
     return jnp.where(seen, scale.astype(counts.dtype) * jnp.log(shares), -jnp.inf).astype(dtype)

@@ -22,6 +22,7 @@ from softjax._inputs import (
     PROBABILITY,
     Axis,
     Problem,
+    equal,
     is_zero,
     per_slice,
     prepare,
@@ -294,5 +295,5 @@ def per_step(x: Array, shape: tuple[int, ...], name: str, target: str) -> Array:
 
 def chosen(log_probs: Array, actions: Array, axis: int) -> Array:
     """The log-probability of each action; -1 stands for none where there is none."""
-    nothing = jnp.all(log_probs == -jnp.inf, axis) & (actions == -1)
+    nothing = jnp.all(log_probs == -jnp.inf, axis) & equal(actions, -1)
     return jnp.where(nothing, -jnp.inf, pick(log_probs, actions, axis))

@@ -190,10 +190,11 @@ def target_entropy_temperature(
     target = per_slice(target, problem.logits, problem.axes, name="target")
     num_legal = jnp.maximum(slices.sum((below != -jnp.inf).astype(below.dtype)), 1)
     coldest, hottest = jnp.log(_count_peaks(below, slices)), jnp.log(num_legal)
-    cold, hot = target <= coldest, target >= hottest
+    cold, hot, unknown = target <= coldest, target >= hottest, jnp.isnan(target)
     target = jnp.where(cold | hot, (coldest + hottest) / 2, target)
     temperature = scale * jnp.exp(_solve(_missing_entropy, problem.axes, below, target))
     temperature = jnp.where(cold, 0, jnp.where(hot, jnp.inf, temperature))
+    temperature = jnp.where(unknown, jnp.nan, temperature)
     return _finish(temperature, problem, slices)
 
 
@@ -267,6 +268,7 @@ def mellowmax_temperature(
 
     temperature = scale * jnp.exp(_solve(_spare_value, problem.axes, below, value))
     temperature = jnp.where(hot, jnp.inf, jnp.where(cold, 0, temperature))
+    temperature = jnp.where(jnp.isnan(omega), jnp.nan, temperature)
     return _finish(temperature, problem, slices)
 
 
