@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from softjax import _inverse_cdf, _noise
-from softjax._exact import centre, where_finite
+from softjax._exact import centre
 from softjax._inputs import (
     NONNEGATIVE,
     Problem,
@@ -226,8 +226,14 @@ def gumbel_given_argmax(
     found = jnp.any(is_label, axis, keepdims=True)
     # The noise at the label becomes that of the maximum.
     spare = jnp.sum(jnp.where(is_label, noise, 0), axis, keepdims=True)
-    top = jnp.where(found, where_finite(log_sum(x, (axis,))) + spare, jnp.nan)
-    return jnp.where(is_label, top, _cut_off(x, noise, top))
+    total = log_sum(x, (axis,))
+    unlimited = jnp.any(is_label & (x == jnp.inf), axis, keepdims=True)
+    # Beside an infinite logit no finite one is the largest.
+    found &= unlimited | (total != jnp.inf)
+    top = jnp.where(found, jnp.where(jnp.isinf(total), 0, total) + spare, jnp.nan)
+    noisy = jnp.where(is_label, top, _cut_off(x, noise, top))
+    infinite = jnp.where(jnp.isfinite(x), x, 0) + noise
+    return jnp.where(unlimited, jnp.where(jnp.isinf(x), x, infinite), noisy)
 
 
 def _cut_off(x: Array, noise: Array, top: Array) -> Array:

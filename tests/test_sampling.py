@@ -394,3 +394,17 @@ def test_gumbel_given_argmax_at_the_edges():
     columns = sj.gumbel_given_argmax(KEY, logits[:1].T, jnp.array([1]), axis=0)
     assert columns.shape == (2, 1)
     assert columns[1, 0] > columns[0, 0]
+
+
+def test_gumbels_of_infinite_and_unknown_logits():
+    key = jax.random.key(0)
+    given = lambda logits, label: sj.gumbel_given_argmax(
+        key, jnp.array(logits), jnp.array(label)
+    )
+    noisy = given([0.0, INF, 1.0, -INF], 1)
+    assert noisy[1] == INF
+    assert jnp.isfinite(noisy[jnp.array([0, 2])]).all()
+    assert noisy[3] == -INF
+    assert jnp.isnan(given([INF, 0.0, 1.0], 1)[1:]).all()
+    assert jnp.isnan(given([NAN, 0.0, 1.0], 1)).all()
+    assert jnp.isfinite(given([2.0, 0.0, 1.0], 1)).all()
