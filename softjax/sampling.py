@@ -196,8 +196,9 @@ def gumbel_given_argmax(
         where: mask, bool, broadcastable to `[*shape]`; True keeps an entry.
 
     Returns:
-        Noisy logits `[*shape]`, float32 or wider; -inf where dropped. A slice whose
-        label is out of range or dropped is NaN where it is kept.
+        Noisy logits `[*shape]`, float32 or wider; -inf where dropped, inf where infinite. A
+        slice whose label is out of range or dropped, or finite beside an infinite logit, is NaN
+        where it is finite.
 
     Raises:
         TypeError: `key` is no random key, `logits` not real, `labels` not integer, `where`
