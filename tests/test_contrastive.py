@@ -109,7 +109,7 @@ def test_memory_grows_with_the_number_of_pairs_only():
         ({"keys": jnp.ones((3, 3))}, ValueError, "must be \\[N, D\\] alike"),
         ({"keys": jnp.ones((2, 3), jnp.float32)}, TypeError, "`keys` must have the dtype"),
         ({"temperature": jnp.ones(2)}, ValueError, "`temperature` must be one number"),
-        ({"temperature": -1.0}, ValueError, "`temperature` must be in"),
+        ({"temperature": -1.0}, ValueError, "`temperature` must be positive"),
     ],
 )
 def test_errors(change, error, problem):
