@@ -188,6 +188,22 @@ def per_slice(value: ArrayLike, logits: Array, axes: tuple[int, ...], *, name: s
     return value.reshape(full)
 
 
+def one_number(x: ArrayLike, *, name: str) -> Array:
+    """A single real number, in its computing dtype."""
+    number, _ = to_float(x, name=name)
+    if number.ndim:
+        raise ValueError(f"`{name}` must be one number, got the shape {number.shape}.")
+    return number
+
+
+def to_integers(x: ArrayLike, *, name: str) -> Array:
+    """The array, if it holds integers."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"`{name}` must hold integers, got {x.dtype}.")
+    return x
+
+
 def widen(integers: Array) -> Array:
     """Integers of at least 32 bits, in which a count does not wrap around."""
     return integers.astype(jnp.int32) if integers.dtype.itemsize < 4 else integers

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from softjax._inputs import to_integers
+
 FAR = 2**30  # beyond all positions, and twice of it is still an int32
 
 
@@ -230,9 +232,7 @@ def per_token(
 def _integers(x: ArrayLike, name: str, *, limited: bool = True) -> Array:
     if isinstance(x, int) and not isinstance(x, bool):
         return jnp.asarray(max(-FAR, min(FAR, x)), jnp.int32)
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"`{name}` must hold integers, got {x.dtype}.")
+    x = to_integers(x, name=name)
     if x.dtype.itemsize >= 4:
         if not limited:
             return x

@@ -12,7 +12,14 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._blocks import scan_blocks
-from softjax._inputs import POSITIVE, computing_dtype, nan_unless_positive, public, to_float
+from softjax._inputs import (
+    POSITIVE,
+    computing_dtype,
+    nan_unless_positive,
+    one_number,
+    public,
+    to_float,
+)
 from softjax.output_layers import linear_cross_entropy
 from softjax.output_layers._stream import ENTRIES
 
@@ -57,7 +64,7 @@ def info_nce(
         coding; Radford et al. (2021), Learning transferable visual models, for the two sides.
     """
     queries, keys = _pairs(queries, keys)
-    temperature = _one_number(temperature, "temperature")
+    temperature = one_number(temperature, name="temperature")
     if queries.shape[0] == 0:
         return jnp.zeros((), computing_dtype(queries.dtype))
     labels = jnp.arange(queries.shape[0])
@@ -105,8 +112,8 @@ def siglip_loss(
     """
     queries, keys = _pairs(queries, keys)
     dtype = computing_dtype(queries.dtype)
-    rate = 1 / nan_unless_positive(_one_number(temperature, "temperature").astype(dtype))
-    bias = _one_number(bias, "bias").astype(dtype)
+    rate = 1 / nan_unless_positive(one_number(temperature, name="temperature").astype(dtype))
+    bias = one_number(bias, name="bias").astype(dtype)
     num_pairs = queries.shape[0]
     if num_pairs == 0:
         return jnp.zeros((), dtype)
@@ -138,10 +145,3 @@ def _pairs(queries: ArrayLike, keys: ArrayLike) -> tuple[Array, Array]:
             f"`queries` and `keys` must be [N, D] alike, got {queries.shape} and {keys.shape}."
         )
     return queries, keys
-
-
-def _one_number(option: ArrayLike, name: str) -> Array:
-    value, _ = to_float(option, name=name)
-    if value.ndim:
-        raise ValueError(f"`{name}` must be one number, got the shape {value.shape}.")
-    return value

@@ -119,6 +119,14 @@ def peer(name: str) -> Any:
         return None
 
 
+def machine(environment: dict[str, Any]) -> str:
+    """What a run was measured on, in a few words."""
+    busy = environment["load_average"]
+    load = "" if busy is None else f", load average {busy:.1f} before the run"
+    device, cores = environment["device"], environment["cores"]
+    return f"{device}, {cores} cores{load}, jax {environment['versions']['jax']}"
+
+
 def environment() -> dict[str, Any]:
     """Device, platform and versions; a peer that is not installed has version None."""
     device = jax.devices()[0]

@@ -228,12 +228,9 @@ def _memory(mode: str, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def _report(results: dict[str, Any]) -> str:
-    where = results["environment"]
-    busy = where["load_average"]
-    load = "" if busy is None else f", load average {busy:.1f} before the run"
     return "\n\n".join(
         [
-            f"{where['device']}, {where['cores']} cores{load}, jax {where['versions']['jax']}, "
+            f"{measure.machine(results['environment'])}, "
             "float32. A ratio is the time of softjax over the rival's, the median of the "
             "rounds.",
             measure.table(TIME_HEAD, map(_time_row, results["times"])),

@@ -239,12 +239,9 @@ def _over(ours: int | None, theirs: int | None) -> float | None:
 
 
 def _report(results: dict[str, Any]) -> str:
-    where = results["environment"]
-    busy = where["load_average"]
-    load = "" if busy is None else f", load average {busy:.1f} before the run"
     return "\n\n".join(
         [
-            f"{where['device']}, {where['cores']} cores{load}, jax {where['versions']['jax']}, "
+            f"{measure.machine(results['environment'])}, "
             "float32. Gradient: with the value. MiB: temporary memory, as the compiler plans "
             "it. Ratios are those of softjax to the rival; of times, the median of the rounds.",
             measure.table(HEAD, map(_row, results["records"])),

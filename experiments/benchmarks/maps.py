@@ -250,14 +250,11 @@ def _bytes(function: Map, x: Array) -> dict[str, int | None]:
 
 def _report(results: dict[str, Any]) -> str:
     """Both tables, and the speed of a copy at each shape."""
-    where = results["environment"]
-    busy = where["load_average"]
-    load = "" if busy is None else f", load average {busy:.1f} before the run"
     copies = {_by(r["shape"]): r["copy_gb_per_second"] for r in results["times"]}
     speeds = ", ".join(f"{speed:.1f} GB/s at {shape}" for shape, speed in copies.items())
     return "\n\n".join(
         [
-            f"{where['device']}, {where['cores']} cores{load}, jax {where['versions']['jax']}, "
+            f"{measure.machine(results['environment'])}, "
             "float32. A ratio is the time of softjax over the rival's, the median of the "
             "rounds; copies: over the time of `x + 1`.",
             measure.table(

@@ -124,12 +124,9 @@ def _within(value: float | None, limit: float | None) -> bool | None:
 
 
 def _report(results: dict[str, Any]) -> str:
-    where = results["environment"]
-    busy = where["load_average"]
-    load = "" if busy is None else f", load average {busy:.1f} before the run"
     return "\n\n".join(
         [
-            f"{where['device']}, {where['cores']} cores{load}, jax {where['versions']['jax']}, "
+            f"{measure.machine(results['environment'])}, "
             "float32. A ratio is the time of softjax over the rival's, the median of the "
             "rounds; memory is temporary, and in numbers a class and draw.",
             measure.table(HEAD, map(_row, results["records"])),

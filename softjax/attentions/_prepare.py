@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._hoist import hoist_floats
-from softjax._inputs import computing_dtype, nan_unless_positive, to_float
+from softjax._inputs import computing_dtype, nan_unless_positive, one_number, to_float
 from softjax._tiles import Grid, grid_of, per_score
 from softjax.attentions._dropout import words_of
 from softjax.attentions._operands import Floats, Others, Program
@@ -100,9 +100,7 @@ def prepare(
     if score is not None:
         program, floats, others = _with_score(score, program, floats, others, wide)
     if dropout_key is not None:
-        rate, _ = to_float(dropout_rate, name="dropout_rate")
-        if rate.ndim:
-            raise ValueError(f"`dropout_rate` must be one number, got the shape {rate.shape}.")
+        rate = one_number(dropout_rate, name="dropout_rate")
         others = others._replace(dropout=(words_of(dropout_key), rate.astype(wide)))
     shape = (*batch, num_queries, heads, values.shape[-1])
     return Problem(program, floats, others, shape, dtype)

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax import _online, masks
-from softjax._inputs import computing_dtype, public, to_float, widen
+from softjax._inputs import computing_dtype, public, to_float, to_integers, widen
 from softjax.attentions._prepare import per_head
 from softjax.attentions.attend import Argument, attention, with_sink
 
@@ -229,7 +229,4 @@ def _walk(
 
 
 def _integers(x: ArrayLike, name: str) -> Array:
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"`{name}` must hold integers, got {x.dtype}.")
-    return widen(x).astype(jnp.int32)
+    return widen(to_integers(x, name=name)).astype(jnp.int32)

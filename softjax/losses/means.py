@@ -11,6 +11,7 @@ from softjax._inputs import (
     check_labels,
     computing_dtype,
     equal,
+    one_number,
     per_class,
     public,
     to_float,
@@ -188,9 +189,7 @@ def logit_adjustment(counts: ArrayLike, *, scale: ArrayLike = 1.0) -> Array:
     """
     dtype = to_float(counts, name="counts")[1]
     counts = per_class(counts, None, computing_dtype(dtype), name="counts")
-    scale, _ = to_float(scale, name="scale")
-    if scale.ndim:
-        raise ValueError(f"`scale` must be one number, got the shape {scale.shape}.")
+    scale = one_number(scale, name="scale")
     seen = ~(counts <= 0)  # NaN too, to be seen in its turn.
     total = jnp.sum(jnp.where(seen, counts, 0))
     shares = jnp.where(seen, counts / jnp.where(total == 0, 1, total), 1)

@@ -14,6 +14,7 @@ from softjax._inputs import (
     is_one,
     known_labels,
     nan_unless_positive,
+    one_number,
     per_class,
     to_float,
 )
@@ -78,11 +79,7 @@ def prepare_layer(
     if bias is not None:
         bias = per_class(bias, weights.shape[0], dtype, name=f"{prefix}bias")
     if soft_cap is not None:
-        soft_cap, _ = to_float(soft_cap, name=f"{prefix}soft_cap")
-        if soft_cap.ndim:
-            raise ValueError(
-                f"`{prefix}soft_cap` must be one number, got the shape {soft_cap.shape}."
-            )
+        soft_cap = one_number(soft_cap, name=f"{prefix}soft_cap")
         soft_cap = nan_unless_positive(soft_cap.astype(dtype))
     layer = tokens.layer._replace(
         bias=bias,
