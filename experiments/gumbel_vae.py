@@ -87,11 +87,11 @@ class Config(Options):
 
     @classmethod
     def reduced(cls) -> Self:
-        """A short training of two arms, and a target to go with it."""
+        """A short training of one arm, and a target to go with it."""
         return cls(
             quick=True,
             num_seeds=2,
-            arms=("relaxed", "score function"),
+            arms=("relaxed",),
             num_rounds=2,
             num_epochs=6,
             learning_rate=5e-3,

@@ -4,6 +4,8 @@ A float32 of 24 random bits knows no event rarer than 6e-8, and the largest of m
 numbers is often shared. Noise is float32 or wider, whatever the logits are.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -26,8 +28,11 @@ def check_key(key: Array) -> None:
 
 
 def bits(key: Array, shape: tuple[int, ...]) -> Wide:
-    """64 random bits a number."""
-    high, low = jax.random.bits(key, (2, *shape), WORD)
+    """64 random bits a number.
+
+    Drawn as a vector, as XLA takes seconds to compile counters of three axes or more.
+    """
+    high, low = jax.random.bits(key, (2 * math.prod(shape),), WORD).reshape(2, *shape)
     return Wide(high, low)
 
 
