@@ -52,8 +52,11 @@ class Options:
     """Exit with code 1 when a target is missed."""
 
     def __post_init__(self) -> None:
-        if self.num_seeds < 1:
-            raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}.")
+        # Every whole number but a seed counts something.
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not field.name.endswith("seed") and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}.")
 
     @classmethod
     def reduced(cls) -> Self:

@@ -52,12 +52,6 @@ class Config(Options):
     tolerance: float = 0.02
     """How far the shares may be from their targets."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("num_runs", "num_arms", "num_steps", "num_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-
     @classmethod
     def reduced(cls) -> Self:
         """Fewer runs and steps, and targets to go with them."""

@@ -81,9 +81,6 @@ class Config(Options):
         super().__post_init__()
         if not self.arms:
             raise ValueError("arms must name one at least.")
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     @classmethod
     def reduced(cls) -> Self:
@@ -98,12 +95,6 @@ class Config(Options):
             num_judged=4,
             max_nelbo=24.5,
         )
-
-
-_COUNTS = (
-    *("num_latents", "num_classes", "num_hidden", "num_rounds", "num_epochs", "batch_size"),
-    *("num_scored", "num_judged"),
-)
 
 
 class Model(NamedTuple):

@@ -80,12 +80,6 @@ class Config(Options):
     max_memory_ratio: float = 0.1
     """Target: memory without the stored logits over memory with them, large vocabulary."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-
     @classmethod
     def reduced(cls) -> Self:
         """A smaller model, few steps, and a target to go with them."""
@@ -104,12 +98,6 @@ class Config(Options):
             sample_length=100,
             max_loss=2.5,
         )
-
-
-_COUNTS = (
-    *("window", "num_embedding", "num_hidden", "num_features", "num_rounds"),
-    *("num_control_rounds", "num_steps", "batch_size", "sample_length"),
-)
 
 
 class Model(NamedTuple):
