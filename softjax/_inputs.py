@@ -216,7 +216,12 @@ def check_labels(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
         raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
     labels = widen(labels)
     wanted = shape[:axis] + shape[axis + 1 :]
-    return broadcast(labels, wanted, name="labels", target="logits without the class axis")
+    if labels.shape != wanted:
+        raise ValueError(
+            f"`labels` must have the shape {wanted} of what they label, one a slice, got"
+            f" {labels.shape}."
+        )
+    return labels
 
 
 def per_class(

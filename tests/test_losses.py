@@ -627,7 +627,10 @@ def test_unknown_labels_in_a_mean():
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.1}])
+ONLY_ONE = jnp.array([NAN, 0.1, INF, NAN])
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": ONLY_ONE, "z_loss": ONLY_ONE}])
 @pytest.mark.parametrize("index", [-100, pytest.param(1, marks=pytest.mark.slow)])
 def test_ignored_rows_are_zero_whatever_they_hold(index, options):
     logits = jnp.array([[NAN, 0.0, 1.0], [0.5, 0.0, 1.0], [INF, -INF, INF], [-INF, -INF, NAN]])
@@ -645,7 +648,9 @@ def test_ignored_rows_are_zero_whatever_they_hold(index, options):
     assert jnp.isfinite(forward).all()
     assert_close(
         loss[1],
-        oracles.cross_entropy(logits[1], 0, class_weights=weights, **options),
+        oracles.cross_entropy(
+            logits[1], 0, class_weights=weights, **{name: x[1] for name, x in options.items()}
+        ),
         rtol=1e-15,
     )
     assert (grad[1] != 0).all()
@@ -912,8 +917,8 @@ def test_a_certain_label_has_no_loss_and_no_gradient(name):
 @some_losses
 def test_what_does_not_fit_is_refused(name):
     fn = LOSSES[name]
-    for shape in ((4,), (3, 1), (3, 5), (2, 3)):
-        with pytest.raises(ValueError, match="labels"):
+    for shape in ((), (1,), (4,), (3, 1), (1, 3), (3, 5), (2, 3)):  # None broadcasts.
+        with pytest.raises(ValueError, match="`labels` must have the shape"):
             fn(Z, jnp.zeros(shape, int))
     for labels in (jnp.zeros(3), jnp.zeros(3, bool), jnp.zeros((3, 5)), 0.0):
         with pytest.raises(TypeError, match="labels"):
@@ -991,8 +996,11 @@ def test_mean_loss_refuses_what_does_not_fit():
     for options in ({"ignore_index": 1}, {"class_weights": WEIGHTS}):
         with pytest.raises(ValueError, match="labels"):
             sj.mean_loss(T3, **options)
-    with pytest.raises(ValueError, match="labels"):
-        sj.mean_loss(T3, jnp.zeros(4, int))
+    for shape in ((), (1,), (4,), (1, 3)):
+        with pytest.raises(ValueError, match="`labels` must have the shape"):
+            sj.mean_loss(T3, jnp.zeros(shape, int))
+        with pytest.raises(ValueError, match="`labels` must have the shape"):
+            sj.log_prob(Z, jnp.zeros(shape, int))
     with pytest.raises(TypeError, match="labels"):
         sj.mean_loss(T3, jnp.zeros(3))
     with pytest.raises(ValueError, match="example_weights"):

@@ -73,8 +73,8 @@ def cross_entropy(
     Raises:
         TypeError: `logits` is not real, `labels` not integer, `where` not bool, or `axis` not
             one int.
-        ValueError: an argument does not broadcast, `axis` is out of range, or
-            `label_smoothing` is a Python number outside of [0, 1].
+        ValueError: `labels` is of another shape, an option does not broadcast, `axis` is out
+            of range, or `label_smoothing` is a Python number outside of [0, 1].
 
     Example:
         >>> print(cross_entropy(jnp.array([[0.0, 0.0], [50.0, 0.0]]), jnp.array([1, 0])))

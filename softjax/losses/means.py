@@ -48,7 +48,8 @@ def mean_loss(
 
     Raises:
         TypeError: `losses` is not real or `labels` not integer.
-        ValueError: an argument does not broadcast, or `labels` is missing where needed.
+        ValueError: `labels` is of another shape or missing where needed, or
+            `example_weights` does not broadcast.
 
     Example:
         >>> print(mean_loss(jnp.array([1.0, 3.0, 0.0]), jnp.array([0, 2, -1]), ignore_index=-1))
