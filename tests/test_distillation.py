@@ -162,3 +162,25 @@ def test_nothing_of_tokens_times_classes_is_kept():
 def test_errors(change, error, problem):
     with pytest.raises(error, match=problem):
         sj.linear_distillation_loss(**(heads() | {"temperature": 1.5} | change))
+
+
+@pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_what_does_not_count_may_hold_anything(block_size):
+    """Tokens of weight 0, and classes that the bias drops."""
+    args = draw()
+    args["example_weights"] = args["example_weights"].at[1].set(0)
+    for name in ("bias", "teacher_bias"):
+        args[name] = args[name].at[3].set(-INF)
+    bad = args | {
+        "temperature": args["temperature"].at[1].set(NAN),
+        "features": args["features"].at[1].set(INF),
+        "teacher_features": args["teacher_features"].at[1].set(NAN),
+        "weights": args["weights"].at[3].set(NAN),
+        "teacher_weights": args["teacher_weights"].at[3].set(INF),
+    }
+    loss = lambda args: sj.linear_distillation_loss(**args, block_size=block_size)
+    both = jax.jit(jax.value_and_grad(loss))
+    (value, slopes), (desired, exact) = both(bad), both(args)
+    assert slopes["example_weights"][1] == 0
+    exact["example_weights"] = exact["example_weights"].at[1].set(0)
+    close((value, slopes), (desired, exact))

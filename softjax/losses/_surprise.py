@@ -87,7 +87,7 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
             even_dot += total(weights) * logsumexp_dot
             even_dot -= total(jnp.where(kept, weights * logits_dot, 0))
         if weights_dot is not None:
-            costs = jnp.where(kept, _below(peak, logits) + log_total, 0)
+            costs = jnp.where(kept, below_peak(peak, logits) + log_total, 0)
             even_dot += total(costs * weights_dot)
         return Statistics(
             surprise_dot, logsumexp_dot, even_dot / _count(kept, axis, others.dtype)
@@ -158,7 +158,7 @@ def _conclude(
     axis: int, shares: _Shares, logits: Array, labels: Array, class_weights: Array | None
 ) -> Statistics:
     chosen = pick(logits, labels, axis)
-    nats = _below(shares.peak, chosen) + shares.log_total
+    nats = below_peak(shares.peak, chosen) + shares.log_total
     found = Statistics(
         jnp.where(chosen == -jnp.inf, jnp.inf, nats), shares.peak + shares.log_total
     )
@@ -166,13 +166,13 @@ def _conclude(
         return found
     kept = logits != -jnp.inf
     by_row = functools.partial(jnp.expand_dims, axis=axis)
-    costs = _below(by_row(shares.peak), logits) + by_row(shares.log_total)
+    costs = below_peak(by_row(shares.peak), logits) + by_row(shares.log_total)
     costs = jnp.where(kept & (class_weights != 0), costs * class_weights, 0)
     total = jnp.squeeze(AlongAxes((axis,)).sum(costs), axis)
     return found._replace(even=total / _count(kept, axis, logits.dtype))
 
 
-def _below(peak: Array, logits: Array) -> Array:
+def below_peak(peak: Array, logits: Array) -> Array:
     """How far kept logits are below the peak: those that are infinite are peaks."""
     infinite = jnp.isinf(logits)
     return jnp.where(infinite, 0, peak) - jnp.where(infinite, 0, logits)

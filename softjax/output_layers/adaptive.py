@@ -94,7 +94,7 @@ def adaptive_log_softmax(
         ends.append(ends[-1] + weights.shape[0])
     labels = check_labels(labels, (*tokens.shape, 1), len(tokens.shape)).reshape(-1)
     rows = known_labels(labels, ends[-1], ignore_index)
-    layer = layer._replace(features=without(layer.features, rows.ignored))
+    layer = without(layer, rows.ignored)
 
     index = sum((rows.labels >= end).astype(jnp.int32) for end in ends[:-1])
     assert isinstance(index, Array)

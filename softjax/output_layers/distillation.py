@@ -14,10 +14,17 @@ from jax.typing import ArrayLike
 from softjax import _online as online
 from softjax._blocks import scan_blocks
 from softjax._exact import expm1_over_twice, log1p
-from softjax._inputs import Problem, is_one, public
+from softjax._inputs import Problem, public
 from softjax.entropies import divergence
 from softjax.losses.means import over_mass, shares_and_masses, sum_of_counted
-from softjax.output_layers._layer import Layer, Tokens, layer_scores, prepare_layer
+from softjax.output_layers._layer import (
+    Layer,
+    Tokens,
+    idle_tokens,
+    layer_scores,
+    prepare_layer,
+    without,
+)
 from softjax.output_layers._stream import TOKENS, Plan, over_blocks, plan_for, push
 
 __all__ = ["linear_distillation_loss"]
@@ -58,7 +65,7 @@ def linear_distillation_loss(
         soft_cap: c > 0 of c tanh(s / c), before the temperature; one number, differentiable.
         teacher_soft_cap: the same for t.
         example_weights: factors of the tokens' losses, `[...]`; differentiable. A token of
-            weight 0 does not count, whatever its loss.
+            weight 0 does not count, whatever NaN or inf it holds, or its loss.
         reduction: "mean" divides the sum by that of the example weights; "sum"; or None.
         block_size: classes formed at once; chosen from the shapes by default. Given, it also
             holds where the logits would otherwise be small enough to be kept.
@@ -101,16 +108,27 @@ def linear_distillation_loss(
         features_name="teacher_features",
     )
     _check_alike(student, teacher)
+    shares, masses = shares_and_masses(
+        jnp.ones(student.shape, jnp.promote_types(student.dtype, teacher.dtype)),
+        None,
+        ignore_index=None,
+        class_weights=None,
+        example_weights=example_weights,
+    )
+    layers = teacher.layer, student.layer
+    if example_weights is not None:
+        by_token = (student.layer.temperature, *(layer.features for layer in layers))
+        idle = idle_tokens(shares.reshape(-1), *by_token)
+        shares = masses = jnp.where(idle.reshape(shares.shape), 0, shares)
+        layers = without(teacher.layer, idle), without(student.layer, idle)
     plan = plan_for(student.layer, block_size)
-    nats = _divergence(plan, teacher.layer, student.layer)
-    if not is_one(temperature):
-        heat = student.row(temperature, "temperature").astype(nats.dtype)
+    nats = _divergence(plan, *layers)
+    heat = layers[1].temperature
+    if heat is not None:
+        heat = heat.astype(nats.dtype)
         # (In this order nothing overflows where the loss does not.)
         nats = heat * nats * heat
     loss = nats.reshape(student.shape)
-    shares, masses = shares_and_masses(
-        loss, None, ignore_index=None, class_weights=None, example_weights=example_weights
-    )
     if reduction is None:
         return loss if example_weights is None else shares * loss
     total = sum_of_counted(loss, shares)

@@ -15,6 +15,7 @@ from softjax.output_layers._layer import (
     Layer,
     layer_scores,
     prepare_layer,
+    shown,
     token_labels,
     without,
 )
@@ -85,7 +86,7 @@ def sampled_cross_entropy(
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
     tokens = prepare_layer(features, weights, bias, temperature, None)
     rows = token_labels(tokens, labels, ignore_index)
-    layer = tokens.layer._replace(features=without(tokens.layer.features, rows.ignored))
+    layer = without(tokens.layer, rows.ignored)
     num_classes = layer.weights.shape[0]
     drawn = log_uniform(key, num_samples, num_classes)
     place = drawn.astype(tokens.dtype)
@@ -133,7 +134,7 @@ class _Classes(NamedTuple):
 
 def _classes(layer: Layer, chosen: Array) -> _Classes:
     bias = None if layer.bias is None else layer.bias[chosen]
-    return _Classes(layer.weights[chosen], bias)
+    return _Classes(shown(layer.weights[chosen], bias), bias)
 
 
 def log_uniform(key: Array, num_samples: int, num_classes: int) -> Array:
