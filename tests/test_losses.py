@@ -1025,7 +1025,7 @@ def test_mean_loss_refuses_what_does_not_fit():
 )
 def test_the_gradient_holds_one_array(name):
     """The probabilities, and no one-hot array beside them."""
-    shape = (512, 4096)
+    shape = (1024, 4096)
     logits = jax.ShapeDtypeStruct(shape, "float32")
     labels = jax.ShapeDtypeStruct(shape[:1], "int32")
     mean = lambda z, y: sj.mean_loss(LOSSES[name](z, y))
