@@ -184,3 +184,30 @@ def test_what_does_not_count_may_hold_anything(block_size):
     assert slopes["example_weights"][1] == 0
     exact["example_weights"] = exact["example_weights"].at[1].set(0)
     close((value, slopes), (desired, exact))
+
+
+@pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_the_limit_of_endless_temperature(block_size):
+    """Half the variance of the difference of the logits, from far below the limit on."""
+    full = {name: x.astype("float32") for name, x in draw().items() if "features" in name}
+    full |= {name: x.astype("float32") for name, x in draw().items() if "weights" in name}
+    del full["example_weights"]
+    loss = jax.jit(
+        lambda args, heat: sj.linear_distillation_loss(
+            **args, temperature=heat, reduction=None, block_size=block_size
+        )
+    )
+    slope = jax.jit(jax.grad(lambda args, heat: jnp.sum(loss(args, heat))))
+    double = {name: np.float64(x) for name, x in full.items()}
+    student = double["features"] @ double["weights"].T
+    teacher = double["teacher_features"] @ double["teacher_weights"].T
+    apart = (student - teacher) - np.mean(student - teacher, 1, keepdims=True)
+    for heat in (1e8, 1e15, 1e20, 3e38, INF):
+        # Products of 4 terms and the two sums are rounded; the rest of the limit is 10 / T.
+        got = loss(full, jnp.float32(heat))
+        assert_close(got, (apart**2).mean(1) / 2, rtol=16 * eps("float32"))
+        grads = slope(full, jnp.float32(heat))
+        exact = apart @ double["weights"] / CLASSES
+        assert_close(grads["features"], exact, rtol=1e-5, atol=1e-6)
+    dot = jax.jvp(lambda heat: loss(full, heat), (jnp.float32(INF),), (jnp.float32(1),))[1]
+    assert (dot == 0).all()
