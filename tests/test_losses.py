@@ -1069,3 +1069,54 @@ def test_an_unknown_count_is_not_a_class_without_examples():
     adjustment = sj.logit_adjustment(jnp.array([0.0, NAN, 1.0]))
     assert adjustment[0] == -INF
     assert jnp.isnan(adjustment[1:]).all()
+
+
+@pytest.mark.parametrize("bad", ["a", [0, 1, 2], 1.5, True, jnp.arange(3)])
+def test_errors_name_what_is_no_array_or_no_int(bad):
+    """Strings and lists in the place of arrays; anything but an int in that of one."""
+    features, weights, key = Z[:, :2], jnp.ones((5, 2)), jax.random.key(0)
+    layer = functools.partial(sj.linear_cross_entropy, features, weights)
+    distill = functools.partial(sj.linear_distillation_loss, *(features, weights) * 2)
+    sampled = functools.partial(sj.sampled_cross_entropy, key, features, weights, Y)
+    ints = {
+        "ignore_index": (
+            lambda x: sj.cross_entropy(Z, Y, ignore_index=x),
+            lambda x: sj.mean_loss(T3, Y, ignore_index=x),
+            lambda x: layer(Y, ignore_index=x),
+            lambda x: sampled(num_samples=2, ignore_index=x),
+        ),
+        "block_size": (
+            lambda x: layer(Y, block_size=x),
+            lambda x: distill(temperature=1.0, block_size=x),
+        ),
+        "num_samples": (lambda x: sampled(num_samples=x),),
+    }
+    arrays = {
+        "logits": (lambda x: sj.cross_entropy(x, Y),),
+        "labels": (lambda x: sj.cross_entropy(Z, x), layer),
+        "alpha": (lambda x: sj.entmax_loss(Z, Y, x),),
+        "class_weights": (lambda x: sj.cross_entropy(Z, Y, class_weights=x),),
+        "features": (lambda x: sj.linear_cross_entropy(x, weights, Y),),
+        "bias": (lambda x: layer(Y, bias=x),),
+        "temperature": (
+            lambda x: distill(temperature=x),
+            lambda x: sj.info_nce(Z, Z, temperature=x),
+        ),
+        "tails": (
+            lambda x: sj.adaptive_log_softmax(features, weights, x, Y),
+            lambda x: sj.adaptive_log_softmax(features, weights, [x], Y),
+        ),
+    }
+    flags = {
+        "forward_gradient": (lambda x: layer(Y, forward_gradient=x),),
+        "symmetric": (lambda x: sj.info_nce(Z, Z, temperature=1.0, symmetric=x),),
+    }
+    wrong = dict(ints)
+    if bad is not True:
+        wrong |= flags
+    if isinstance(bad, (str, list)):
+        wrong |= arrays
+    for name, calls in wrong.items():
+        for call in calls:
+            with pytest.raises(TypeError, match=f"`{name}` must"):
+                call(bad)

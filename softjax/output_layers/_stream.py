@@ -13,7 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from softjax._blocks import scan_blocks
 from softjax._exact import FAR, log1p, where_finite
 from softjax._exponential import mark_peaks, split_at_peak
-from softjax._inputs import computing_dtype
+from softjax._inputs import check_int, computing_dtype
 from softjax._slices import AlongAxes
 from softjax.losses._surprise import below_peak
 from softjax.losses._surprise import statistics as row_statistics
@@ -54,9 +54,8 @@ class Found(NamedTuple):
 def plan_for(layer: Layer, block_size: int | None) -> Plan:
     num_tokens, num_classes = layer.features.shape[0], layer.weights.shape[0]
     if block_size is not None:
-        if block_size < 1:
-            raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
-        return Plan(min(block_size, num_classes), dense=False)
+        size = check_int(block_size, name="block_size", least=1)
+        return Plan(min(size, num_classes), dense=False)
     block = max(LEAST, ENTRIES // max(1, min(num_tokens, TOKENS)))
     dense = num_tokens * num_classes <= DENSE
     return Plan(min(block, num_classes), dense)

@@ -25,7 +25,16 @@ __all__ = ["adaptive_log_softmax"]
 _TOGETHER = 256  # tokens, of neighbouring clusters, that are taken at once
 
 
-@public("ignore_index", "block_size")
+def _check_tails(given: dict[str, Any]) -> None:
+    several, tails = (tuple, list), given.get("tails")
+    pairs = isinstance(tails, several) and all(
+        isinstance(tail, several) and len(tail) == 2 for tail in tails
+    )
+    if not pairs:
+        raise TypeError(f"`tails` must be pairs of a projection and weights, got {tails!r}.")
+
+
+@public("ignore_index", "block_size", refuse=_check_tails)
 def adaptive_log_softmax(
     features: ArrayLike,
     head_weights: ArrayLike,

@@ -6,7 +6,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._inputs import NONNEGATIVE, POSITIVE, PROBABILITY, is_zero, per_class, public
+from softjax._inputs import (
+    NONNEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    check_flag,
+    is_zero,
+    per_class,
+    public,
+)
 from softjax.losses.means import over_mass, shares_and_masses, sum_of_counted
 from softjax.output_layers._layer import idle_tokens, prepare_layer, token_labels, without
 from softjax.output_layers._losses import token_losses, total_with_gradient
@@ -113,7 +121,7 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum", None):
         raise ValueError(f'`reduction` must be "mean", "sum" or None, got {reduction!r}.')
-    if forward_gradient and reduction is None:
+    if check_flag(forward_gradient, name="forward_gradient") and reduction is None:
         raise ValueError(
             '`reduction` must be "mean" or "sum" with `forward_gradient`, which knows the'
             " gradient of one number alone, got None."

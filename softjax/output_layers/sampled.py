@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._blocks import scan_blocks
-from softjax._inputs import POSITIVE, public
+from softjax._inputs import POSITIVE, check_int, public
 from softjax.losses._surprise import surprise
 from softjax.output_layers._layer import (
     Layer,
@@ -82,8 +82,7 @@ def sampled_cross_entropy(
         neural probabilistic language model; Jean et al. (2015), On using very large target
         vocabulary for neural machine translation.
     """
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    num_samples = check_int(num_samples, name="num_samples", least=1)
     tokens = prepare_layer(features, weights, bias, temperature, None)
     rows = token_labels(tokens, labels, ignore_index)
     layer = without(tokens.layer, rows.ignored)
