@@ -48,6 +48,12 @@ def public(
                     raise ValueError(f"`{name}` must be {wanted}, got {value}.")
             if isinstance(given.get("axis"), list):
                 raise TypeError(f"`axis` must be an int, a tuple or None, got {given['axis']}.")
+            for name, value in given.items():
+                kind = type(value).__name__
+                if name not in static and isinstance(value, (str, bytes)):
+                    raise TypeError(f"`{name}` must be an array or a number, got {kind}.")
+                if name in static and getattr(value, "__hash__", None) is None:
+                    raise TypeError(f"`{name}` must be a Python value, got {kind}.")
             if refuse is not None:
                 refuse(given)
             return jitted(*args, **kwargs)
@@ -60,6 +66,22 @@ def public(
 NONNEGATIVE = (0.0, math.inf)
 POSITIVE = (math.ulp(0.0), math.inf)
 PROBABILITY = (0.0, 1.0)
+
+
+def check_int(value: int, *, name: str, least: int | None = None) -> int:
+    """A static int, which a bool or a float is not."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be an int, got {value!r}.")
+    if least is not None and value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    return int(value)
+
+
+def check_flag(value: bool, *, name: str) -> bool:
+    """A static bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
 
 
 class Problem(NamedTuple):
@@ -172,9 +194,7 @@ def broadcast(x: Array, shape: tuple[int, ...], *, name: str, target: str = "log
 
 def per_slice(value: ArrayLike, logits: Array, axes: tuple[int, ...], *, name: str) -> Array:
     """An option, one number a slice, in the dtype and rank of `logits`: axes of size 1."""
-    value = jnp.asarray(value)
-    if jnp.issubdtype(value.dtype, jnp.complexfloating):
-        raise TypeError(f"`{name}` must be real, got {value.dtype}.")
+    value, _ = to_float(value, name=name)
     value = value.astype(logits.dtype)
     wanted = tuple(1 if i in axes else n for i, n in enumerate(logits.shape))
     full = (1,) * (logits.ndim - value.ndim) + value.shape
@@ -211,12 +231,19 @@ def widen(integers: Array) -> Array:
 
 def check_labels(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     """Integer labels, one a slice along `axis` of an array of the given shape."""
+    if not isinstance(labels, (jax.Array, np.ndarray, np.generic, bool, int, float)):
+        raise TypeError(f"`labels` must be integers, got {type(labels).__name__}.")
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
     labels = widen(labels)
     wanted = shape[:axis] + shape[axis + 1 :]
-    return broadcast(labels, wanted, name="labels", target="logits without the class axis")
+    if labels.shape != wanted:
+        raise ValueError(
+            f"`labels` must have the shape {wanted} of what they label, one a slice, got"
+            f" {labels.shape}."
+        )
+    return labels
 
 
 def per_class(
@@ -272,6 +299,7 @@ def known_labels(labels: Array, num_classes: int, ignore_index: int | None) -> C
 
 def equal(labels: Array, index: int) -> Array:
     """Which labels are `index`: none if their dtype cannot hold it, where == wraps around."""
+    index = check_int(index, name="ignore_index")
     limits = jnp.iinfo(labels.dtype)
     held = limits.min <= index <= limits.max
     return labels == index if held else jnp.zeros(labels.shape, jnp.bool_)

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from softjax._blocks import scan_blocks
 from softjax._inputs import (
     POSITIVE,
+    check_flag,
     computing_dtype,
     nan_unless_positive,
     one_number,
@@ -65,6 +66,7 @@ def info_nce(
     """
     queries, keys = _pairs(queries, keys)
     temperature = one_number(temperature, name="temperature")
+    check_flag(symmetric, name="symmetric")
     if queries.shape[0] == 0:
         return jnp.zeros((), computing_dtype(queries.dtype))
     labels = jnp.arange(queries.shape[0])

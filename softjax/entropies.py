@@ -174,7 +174,8 @@ def log_prob(
     Raises:
         TypeError: `logits` is not real, `labels` not integer, `where` not bool, or `axis`
             not one int.
-        ValueError: `labels` or `where` does not broadcast, or `axis` is out of range.
+        ValueError: `labels` is of another shape, `where` does not broadcast, or `axis` is out
+            of range.
 
     Example:
         >>> print(log_prob(jnp.array([[0.0, 0.0], [50.0, 0.0]]), jnp.array([1, 0])))

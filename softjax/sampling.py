@@ -203,7 +203,8 @@ def gumbel_given_argmax(
     Raises:
         TypeError: `key` is no random key, `logits` not real, `labels` not integer, `where`
             not bool, or `axis` not one int.
-        ValueError: `labels` or `where` does not broadcast, or `axis` is out of range.
+        ValueError: `labels` is of another shape, `where` does not broadcast, or `axis` is out
+            of range.
 
     Example:
         >>> noisy = gumbel_given_argmax(jax.random.key(0), jnp.zeros((4, 9)), jnp.arange(4))

@@ -162,3 +162,52 @@ def test_nothing_of_tokens_times_classes_is_kept():
 def test_errors(change, error, problem):
     with pytest.raises(error, match=problem):
         sj.linear_distillation_loss(**(heads() | {"temperature": 1.5} | change))
+
+
+@pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_what_does_not_count_may_hold_anything(block_size):
+    """Tokens of weight 0, and classes that the bias drops."""
+    args = draw()
+    args["example_weights"] = args["example_weights"].at[1].set(0)
+    for name in ("bias", "teacher_bias"):
+        args[name] = args[name].at[3].set(-INF)
+    bad = args | {
+        "temperature": args["temperature"].at[1].set(NAN),
+        "features": args["features"].at[1].set(INF),
+        "teacher_features": args["teacher_features"].at[1].set(NAN),
+        "weights": args["weights"].at[3].set(NAN),
+        "teacher_weights": args["teacher_weights"].at[3].set(INF),
+    }
+    loss = lambda args: sj.linear_distillation_loss(**args, block_size=block_size)
+    both = jax.jit(jax.value_and_grad(loss))
+    (value, slopes), (desired, exact) = both(bad), both(args)
+    assert slopes["example_weights"][1] == 0
+    exact["example_weights"] = exact["example_weights"].at[1].set(0)
+    close((value, slopes), (desired, exact))
+
+
+@pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_the_limit_of_endless_temperature(block_size):
+    """Half the variance of the difference of the logits, from far below the limit on."""
+    full = {name: x.astype("float32") for name, x in draw().items() if "features" in name}
+    full |= {name: x.astype("float32") for name, x in draw().items() if "weights" in name}
+    del full["example_weights"]
+    loss = jax.jit(
+        lambda args, heat: sj.linear_distillation_loss(
+            **args, temperature=heat, reduction=None, block_size=block_size
+        )
+    )
+    slope = jax.jit(jax.grad(lambda args, heat: jnp.sum(loss(args, heat))))
+    double = {name: np.float64(x) for name, x in full.items()}
+    student = double["features"] @ double["weights"].T
+    teacher = double["teacher_features"] @ double["teacher_weights"].T
+    apart = (student - teacher) - np.mean(student - teacher, 1, keepdims=True)
+    for heat in (1e8, 1e15, 1e20, 3e38, INF):
+        # Products of 4 terms and the two sums are rounded; the rest of the limit is 10 / T.
+        got = loss(full, jnp.float32(heat))
+        assert_close(got, (apart**2).mean(1) / 2, rtol=16 * eps("float32"))
+        grads = slope(full, jnp.float32(heat))
+        exact = apart @ double["weights"] / CLASSES
+        assert_close(grads["features"], exact, rtol=1e-5, atol=1e-6)
+    dot = jax.jvp(lambda heat: loss(full, heat), (jnp.float32(INF),), (jnp.float32(1),))[1]
+    assert (dot == 0).all()

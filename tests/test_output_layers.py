@@ -444,7 +444,9 @@ def test_nothing_of_tokens_times_classes_is_kept():
         ),
         ({"weights": jnp.ones((0, 5))}, ValueError, "at least one class"),
         ({"labels": jnp.ones(2)}, TypeError, "`labels` must be integers"),
-        ({"labels": jnp.ones(3, int)}, ValueError, "`labels` of shape"),
+        ({"labels": jnp.ones(3, int)}, ValueError, "`labels` must have the shape"),
+        ({"labels": jnp.ones(1, int)}, ValueError, "`labels` must have the shape"),
+        ({"labels": 0}, ValueError, "`labels` must have the shape"),
         ({"bias": jnp.ones(2)}, ValueError, "`bias` must be"),
         ({"soft_cap": jnp.ones(2)}, ValueError, "`soft_cap` must be one number"),
         ({"class_weights": jnp.ones(2)}, ValueError, "`class_weights` must be"),
@@ -464,3 +466,88 @@ def test_errors(change, error, problem):
     } | change
     with pytest.raises(error, match=problem):
         sj.linear_cross_entropy(**call)
+
+
+def spoil(array, place):
+    """NaN and inf in turn."""
+    return array.at[place].set(jnp.resize(jnp.array([NAN, INF, -INF]), array[place].shape))
+
+
+@pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=SLOW)])
+def test_what_a_bias_drops_may_hold_anything(block_size):
+    features, weights, labels = draw(classes=6)
+    labels = jnp.where(labels == 4, 0, labels)
+    rest = {name: options()[name] for name in ("temperature", "soft_cap", "label_smoothing")}
+    rest["bias"] = jnp.zeros(6).at[4].set(-INF)
+    rest["class_weights"] = jnp.ones(6)
+    args = features, weights, rest
+    bad = features, spoil(weights, 4), rest | {"class_weights": jnp.ones(6).at[4].set(NAN)}
+    loss = lambda f, w, r: sj.linear_cross_entropy(f, w, labels, block_size=block_size, **r)
+    both = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    (value, slopes), (desired, exact) = both(*bad), both(*args)
+    close(value, desired)
+    close(slopes, exact)
+    np.testing.assert_array_equal(slopes[1][4], 0)
+    dots = jax.tree.map(jnp.ones_like, args)
+    forward = jax.jit(lambda *args: jax.jvp(loss, args, dots)[1])
+    close(forward(*bad), forward(*args))
+
+
+@pytest.mark.parametrize("block_size", [2, pytest.param(None, marks=SLOW)])
+def test_infinite_logits_share_the_mass(block_size):
+    """As in the dense loss, value and gradient; and a NaN is seen in its own token."""
+    features = jnp.ones((4, 2)).at[3].set(NAN)
+    weights = jnp.linspace(-1.0, 1.0, 14).reshape(7, 2)
+    labels = jnp.array([3, 5, 0, 0])
+    biases = [[0.0, 1, 2, INF, 0, 1, 0], [0.0, 1, 2, INF, 0, INF, 0], [INF] * 7]
+    for rest in ({}, {"label_smoothing": jnp.asarray(0.25)}):
+        streamed = lambda f, w, b, rest=rest: sj.linear_cross_entropy(
+            f, w, labels, bias=b, reduction=None, block_size=block_size, **rest
+        )
+        dense = lambda f, w, b, rest=rest: sj.cross_entropy(f @ w.T + b[None], labels, **rest)
+        calls = []
+        for fn in (streamed, dense):
+            total = lambda *args, fn=fn: (jnp.sum(fn(*args)[:3]), fn(*args))
+            calls.append(jax.jit(jax.grad(total, (0, 1, 2), has_aux=True)))
+        for bias in map(jnp.array, biases):
+            results = [call(features, weights, bias) for call in calls]
+            (slopes, losses), (exact, desired) = results
+            close((losses, slopes[0][:3]), (desired, exact[0][:3]))
+            assert np.isnan(losses).tolist() == [False, False, False, True]
+    found = sj.linear_statistics(features, weights, labels, bias=bias, block_size=block_size)
+    close(found.entropy[:3], np.full(3, np.log(7)))
+    assert np.isinf(found.logsumexp).tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("block_size", "forward"),
+    [
+        (4, False),
+        *(pytest.param(*case, marks=SLOW) for case in ((None, False), (None, True), (4, True))),
+    ],
+)
+def test_tokens_that_do_not_count_may_hold_anything(block_size, forward):
+    """Ignored ones, and those of weight 0, in every argument that has one number a token."""
+    features, weights, labels = draw()
+    labels = labels.at[2].set(-100)
+    rest = options()
+    rest["label_smoothing"] = jnp.full(TOKENS, 0.1)
+    rest["z_loss"] = jnp.full(TOKENS, 0.01)
+    rest["example_weights"] = rest["example_weights"].at[5].set(0)
+    idle = jnp.array([2, 5])
+    bad = rest | {
+        name: spoil(rest[name], idle) for name in ("temperature", "label_smoothing", "z_loss")
+    }
+    loss = lambda f, w, r, y: sj.linear_cross_entropy(
+        f, w, y, ignore_index=-100, block_size=block_size, forward_gradient=forward, **r
+    )
+    both = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+    value, slopes = both(spoil(features, idle), weights, bad, labels.at[5].set(10**6))
+    desired, exact = both(features, weights, rest, labels)
+    close(value, desired)
+    np.testing.assert_array_equal(slopes[0][idle], 0)
+    # The derivative in a weight of 0 is the loss of its token, if that is a number.
+    assert jnp.abs(exact[2]["example_weights"][5]) > 1e-3
+    assert slopes[2]["example_weights"][5] == 0
+    exact[2]["example_weights"] = exact[2]["example_weights"].at[5].set(0)
+    close(slopes, exact)

@@ -94,10 +94,13 @@ def test_labels_that_are_none():
         jax.random.key(0), f, weights, labels, num_samples=4, **rest
     )
     assert np.isnan(call(features)).tolist() == [True, False, True]
-    spoilt = features.at[0].set(NAN)
-    loss, pull = jax.vjp(lambda f: call(f, ignore_index=-1), spoilt)
+    spoilt, heat = features.at[0].set(NAN), jnp.array([NAN, 1.0, 2.0])
+    loss, pull = jax.vjp(lambda f: call(f, ignore_index=-1, temperature=heat), spoilt)
     assert loss[0] == 0
-    assert (pull(jnp.array([1.0, 1.0, 0.0]))[0][0] == 0).all()
+    slopes = pull(jnp.array([1.0, 1.0, 0.0]))[0]
+    assert (slopes[0] == 0).all()
+    assert jnp.isfinite(slopes[1]).all()
+    weights = weights.at[labels[1]].set(NAN)  # Of a class that is dropped.
     dropped = call(features, bias=bias.at[labels[1]].set(-INF))
     assert dropped[1] == INF
 

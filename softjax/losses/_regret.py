@@ -18,13 +18,13 @@ class Regret(NamedTuple):
     """A Fenchel-Young loss (static): its map, and its value from what the map found."""
 
     family: Family
-    value: Callable[..., Array]  # of (solution, labels, axis, alpha)
+    value: Callable[..., Array]  # of (solution, logits, labels, axis, alpha)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def regret(kind: Regret, axis: int, logits: Array, labels: Array, alpha: Array) -> Array:
     solution = solve(kind.family, AlongAxes((axis,)), logits, index=alpha)
-    return kind.value(solution, labels, axis, alpha)
+    return kind.value(solution, logits, labels, axis, alpha)
 
 
 @regret.defjvp
@@ -34,7 +34,7 @@ def _regret_jvp(kind: Regret, axis: int, primals: Any, tangents: Any) -> tuple[A
     logits, labels, alpha = primals
     logits_dot, _, alpha_dot = tangents
     solution = solve(kind.family, AlongAxes((axis,)), logits, index=alpha)
-    loss = kind.value(solution, labels, axis, alpha)
+    loss = kind.value(solution, logits, labels, axis, alpha)
     # (The loss of a dropped label is infinite, and constant.)
     kept = pick(logits, labels, axis) != -jnp.inf
     by_row = functools.partial(jnp.expand_dims, axis=axis)

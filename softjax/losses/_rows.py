@@ -57,9 +57,11 @@ def kept_shape(rows: Rows) -> tuple[int, ...]:
 
 def per_label(option: ArrayLike, rows: Rows, name: str) -> Array:
     value, _ = to_float(option, name=name)
-    return broadcast(
+    value = broadcast(
         value.astype(rows.logits.dtype), rows.labels.shape, name=name, target="labels"
     )
+    ignored = rows.classes.ignored
+    return value if ignored is None else jnp.where(ignored, 0, value)
 
 
 def spread_weights(class_weights: ArrayLike | None, rows: Rows) -> Array:

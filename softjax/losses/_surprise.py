@@ -17,9 +17,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from softjax._blocks import scan_blocks
 from softjax._exact import FAR, log1p, two_difference, where_finite
 from softjax._slices import AlongAxes
 from softjax.entropies import pick
+
+BLOCK = 2**18  # weights that are formed at once for the value: 1 MB in float32
 
 
 class Statistics(NamedTuple):
@@ -40,9 +43,7 @@ def statistics(
     axis: int, logits: Array, labels: Array, class_weights: Array | None = None
 ) -> Statistics:
     """The statistics of rows of prepared logits; `class_weights` broadcast against them."""
-    # (By a mask in arithmetic the sum is one fusion, and nothing as large as the logits is
-    # written. Where that is done anyway, for the derivative, a select is faster.)
-    shares = _share(axis, _distance, logits, labels)
+    shares = _share_by_blocks(axis, logits, labels)
     return _conclude(axis, shares, logits, labels, class_weights)
 
 
@@ -87,7 +88,7 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
             even_dot += total(weights) * logsumexp_dot
             even_dot -= total(jnp.where(kept, weights * logits_dot, 0))
         if weights_dot is not None:
-            costs = jnp.where(kept, _below(peak, logits) + log_total, 0)
+            costs = jnp.where(kept, below_peak(peak, logits) + log_total, 0)
             even_dot += total(costs * weights_dot)
         return Statistics(
             surprise_dot, logsumexp_dot, even_dot / _count(kept, axis, others.dtype)
@@ -101,12 +102,38 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
 
 
 class _Shares(NamedTuple):
-    others: Array  # weights exp(z - peak), but 0 for the label
+    others: Array | None  # weights exp(z - peak), but 0 for the label
     rest: Array  # their sum, one a row, as are the following
     own: Array  # the label's weight; 0 where it is dropped
     total: Array  # of all weights; 1 where nothing is kept
     log_total: Array
     peak: Array
+
+
+def _share_by_blocks(axis: int, logits: Array, labels: Array) -> _Shares:
+    """The shares without the weights, of which a few rows stand in cache at a time."""
+    # (XLA's CPU backend is slow where it sums as it forms the terms, and fast where it writes
+    # them first. By a mask in arithmetic it writes nothing as large as the logits.)
+    fused = functools.partial(_share, axis, _distance)
+    if axis != logits.ndim - 1 or logits.size == 0:
+        return fused(logits, labels)._replace(others=None)
+
+    def visit(_: None, first: Array, rows: Any) -> tuple[None, _Shares]:
+        return None, _share(1, _differs, *rows)._replace(others=None)
+
+    def by_blocks(logits: Array, labels: Array) -> _Shares:
+        num_classes = logits.shape[-1]
+        rows = logits.reshape(-1, num_classes), labels.reshape(-1)
+        shares = scan_blocks(visit, None, rows, max(1, BLOCK // num_classes))[1]
+        return jax.tree.map(lambda row: row.reshape(labels.shape), shares)
+
+    shares: _Shares = lax.platform_dependent(
+        logits,
+        labels,
+        cpu=by_blocks,
+        default=lambda *rows: fused(*rows)._replace(others=None),
+    )
+    return shares
 
 
 def _share(axis: int, mask: Callable[..., Array], logits: Array, labels: Array) -> _Shares:
@@ -158,7 +185,7 @@ def _conclude(
     axis: int, shares: _Shares, logits: Array, labels: Array, class_weights: Array | None
 ) -> Statistics:
     chosen = pick(logits, labels, axis)
-    nats = _below(shares.peak, chosen) + shares.log_total
+    nats = below_peak(shares.peak, chosen) + shares.log_total
     found = Statistics(
         jnp.where(chosen == -jnp.inf, jnp.inf, nats), shares.peak + shares.log_total
     )
@@ -166,13 +193,13 @@ def _conclude(
         return found
     kept = logits != -jnp.inf
     by_row = functools.partial(jnp.expand_dims, axis=axis)
-    costs = _below(by_row(shares.peak), logits) + by_row(shares.log_total)
+    costs = below_peak(by_row(shares.peak), logits) + by_row(shares.log_total)
     costs = jnp.where(kept & (class_weights != 0), costs * class_weights, 0)
     total = jnp.squeeze(AlongAxes((axis,)).sum(costs), axis)
     return found._replace(even=total / _count(kept, axis, logits.dtype))
 
 
-def _below(peak: Array, logits: Array) -> Array:
+def below_peak(peak: Array, logits: Array) -> Array:
     """How far kept logits are below the peak: those that are infinite are peaks."""
     infinite = jnp.isinf(logits)
     return jnp.where(infinite, 0, peak) - jnp.where(infinite, 0, logits)

@@ -1,7 +1,9 @@
 """Regrets of the sparse maps (Fenchel-Young losses): 0 once the label leads by a margin."""
 
 import functools
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -11,6 +13,7 @@ from softjax._inputs import per_slice, public
 from softjax._slices import AlongAxes
 from softjax._threshold import Solution
 from softjax.entropies import pick
+from softjax.losses._lead import missed
 from softjax.losses._regret import Regret, hit_by, regret
 from softjax.losses._rows import kept_shape, label_rows
 from softjax.sparse import ENTMAX, MAX_ALPHA, SPARSEMAX
@@ -43,7 +46,8 @@ def sparsemax_loss(logits: ArrayLike, labels: ArrayLike, *, axis: int = -1) -> A
 
     Note:
         The Fenchel-Young loss of `sparsemax`: its gradient is p - e_y. A sum of terms that are
-        never negative. O(n) a pass. Both modes, any order.
+        never negative, of relative error below 1e-6 in float32 at every size of the loss. O(n)
+        a pass. Both modes, any order.
 
     Reference:
         Martins and Astudillo (2016), From softmax to sparsemax; Blondel, Martins and Niculae
@@ -83,7 +87,9 @@ def entmax_loss(
 
     Note:
         Its gradient is p - e_y; it is 0 once the label leads by 1 / (alpha - 1). A sum of terms
-        that are never negative. O(n) a pass. Both modes, any order.
+        that are never negative, of relative error below 1e-6 in float32 at every size of the
+        loss for alpha in [1.001, 2]; above, absolutely so where it is about to end. O(n) a
+        pass. Both modes, any order.
 
     Reference:
         Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models; Blondel, Martins
@@ -96,20 +102,38 @@ def entmax_loss(
 
 
 def _sparse_regret(
-    level: float, solution: Solution, labels: Array, axis: int, alpha: Array
+    level: float,
+    bent: bool,
+    solution: Solution,
+    logits: Array,
+    labels: Array,
+    axis: int,
+    alpha: Array,
 ) -> Array:
     # With b = alpha - 1 and l = -log p_y the loss is
     #     sum_{j != y} p_j^alpha / alpha + int_{p_y}^1 t^(b - 1) (1 - t) dt,
     # and the integral is l^2 (alpha psi(-alpha l) - b psi(-b l)), psi(v) = (e^v - 1 - v) / v^2.
     # Outside of the support it is level - 1 / alpha - margin, where `level` is the margin of
-    # an entry of weight 1.
+    # an entry of weight 1. Where the label has most of the weight, `missed` keeps the digits.
     probs = solution.probs
     hit = hit_by(probs, labels, axis)
     others = jnp.where(hit, 0, probs)
     some = others > 0
-    powers = jnp.where(some, jnp.where(some, others, 1) ** alpha, 0) / alpha
+    powers = jnp.where(some, jnp.where(some, others, 1) ** alpha, 0)
     slices = AlongAxes((axis,))
     rest, first = slices.sum(others), slices.sum(powers)
+    own = jnp.expand_dims(pick(logits, labels, axis), axis)
+    leads = (rest < 0.5) & jnp.isfinite(own) & (alpha >= 1 + _LEAST_BEND) & (alpha <= 2)
+    args = (
+        logits,
+        jnp.expand_dims(labels, axis),
+        jnp.where(leads, own, 0),
+        jnp.where(leads, rest, 0),
+        jnp.where(leads, alpha, 2) if bent else None,
+    )
+    found = missed(slices, *jax.tree.map(jax.lax.stop_gradient, args))
+    rest = _mended(rest, jnp.where(leads, found.rest, rest))
+    first = _mended(first, jnp.where(leads, found.powers, first)) / alpha
     margin = jnp.expand_dims(pick(solution.margins, labels, axis), axis)
     p = jnp.expand_dims(pick(probs, labels, axis), axis)
     bend = alpha - 1
@@ -132,5 +156,19 @@ def _sparse_regret(
     return jnp.squeeze(jnp.where(sound, loss, jnp.nan), axis)
 
 
-_SPARSEMAX = Regret(SPARSEMAX, functools.partial(_sparse_regret, 1.0))
-_ENTMAX = Regret(ENTMAX, functools.partial(_sparse_regret, 0.0))
+@jax.custom_jvp
+def _mended(plain: Array, exact: Array) -> Array:
+    """The exact one of two values of one number, with the derivative of the plain one."""
+    del plain
+    return exact
+
+
+@_mended.defjvp
+def _mended_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
+    return _mended(*primals), tangents[0]
+
+
+_LEAST_BEND = 2.0**-10  # of alpha - 1; below, the loss is nearly a cross-entropy
+
+_SPARSEMAX = Regret(SPARSEMAX, functools.partial(_sparse_regret, 1.0, False))
+_ENTMAX = Regret(ENTMAX, functools.partial(_sparse_regret, 0.0, True))

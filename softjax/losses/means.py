@@ -48,14 +48,20 @@ def mean_loss(
 
     Raises:
         TypeError: `losses` is not real or `labels` not integer.
-        ValueError: an argument does not broadcast, or `labels` is missing where needed.
+        ValueError: `labels` is of another shape or missing where needed, or
+            `example_weights` does not broadcast.
 
     Example:
-        >>> print(mean_loss(jnp.array([1.0, 3.0, 0.0]), jnp.array([0, 2, -1]), ignore_index=-1))
+        >>> losses, labels = jnp.array([1.0, 3.0, 0.0]), jnp.array([0, 2, -1])
+        >>> print(mean_loss(losses, labels, ignore_index=-1))
         2.0
+        >>> weights = jnp.array([1.0, 3.0, 5.0])
+        >>> print(mean_loss(losses, labels, ignore_index=-1, example_weights=weights))
+        2.5
 
     Note:
-        O(number of examples). Divides by the weights of the labels, as PyTorch's mean does.
+        O(number of examples). Divides by the weights of the labels, as PyTorch's mean does. It
+        needs the labels, as a loss of 0 may also be that of a certain prediction.
     """
     losses, _ = to_float(losses, name="losses")
     if labels is None and not (ignore_index is None and class_weights is None):

@@ -1,5 +1,6 @@
 """A linear output layer: what its logits are made of, and how they are formed."""
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -96,9 +97,34 @@ def token_labels(tokens: Tokens, labels: ArrayLike, ignore_index: int | None) ->
     return known_labels(labels, tokens.layer.weights.shape[0], ignore_index)
 
 
-def without(features: Array, ignored: Array | None) -> Array:
-    """Features of ignored tokens are 0: whatever they hold reaches no gradient."""
-    return features if ignored is None else jnp.where(ignored[:, None], 0, features)
+def idle_tokens(shares: Array, *options: Array | None, rows: Classes | None = None) -> Array:
+    """Tokens that do not count: ignored ones, and those of share 0 that hold a NaN or inf.
+
+    (Of share 0, and sound, a token's loss is the derivative in its share.) `options` hold one
+    number a token, or several.
+    """
+    by_token = (x.reshape(x.shape[0], -1) for x in options if x is not None)
+    sound = [jnp.isfinite(x).all(1) for x in by_token]
+    if rows is not None:
+        sound.append(rows.known)
+    idle = (shares == 0) & ~functools.reduce(jnp.logical_and, sound)
+    return idle if rows is None or rows.ignored is None else idle | rows.ignored
+
+
+def without(layer: Layer, idle: Array | None) -> Layer:
+    """What tokens that do not count hold reaches no gradient."""
+    if idle is None:
+        return layer
+    heat = layer.temperature
+    return layer._replace(
+        features=jnp.where(idle[:, None], 0, layer.features),
+        temperature=None if heat is None else jnp.where(idle, 1, heat),
+    )
+
+
+def shown(weights: Array, bias: Array | None) -> Array:
+    """The weights, with 0 for a class that its bias drops: it may hold anything."""
+    return weights if bias is None else jnp.where(bias[:, None] == -jnp.inf, 0, weights)
 
 
 def layer_scores(block: Layer) -> Array:
@@ -106,16 +132,16 @@ def layer_scores(block: Layer) -> Array:
     dtype = computing_dtype(block.features.dtype)
     scores = lax.dot_general(
         block.features,
-        block.weights,
+        shown(block.weights, block.bias),
         (((1,), (1,)), ((), ())),
         preferred_element_type=dtype,
     )
     if block.bias is not None:
-        scores += block.bias[None]
+        scores += jnp.where(block.bias == -jnp.inf, 0, block.bias)[None]
     if block.soft_cap is not None:
         scores = block.soft_cap * jnp.tanh(scores / block.soft_cap)
-        if block.bias is not None:
-            scores = jnp.where(block.bias[None] == -jnp.inf, -jnp.inf, scores)
     if block.temperature is not None:
         scores /= block.temperature[:, None]
+    if block.bias is not None:
+        scores = jnp.where(block.bias[None] == -jnp.inf, -jnp.inf, scores)
     return scores

@@ -11,10 +11,11 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from softjax._blocks import scan_blocks
-from softjax._exact import log1p, where_finite
+from softjax._exact import FAR, log1p, where_finite
 from softjax._exponential import mark_peaks, split_at_peak
-from softjax._inputs import computing_dtype
+from softjax._inputs import check_int, computing_dtype
 from softjax._slices import AlongAxes
+from softjax.losses._surprise import below_peak
 from softjax.losses._surprise import statistics as row_statistics
 from softjax.output_layers._layer import Layer, layer_scores
 
@@ -37,18 +38,24 @@ class Found(NamedTuple):
     """Of each token: what a pass over its logits s has found."""
 
     surprise: Array  # -log p of the label
-    logsumexp: Array
-    even: Array | None  # mean(-c log p) over the classes not dropped, with c their weights
-    entropy: Array | None
-    argmax: Array | None
+    peak: Array  # max(s), a constant
+    log_total: Array  # log(sum(exp(s - peak)))
+    even: Array | None = None  # mean(-c log p) over the classes not dropped
+    mass: Array | None = None  # sum(c) over these, with c their weights
+    num_kept: Array | None = None  # how many they are
+    entropy: Array | None = None
+    argmax: Array | None = None
+
+    @property
+    def logsumexp(self) -> Array:
+        return self.peak + self.log_total
 
 
 def plan_for(layer: Layer, block_size: int | None) -> Plan:
     num_tokens, num_classes = layer.features.shape[0], layer.weights.shape[0]
     if block_size is not None:
-        if block_size < 1:
-            raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
-        return Plan(min(block_size, num_classes), dense=False)
+        size = check_int(block_size, name="block_size", least=1)
+        return Plan(min(size, num_classes), dense=False)
     block = max(LEAST, ENTRIES // max(1, min(num_tokens, TOKENS)))
     dense = num_tokens * num_classes <= DENSE
     return Plan(min(block, num_classes), dense)
@@ -67,25 +74,24 @@ def statistics(plan: Plan, layer: Layer, labels: Array) -> Found:
 
     num_tokens = layer.features.shape[0]
     if num_tokens <= TOKENS:
-        found = visit(None, jnp.array(0), rows)[1]
-    else:
-        found = scan_blocks(visit, None, rows, TOKENS)[1]
-    if found.even is None:
-        return found
-    classes = _class_row(layer)[0]
-    kept = jnp.ones(layer.weights.shape[0], bool)
-    if layer.bias is not None:
-        kept = layer.bias != -jnp.inf
-    total = jnp.sum(jnp.where(kept, classes, 0))
-    count = jnp.maximum(jnp.sum(kept, dtype=total.dtype), 1)
-    return found._replace(even=(total * found.logsumexp - found.even) / count)
+        return visit(None, jnp.array(0), rows)[1]
+    found: Found = scan_blocks(visit, None, rows, TOKENS)[1]
+    return found
 
 
 def _keep_logits(plan: Plan, layer: Layer, labels: Array) -> Found:
     """The plain way, for few logits: the derivative remembers their weights."""
     classes = _class_row(layer) if plan.even else None
     found = row_statistics(1, layer_scores(layer), labels, classes)
-    return Found(found.surprise, found.logsumexp, found.even, None, None)
+    return Found(found.surprise, found.logsumexp, jnp.zeros(()), found.even)
+
+
+class _Even(NamedTuple):
+    """Sums over the classes not dropped, with c their weights."""
+
+    costs: Array  # of c (peak - s)
+    mass: Array  # of c
+    num_kept: Array
 
 
 class _Seen(NamedTuple):
@@ -96,7 +102,7 @@ class _Seen(NamedTuple):
     moment: Array  # sum((s - peak) exp(s - peak)), at most 0
     argmax: Array
     chosen: Array  # s of the label; -inf where it has not been seen
-    even: Array | None  # sum(c s) over the classes not dropped
+    even: _Even | None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -106,7 +112,8 @@ def _stream(plan: Plan, layer: Layer, labels: Array) -> Found:
     dtype = computing_dtype(layer.features.dtype)
     low, zero = jnp.full(num_tokens, -jnp.inf, dtype), jnp.zeros(num_tokens, dtype)
     first = jnp.zeros(num_tokens, jnp.int32)
-    seen = _Seen(low, zero, zero, first, low, zero if plan.even else None)
+    even = _Even(zero, zero, zero) if plan.even else None
+    seen = _Seen(low, zero, zero, first, low, even)
 
     def visit(seen: _Seen, start: Array, block: Layer) -> _Seen:
         return _merge(seen, _observe(plan, start, block, labels))
@@ -126,44 +133,67 @@ def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
         tangents[0],
         is_leaf=lambda dot: isinstance(dot, SymbolicZero),
     )
-    zero = jnp.zeros_like(found.logsumexp)
-    start = Found(zero, zero, zero if plan.even else None, zero if plan.entropy else None, None)
+    zero = jnp.zeros_like(found.peak)
+    start = _Dots(zero, zero, zero, zero, zero)
     finite = found.surprise != jnp.inf  # An infinite surprise is constant.
     missing = jnp.where(finite, -jnp.expm1(-found.surprise), 0)
 
-    def visit(dots: Found, start: Array, block: Layer, dot: Layer) -> Found:
+    def visit(dots: _Dots, start: Array, block: Layer, dot: Layer) -> _Dots:
         return jax.tree.map(jnp.add, dots, tangent(start, block, dot, labels, found, missing))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tangent(
         start: Array, block: Layer, dot: Layer, labels: Array, found: Found, missing: Array
-    ) -> Found:
+    ) -> _Dots:
         scores, scores_dot = push(block, dot)
         kept = scores != -jnp.inf
-        margins = jnp.where(kept, scores - found.logsumexp[:, None], 0)
-        probs = jnp.where(kept, jnp.exp(margins), 0)
+        below = _lower(scores, found.peak) - found.log_total[:, None]
+        probs = jnp.where(kept, jnp.exp(below), 0)
+        margins = jnp.where(probs == 0, 0, below)
         scores_dot = jnp.where(kept, scores_dot, 0)
         places = lax.broadcasted_iota(labels.dtype, scores.shape, 1) + start.astype(
             labels.dtype
         )
         hit = places == labels[:, None]
         pull = jnp.where(hit, -missing[:, None], jnp.where(finite[:, None], probs, 0))
-        even = entropy = None
-        if plan.even:
-            even = jnp.sum(scores_dot * _class_row(block), 1)
+        even = mass = entropy = zero
+        if found.mass is not None and found.num_kept is not None:
+            slope = jnp.where(kept, found.mass[:, None] * probs - _class_row(block), 0)
+            even = jnp.sum(slope * scores_dot, 1)
             if dot.classes is not None:
-                even += jnp.sum(jnp.where(kept, scores, 0) * dot.classes[None], 1)
+                costs = jnp.where(kept & (below != -jnp.inf), -below, 0)
+                even += jnp.sum(costs * dot.classes[None], 1)
+                mass = jnp.sum(jnp.where(kept, dot.classes[None], 0), 1)
+            even /= found.num_kept
         if found.entropy is not None:
             slope = -probs * (margins + found.entropy[:, None])
             entropy = jnp.sum(slope * scores_dot, 1)
-        return Found(
-            jnp.sum(pull * scores_dot, 1), jnp.sum(probs * scores_dot, 1), even, entropy, None
+        return _Dots(
+            jnp.sum(pull * scores_dot, 1), jnp.sum(probs * scores_dot, 1), even, mass, entropy
         )
 
-    dots = over_blocks(plan.block, visit, start, layer, layer_dot)
-    if found.argmax is not None:
-        dots = dots._replace(argmax=np.zeros(found.argmax.shape, jax.dtypes.float0))
-    return found, dots
+    dots: _Dots = over_blocks(plan.block, visit, start, layer, layer_dot)
+    none: Any = np.zeros(zero.shape, jax.dtypes.float0)
+    return found, Found(
+        dots.surprise,
+        peak=zero,
+        log_total=dots.log_total,
+        even=dots.even if plan.even else None,
+        mass=dots.mass if plan.even else None,
+        num_kept=zero if plan.even else None,
+        entropy=dots.entropy if plan.entropy else None,
+        argmax=none if plan.entropy else None,
+    )
+
+
+class _Dots(NamedTuple):
+    """The tangents of what a pass has found, where there are any; else zeros."""
+
+    surprise: Array
+    log_total: Array
+    even: Array
+    mass: Array
+    entropy: Array
 
 
 def push(block: Layer, dot: Layer) -> tuple[Array, Array]:
@@ -188,7 +218,7 @@ def _observe(plan: Plan, start: Array, block: Layer, labels: Array) -> _Seen:
     # (Behind the barrier, or scores formed twice may not be rounded alike, and miss the peak.)
     scores = lax.optimization_barrier(layer_scores(block))
     peak = lax.stop_gradient(jnp.max(scores, 1))
-    below = scores - where_finite(peak)[:, None]
+    below = _lower(scores, peak)
     weights = jnp.exp(below)
     num_peaks, others = split_at_peak(mark_peaks(weights), AlongAxes((1,)))
     rest = jnp.where(peak == -jnp.inf, 0, jnp.squeeze(others + (num_peaks - 1), 1))
@@ -203,43 +233,66 @@ def _observe(plan: Plan, start: Array, block: Layer, labels: Array) -> _Seen:
     chosen = jnp.where(inside, chosen, -jnp.inf)
     even = None
     if plan.even:
-        even = jnp.sum(jnp.where(scores == -jnp.inf, 0, scores) * _class_row(block), 1)
+        kept, classes = scores != -jnp.inf, _class_row(block)
+        costs = below_peak(peak[:, None], scores) * classes
+        even = _Even(
+            jnp.sum(jnp.where(kept & (classes != 0), costs, 0), 1),
+            jnp.sum(jnp.where(kept, classes, 0), 1),
+            jnp.sum(kept, 1, dtype=peak.dtype),
+        )
     return _Seen(peak, rest, moment, argmax, chosen, even)
+
+
+def _lower(scores: Array, peak: Array) -> Array:
+    """Scores less the peak of their row, at most 0; infinite ones are at a peak of inf."""
+    # (In this order: XLA's CPU backend lets a NaN through as the second operand.)
+    high = float(jnp.finfo(scores.dtype).max)
+    anchor = jnp.where(peak == jnp.inf, high, where_finite(peak))
+    return jnp.minimum(high, scores) - anchor[:, None]
 
 
 def _merge(a: _Seen, b: _Seen) -> _Seen:
     peak = jnp.maximum(a.peak, b.peak)
-    anchor = where_finite(peak)
     behind = a.peak >= b.peak
 
     def lowered(part: _Seen) -> tuple[Array, Array, Array]:
-        shift = jnp.where(part.peak == -jnp.inf, 0, part.peak - anchor)
+        shift = jnp.maximum(-FAR, _lower(part.peak[:, None], peak)[:, 0])
         scale = jnp.where(part.peak == -jnp.inf, 0, jnp.exp(shift))
         return scale, scale * part.rest, scale * (part.moment + shift * (1 + part.rest))
 
+    def raised(part: _Seen, even: _Even) -> _Even:
+        rise = jnp.where(even.mass == 0, 0, below_peak(peak, part.peak))
+        return even._replace(costs=even.costs + rise * even.mass)
+
     (a_scale, a_rest, a_moment), (b_scale, b_rest, b_moment) = lowered(a), lowered(b)
+    even = None
+    if a.even is not None and b.even is not None:
+        even = jax.tree.map(jnp.add, raised(a, a.even), raised(b, b.even))
     return _Seen(
         peak,
         a_rest + b_rest + jnp.where(behind, b_scale, a_scale),
         a_moment + b_moment,
         jnp.where(behind, a.argmax, b.argmax),
         jnp.maximum(a.chosen, b.chosen),
-        None if a.even is None or b.even is None else a.even + b.even,
+        even,
     )
 
 
 def _finish(plan: Plan, seen: _Seen) -> Found:
     log_total = log1p(seen.rest)
-    logsumexp = seen.peak + log_total
-    empty = seen.peak == -jnp.inf
-    surprise = (where_finite(seen.peak) - seen.chosen) + log_total
+    surprise = below_peak(seen.peak, seen.chosen) + log_total
     surprise = jnp.where(seen.chosen == -jnp.inf, jnp.inf, surprise)
-    surprise = jnp.where(jnp.isnan(logsumexp), jnp.nan, surprise)
-    entropy = argmax = None
+    surprise = jnp.where(jnp.isnan(log_total), jnp.nan, surprise)
+    found = Found(surprise, seen.peak, log_total)
+    if seen.even is not None:
+        costs, mass, count = seen.even
+        count = jnp.maximum(count, 1)
+        even = (costs + mass * log_total) / count
+        found = found._replace(even=even, mass=mass, num_kept=count)
     if plan.entropy:
-        entropy = jnp.where(empty, 0, log_total - seen.moment / (1 + seen.rest))
-        argmax = seen.argmax
-    return Found(surprise, logsumexp, seen.even, entropy, argmax)
+        entropy = log_total - seen.moment / (1 + seen.rest)
+        found = found._replace(entropy=entropy, argmax=seen.argmax)
+    return found
 
 
 def over_blocks(block: int, visit: Callable[..., Any], state: Any, *layers: Layer) -> Any:

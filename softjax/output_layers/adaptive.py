@@ -25,7 +25,16 @@ __all__ = ["adaptive_log_softmax"]
 _TOGETHER = 256  # tokens, of neighbouring clusters, that are taken at once
 
 
-@public("ignore_index", "block_size")
+def _check_tails(given: dict[str, Any]) -> None:
+    several, tails = (tuple, list), given.get("tails")
+    pairs = isinstance(tails, several) and all(
+        isinstance(tail, several) and len(tail) == 2 for tail in tails
+    )
+    if not pairs:
+        raise TypeError(f"`tails` must be pairs of a projection and weights, got {tails!r}.")
+
+
+@public("ignore_index", "block_size", refuse=_check_tails)
 def adaptive_log_softmax(
     features: ArrayLike,
     head_weights: ArrayLike,
@@ -94,7 +103,7 @@ def adaptive_log_softmax(
         ends.append(ends[-1] + weights.shape[0])
     labels = check_labels(labels, (*tokens.shape, 1), len(tokens.shape)).reshape(-1)
     rows = known_labels(labels, ends[-1], ignore_index)
-    layer = layer._replace(features=without(layer.features, rows.ignored))
+    layer = without(layer, rows.ignored)
 
     index = sum((rows.labels >= end).astype(jnp.int32) for end in ends[:-1])
     assert isinstance(index, Array)

@@ -1,8 +1,6 @@
 """Distillation between two linear layers over one vocabulary; neither's logits are stored."""
 
 import functools
-import math
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -14,19 +12,25 @@ from jax.typing import ArrayLike
 from softjax import _online as online
 from softjax._blocks import scan_blocks
 from softjax._exact import expm1_over_twice, log1p
-from softjax._inputs import Problem, is_one, public
+from softjax._inputs import POSITIVE, Problem, public
 from softjax.entropies import divergence
 from softjax.losses.means import over_mass, shares_and_masses, sum_of_counted
-from softjax.output_layers._layer import Layer, Tokens, layer_scores, prepare_layer
+from softjax.output_layers._layer import (
+    Layer,
+    Tokens,
+    idle_tokens,
+    layer_scores,
+    prepare_layer,
+    without,
+)
 from softjax.output_layers._stream import TOKENS, Plan, over_blocks, plan_for, push
 
 __all__ = ["linear_distillation_loss"]
 
-_POSITIVE = (math.ulp(0.0), sys.float_info.max)
 _FIRST = 8  # classes that tell about how far the logits are apart
 
 
-@public("reduction", "block_size", temperature=_POSITIVE)
+@public("reduction", "block_size", temperature=POSITIVE)
 def linear_distillation_loss(
     features: ArrayLike,
     weights: ArrayLike,
@@ -52,13 +56,15 @@ def linear_distillation_loss(
         weights: W, `[V, D]`, of the dtype of `features`; differentiable.
         teacher_features: x' of the teacher, `[..., D']`, real; differentiable.
         teacher_weights: W', `[V, D']`, of the dtype of `teacher_features`; differentiable.
-        temperature: T in (0, inf), one number or one a token; differentiable.
+        temperature: T in (0, inf], one number or one a token; differentiable. From 2^38 on
+            (in float64 2^57) the loss is its limit, half the variance of s - t over the
+            classes, as far as logits smaller by 10^7 differ.
         bias: b, `[V]`; differentiable. -inf drops a class.
         teacher_bias: b', `[V]`; differentiable. -inf drops a class.
         soft_cap: c > 0 of c tanh(s / c), before the temperature; one number, differentiable.
         teacher_soft_cap: the same for t.
         example_weights: factors of the tokens' losses, `[...]`; differentiable. A token of
-            weight 0 does not count, whatever its loss.
+            weight 0 does not count, whatever NaN or inf it holds, or its loss.
         reduction: "mean" divides the sum by that of the example weights; "sum"; or None.
         block_size: classes formed at once; chosen from the shapes by default. Given, it also
             holds where the logits would otherwise be small enough to be kept.
@@ -70,7 +76,7 @@ def linear_distillation_loss(
     Raises:
         TypeError: an argument is not real, or the dtypes of features and weights differ.
         ValueError: shapes do not fit, `reduction` or `block_size` is none of the above, or
-            `temperature` is a Python number outside of (0, inf).
+            `temperature` is a Python number that is not positive.
 
     Example:
         >>> print(linear_distillation_loss(
@@ -101,20 +107,41 @@ def linear_distillation_loss(
         features_name="teacher_features",
     )
     _check_alike(student, teacher)
+    student, teacher = _no_hotter(student), _no_hotter(teacher)
+    shares, masses = shares_and_masses(
+        jnp.ones(student.shape, jnp.promote_types(student.dtype, teacher.dtype)),
+        None,
+        ignore_index=None,
+        class_weights=None,
+        example_weights=example_weights,
+    )
+    layers = teacher.layer, student.layer
+    if example_weights is not None:
+        by_token = (student.layer.temperature, *(layer.features for layer in layers))
+        idle = idle_tokens(shares.reshape(-1), *by_token)
+        shares = masses = jnp.where(idle.reshape(shares.shape), 0, shares)
+        layers = without(teacher.layer, idle), without(student.layer, idle)
     plan = plan_for(student.layer, block_size)
-    nats = _divergence(plan, teacher.layer, student.layer)
-    if not is_one(temperature):
-        heat = student.row(temperature, "temperature").astype(nats.dtype)
+    nats = _divergence(plan, *layers)
+    heat = layers[1].temperature
+    if heat is not None:
+        heat = heat.astype(nats.dtype)
         # (In this order nothing overflows where the loss does not.)
         nats = heat * nats * heat
     loss = nats.reshape(student.shape)
-    shares, masses = shares_and_masses(
-        loss, None, ignore_index=None, class_weights=None, example_weights=example_weights
-    )
     if reduction is None:
         return loss if example_weights is None else shares * loss
     total = sum_of_counted(loss, shares)
     return over_mass(total, masses) if reduction == "mean" else total
+
+
+def _no_hotter(tokens: Tokens) -> Tokens:
+    """Temperatures up to where the loss no longer depends on them."""
+    heat = tokens.layer.temperature
+    if heat is None:
+        return tokens
+    hot = jnp.minimum(heat, 2.0**57 if heat.dtype == jnp.float64 else 2.0**38)
+    return tokens._replace(layer=tokens.layer._replace(temperature=hot))
 
 
 def _check_alike(student: Tokens, teacher: Tokens) -> None:
@@ -152,11 +179,16 @@ def _divergence(plan: Plan, teacher: Layer, student: Layer) -> Array:
 
 
 class _Found(NamedTuple):
-    """Of each token: the divergence, and the log-sums of both."""
+    """Of each token: the divergence, and the log-sums of both.
+
+    Where all classes are close, log(p / q) is x + shift, and not a difference of logarithms.
+    """
 
     nats: Array
     teacher: Array
     student: Array
+    shift: Array
+    close: Array  # 1, or 0
 
 
 class _Seen(NamedTuple):
@@ -200,14 +232,15 @@ def _stream(block: int, teacher: Layer, student: Layer) -> _Found:
     mean, curve = seen.teacher.average[..., 0], seen.teacher.average[..., 1]
     # With E over the teacher, D = log E[e^-x] + E[x]; near, as a difference of two small
     # numbers that are not negative.
-    shift = log1p(jnp.where(seen.widest < 1, curve - mean, 0))
+    close = seen.widest < 1
+    shift = log1p(jnp.where(close, curve - mean, 0))
     near = curve - shift * shift * expm1_over_twice(shift)
     none = (seen.teacher.total == 0) | (seen.student.total == 0)
     log_ratio = jnp.where(none, 0, totals[1]) - jnp.where(none, 0, totals[0])
     far = log_ratio + (mean + anchor)
-    nats = jnp.where(seen.widest < 1, near, far)
+    nats = jnp.where(close, near, far)
     nats = jnp.where(seen.teacher.total == 0, 0, jnp.where(seen.missing > 0, jnp.inf, nats))
-    return _Found(nats, *totals)
+    return _Found(nats, totals[0], totals[1], shift, close.astype(dtype))
 
 
 def _anchor(teacher: Layer, student: Layer) -> Array:
@@ -236,12 +269,13 @@ def _stream_jvp(block: int, primals: Any, tangents: Any) -> tuple[_Found, _Found
     )
     finite = found.nats != jnp.inf
     known = _Found(*(jnp.where(jnp.isinf(row), 0, row)[:, None] for row in found))
+    anchor = _anchor(*primals)[:, None]
 
-    def visit(state: _Found, start: Array, *layers: Layer) -> _Found:
+    def visit(state: tuple[Array, ...], start: Array, *layers: Layer) -> tuple[Array, ...]:
         return jax.tree.map(jnp.add, state, tangent(layers, known))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def tangent(layers: tuple[Layer, ...], known: _Found) -> _Found:
+    def tangent(layers: tuple[Layer, ...], known: _Found) -> tuple[Array, ...]:
         teacher, student, teacher_dot, student_dot = layers
         dtype = known.nats.dtype
         t, t_dot = (x.astype(dtype) for x in push(teacher, teacher_dot))
@@ -252,10 +286,16 @@ def _stream_jvp(block: int, primals: Any, tangents: Any) -> tuple[_Found, _Found
         p = jnp.where(taught, jnp.exp(jnp.where(taught, t_log, 0)), 0)
         q = jnp.where(learned, jnp.exp(jnp.where(learned, s_log, 0)), 0)
         t_dot, s_dot = jnp.where(taught, t_dot, 0), jnp.where(learned, s_dot, 0)
-        ratio = jnp.where(taught & learned, t_log - s_log, 0)
-        terms = p * (ratio - known.nats) * t_dot + (q - p) * s_dot
+        both = taught & learned
+        close = both & (known.close == 1)
+        apart = jnp.where(close, t, 0) - jnp.where(close, s, 0)
+        apart = jnp.where(close, (apart - anchor) + known.shift, 0)
+        ratio = jnp.where(close, apart, jnp.where(both, t_log - s_log, 0))
+        more = jnp.where(close, p * jnp.expm1(-apart), q - p)
+        terms = p * (ratio - known.nats) * t_dot + more * s_dot
         terms = jnp.where(finite[:, None], terms, 0)
-        return _Found(jnp.sum(terms, 1), jnp.sum(p * t_dot, 1), jnp.sum(q * s_dot, 1))
+        return jnp.sum(terms, 1), jnp.sum(p * t_dot, 1), jnp.sum(q * s_dot, 1)
 
-    start = jax.tree.map(jnp.zeros_like, found)
-    return found, over_blocks(block, visit, start, *primals, *dots)
+    zero = jnp.zeros_like(found.nats)
+    nats, taught, learned = over_blocks(block, visit, (zero,) * 3, *primals, *dots)
+    return found, _Found(nats, taught, learned, learned - taught, zero)

@@ -6,9 +6,17 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._inputs import NONNEGATIVE, POSITIVE, PROBABILITY, is_zero, per_class, public
+from softjax._inputs import (
+    NONNEGATIVE,
+    POSITIVE,
+    PROBABILITY,
+    check_flag,
+    is_zero,
+    per_class,
+    public,
+)
 from softjax.losses.means import over_mass, shares_and_masses, sum_of_counted
-from softjax.output_layers._layer import prepare_layer, token_labels, without
+from softjax.output_layers._layer import idle_tokens, prepare_layer, token_labels, without
 from softjax.output_layers._losses import token_losses, total_with_gradient
 from softjax.output_layers._stream import plan_for, statistics
 
@@ -61,16 +69,18 @@ def linear_cross_entropy(
         features: x, `[..., D]`, real; differentiable.
         weights: W, `[V, D]`, of the dtype of `features`; differentiable.
         labels: classes y, int, `[...]`.
-        bias: b, `[V]`; differentiable. -inf drops a class.
+        bias: b, `[V]`; differentiable. -inf drops a class, whatever its weights hold.
         temperature: T > 0, one number or one a token; differentiable.
         soft_cap: c > 0, acts on the logits before the temperature divides them; one number,
             differentiable.
         label_smoothing: epsilon in [0, 1], one number or one a token; differentiable.
         z_loss: factor lambda of the squared log-normaliser, one number or one a token;
             differentiable.
-        ignore_index: a label, of any value, whose tokens have loss and gradient 0.
+        ignore_index: a label, of any value, whose tokens have loss and gradient 0, whatever
+            they hold.
         class_weights: factors w, `[V]`; differentiable.
-        example_weights: factors of the tokens' losses, `[...]`; differentiable.
+        example_weights: factors of the tokens' losses, `[...]`; differentiable. A token of
+            weight 0 does not count, whatever NaN or inf it holds.
         reduction: "mean" divides the sum by that of the example weights times the class weights
             of the labels, over the tokens not ignored (as PyTorch does); "sum"; or None.
         block_size: classes formed at once; chosen from the shapes by default. Given, it also
@@ -111,14 +121,14 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum", None):
         raise ValueError(f'`reduction` must be "mean", "sum" or None, got {reduction!r}.')
-    if forward_gradient and reduction is None:
+    if check_flag(forward_gradient, name="forward_gradient") and reduction is None:
         raise ValueError(
             '`reduction` must be "mean" or "sum" with `forward_gradient`, which knows the'
             " gradient of one number alone, got None."
         )
     tokens = prepare_layer(features, weights, bias, temperature, soft_cap)
     rows = token_labels(tokens, labels, ignore_index)
-    layer = tokens.layer._replace(features=without(tokens.layer.features, rows.ignored))
+    layer = tokens.layer
     if class_weights is not None:
         num_classes = layer.weights.shape[0]
         layer = layer._replace(classes=per_class(class_weights, num_classes, tokens.dtype))
@@ -129,19 +139,25 @@ def linear_cross_entropy(
         class_weights=layer.classes,
         example_weights=example_weights,
     )
-    parts = {name: x for name, x in layer._asdict().items() if x is not None}
-    parts["shares"] = shares.reshape(-1)
+    parts = {"shares": shares.reshape(-1)}
     for name, option in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
         if not is_zero(option):
             parts[name] = tokens.row(option, name)
+    if ignore_index is not None or example_weights is not None:
+        by_token = (layer.features, layer.temperature)
+        idle = idle_tokens(parts["shares"], *by_token, *parts.values(), rows=rows)
+        layer = without(layer, idle)
+        parts = {name: jnp.where(idle, 0, x) for name, x in parts.items()}
+        masses = jnp.where(idle.reshape(masses.shape), 0, masses)
+        rows = rows._replace(known=rows.known | idle, ignored=idle)
+    parts |= {name: x for name, x in layer._asdict().items() if x is not None}
     plan = plan_for(layer, block_size)
     if forward_gradient:
         total = total_with_gradient(block_size, parts, rows)
     else:
         loss = token_losses(plan, parts, rows)
         if reduction is None:
-            counted = shares if example_weights is not None else jnp.ones_like(shares)
-            return counted * loss.reshape(tokens.shape)
+            return (parts["shares"] * loss).reshape(tokens.shape)
         total = sum_of_counted(loss, parts["shares"])
     return over_mass(total, masses) if reduction == "mean" else total
 

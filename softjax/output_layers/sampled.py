@@ -9,12 +9,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._blocks import scan_blocks
-from softjax._inputs import POSITIVE, public
+from softjax._inputs import POSITIVE, check_int, public
 from softjax.losses._surprise import surprise
 from softjax.output_layers._layer import (
     Layer,
     layer_scores,
     prepare_layer,
+    shown,
     token_labels,
     without,
 )
@@ -81,11 +82,10 @@ def sampled_cross_entropy(
         neural probabilistic language model; Jean et al. (2015), On using very large target
         vocabulary for neural machine translation.
     """
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+    num_samples = check_int(num_samples, name="num_samples", least=1)
     tokens = prepare_layer(features, weights, bias, temperature, None)
     rows = token_labels(tokens, labels, ignore_index)
-    layer = tokens.layer._replace(features=without(tokens.layer.features, rows.ignored))
+    layer = without(tokens.layer, rows.ignored)
     num_classes = layer.weights.shape[0]
     drawn = log_uniform(key, num_samples, num_classes)
     place = drawn.astype(tokens.dtype)
@@ -133,7 +133,7 @@ class _Classes(NamedTuple):
 
 def _classes(layer: Layer, chosen: Array) -> _Classes:
     bias = None if layer.bias is None else layer.bias[chosen]
-    return _Classes(layer.weights[chosen], bias)
+    return _Classes(shown(layer.weights[chosen], bias), bias)
 
 
 def log_uniform(key: Array, num_samples: int, num_classes: int) -> Array:
