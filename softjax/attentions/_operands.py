@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from softjax._inputs import computing_dtype
 from softjax._tiles import Grid, Tile
+from softjax._varying import vary
 from softjax.attentions._dropout import keep_weight
 from softjax.masks import Mask
 
@@ -151,6 +152,7 @@ def _dropped(scores: Array, program: Program, part: Floats, others: Others, at: 
     if isinstance(at.kind, int):
         scores = masked(scores) if at.kind == 1 else scores
     else:
+        scores = vary(scores, others)  # Of both branches alike.
         scores = lax.cond(at.kind == 1, masked, lambda scores: scores, scores)
     return jnp.where(scores > huge(scores.dtype), huge(scores.dtype), scores)
 

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from softjax import masks
 from softjax._inputs import computing_dtype
+from softjax._varying import vary
 from softjax.attentions._exponential import average
 from softjax.attentions._prepare import Problem, per_head, prepare, with_weigher
 from softjax.attentions._sparse import MAPS, sparse_average
@@ -199,6 +200,8 @@ def _attend(
     return_lse: bool,
     **options: Any,
 ) -> Any:
+    given = (queries, keys, values, options, weigh, reach, sink)
+    queries, keys, values, options, weigh, reach, sink = vary(given)
     problem = prepare(queries, keys, values, **options)
     if problem.others.grid.empty:
         return _nothing(problem, sink, return_lse)

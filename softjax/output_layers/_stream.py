@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from softjax._blocks import scan_blocks
 from softjax._exact import log1p, where_finite
 from softjax._exponential import mark_peaks, split_at_peak
 from softjax._inputs import computing_dtype
 from softjax._slices import AlongAxes
+from softjax._varying import vary
 from softjax.losses._surprise import statistics as row_statistics
 from softjax.output_layers._layer import Layer, layer_scores
 
@@ -162,7 +162,7 @@ def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
 
     dots = over_blocks(plan.block, visit, start, layer, layer_dot)
     if found.argmax is not None:
-        dots = dots._replace(argmax=np.zeros(found.argmax.shape, jax.dtypes.float0))
+        dots = dots._replace(argmax=zero_from_primal(found.argmax, symbolic_zeros=True))
     return found, dots
 
 
@@ -254,4 +254,4 @@ def over_blocks(block: int, visit: Callable[..., Any], state: Any, *layers: Laye
         blocks = [layer._replace(**part) for layer, part in zip(layers, parts, strict=True)]
         return visit(state, first, *blocks), None
 
-    return scan_blocks(visit_cut, state, cut, block)[0]
+    return scan_blocks(visit_cut, vary(state, layers), cut, block)[0]
