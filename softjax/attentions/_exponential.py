@@ -31,6 +31,7 @@ from softjax.attentions._operands import (
     scores_of,
     tile_kinds,
     weighted,
+    widened,
 )
 from softjax.attentions._walks import only_tile, over_keys, over_queries, sum_over_keys
 
@@ -130,6 +131,8 @@ def _average_jvp(program: Program, primals: Any, tangents: Any) -> tuple[Any, An
         moved = sum_over_keys(grid, i, term, start, kinds, parts, level)
         return moved.sums - moved.mean[..., None] * out, moved.mean
 
+    # (Widened, or the cotangents of half precision would be rounded with every block.)
+    dots = widened(dots)
     dots = over_queries(grid, block, (floats, dots), kinds, out, lse, remember=False)
     return (out, lse), dots
 

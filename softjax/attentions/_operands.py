@@ -106,13 +106,26 @@ def push_scores(
     if not moving:
         scores = scores_of(program, part, others, at)
         return scores, jnp.zeros_like(scores)
-    base = {name: getattr(part, name) for name in moving}
+    base = {name: _alike(getattr(part, name), x) for name, x in moving.items()}
     form = lambda moved: _raw(program, part._replace(**moved), others, at)
     raw, raw_dot = jax.jvp(form, (base,), (moving,))
     scores = _dropped(raw, program, part, others, at)
     # For the transpose: the cotangent of a dropped score, NaN perhaps, ends here.
     moves = (scores > -jnp.inf) & (scores < huge(scores.dtype))
     return scores, jnp.where(moves, raw_dot, 0)
+
+
+def _alike(x: Any, dot: Any) -> Any:
+    return jax.tree.map(lambda x, dot: x.astype(dot.dtype), x, dot)
+
+
+def widened(floats: Floats) -> Floats:
+    """In the computing dtype: what is cut, and what is added up over blocks."""
+    wide = lambda x: x if x is None else x.astype(computing_dtype(x.dtype))
+    changed = {
+        name: wide(getattr(floats, name)) for name in ("queries", "keys", "values", "bias")
+    }
+    return floats._replace(**changed)
 
 
 def moving(dots: Floats) -> Floats:
@@ -209,6 +222,8 @@ def tile_kinds(others: Others) -> Array:
 
 
 def _products(queries: Array, keys: Array, dtype: Any) -> Array:
+    if queries.dtype != keys.dtype:  # One of them moves.
+        queries, keys = queries.astype(dtype), keys.astype(dtype)
     products = lax.dot_general(
         queries, keys, (((4,), (3,)), ((0, 1), (0, 1))), preferred_element_type=dtype
     )

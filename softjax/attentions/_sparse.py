@@ -34,6 +34,7 @@ from softjax.attentions._operands import (
     scores_of,
     tile_kinds,
     weighted,
+    widened,
 )
 from softjax.attentions._walks import over_keys, over_queries, sum_over_keys
 
@@ -71,6 +72,7 @@ class _Climb(NamedTuple):
 
 def sparse_average(program: Program, floats: Floats, others: Others, reach: Array) -> Array:
     """Averages of values `[i, batch, N, query, W]`."""
+    floats = widened(floats)  # Or cotangents would be rounded with every block.
     found = _threshold(program, floats, others, reach)
     grid = others.grid
     start = jnp.zeros((*found.tau.shape[1:], floats.values.shape[-1]), found.tau.dtype)

@@ -103,8 +103,8 @@ def attention(
         Hessian-vector products. Tiles that the mask leaves empty are skipped, in all of these,
         if the mask itself is not batched by `vmap` (leading axes of the arrays are better);
         sparse maps skip those without weight too, once their thresholds are found in some ten
-        walks over the scores. Half precision is multiplied as it comes, and summed and averaged
-        in float32. Both modes, any order.
+        walks over the scores. Half precision is summed and averaged in float32, and so are
+        cotangents; they are rounded once. Both modes, any order.
 
     Reference:
         Vaswani et al. (2017), Attention is all you need; Milakov and Gimelshein (2018), Online
