@@ -148,13 +148,34 @@ def _raw(program: Program, part: Floats, others: Others, at: Place) -> Array:
     if part.scale is not None:
         scores *= part.scale
     if part.bias is not None:
-        scores += part.bias.astype(dtype)
+        scores += _safe_bias(program, part, others, at).astype(dtype)
     if part.soft_cap is not None:
+        if part.bias is not None:  # An infinite score need not meet the quotient's derivative.
+            reach = 50 * lax.stop_gradient(part.soft_cap)  # From there on tanh is 1.
+            scores = jnp.clip(scores, -reach, reach)
         scores = part.soft_cap * jnp.tanh(scores / part.soft_cap)
     if program.score is not None:
         index = others.grid.index(at.i, at.j)
         scores = program.score(part.captured, others.captured, scores, index).astype(dtype)
     return scores
+
+
+def _safe_bias(program: Program, part: Floats, others: Others, at: Place) -> Array:
+    """The bias; 0 where a score is dropped of which a function has a derivative."""
+    bias = part.bias
+    assert bias is not None
+    if part.soft_cap is None and program.score is None:
+        return bias
+    keep = bias != -jnp.inf
+    if others.mask is not None:
+        keep &= _seen(others, at)
+    return jnp.where(keep, bias, 0)
+
+
+def _seen(others: Others, at: Place) -> Array:
+    assert others.mask is not None
+    index = others.grid.index(at.i, at.j)
+    return others.mask.tile(Tile(others.grid, at.i, at.j, index))
 
 
 def _dropped(scores: Array, program: Program, part: Floats, others: Others, at: Place) -> Array:
@@ -174,11 +195,12 @@ def _masked(scores: Array, others: Others, at: Place) -> Array:
     grid = others.grid
     bad = grid.queries.take(others.bad_queries, at.i)[..., :, None]
     bad |= _per_head(grid.keys.take(others.bad_keys, at.j), grid)[..., None, :]
-    scores = jnp.where(bad, jnp.nan, scores)
+    if grid.queries.padding:  # What fills up the last block may see what no query does.
+        bad &= (grid.queries.order(at.i) < grid.queries.size)[None, None, :, None]
+    scores = jnp.where(bad & (scores != -jnp.inf), jnp.nan, scores)
     if others.mask is None:
         return scores
-    keep = others.mask.tile(Tile(grid, at.i, at.j, grid.index(at.i, at.j)))
-    return jnp.where(keep, scores, -jnp.inf)
+    return jnp.where(_seen(others, at), scores, -jnp.inf)
 
 
 def huge(dtype: Any) -> float:
