@@ -54,6 +54,7 @@ APART = {
         ("gumbel_softmax", "rao_blackwell_gumbel_softmax", "reinmax"),
         "the derivative is an estimate: test_estimators",
     ),
+    "alibi_slopes": "of no array: test_attention_shaping",
     "gumbel": "random, of no array: test_sampling",
     "sample": "random integers: test_sampling",
     "weighted_subset": "its derivative is an estimator's: test_subsets",
