@@ -640,6 +640,9 @@ def test_dropout():
     assert (np.asarray(other(*arrays[:2], values) != 0) != kept).any()
     assert_same(call(*arrays, dropout_rate=0.0, dropout_key=key), call(*arrays))
     assert (call(*arrays, dropout_rate=1.0, dropout_key=key) == 0).all()
+    for wrong in (-0.1, 1.5):  # What an array holds cannot be refused: it shows.
+        out = call(*arrays, dropout_rate=jnp.asarray(wrong), dropout_key=key)
+        assert jnp.isnan(out).all()
 
 
 @pytest.mark.slow
@@ -707,6 +710,7 @@ def test_derivatives_under_dropout(mode):
         ({"dropout_rate": 1.5}, ValueError, r"in \[0, 1\], got 1\.5"),
         ({"block_size": 0}, ValueError, "`block_size` must be a positive int"),
         ({"block_size": (2, 3, 4)}, ValueError, "`block_size`"),
+        ({"block_size": [2, 3]}, TypeError, r"`block_size` must be an int.*\[2, 3\]"),
         ({"block_size": 2, "implementation": "dense"}, ValueError, "no meaning"),
         ({"implementation": "cudnn"}, ValueError, "`implementation` must be"),
     ],

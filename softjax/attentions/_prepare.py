@@ -102,6 +102,7 @@ def prepare(
         program, floats, others = _with_score(score, program, floats, others, wide)
     if dropout_key is not None:
         rate = one_number(dropout_rate, name="dropout_rate")
+        rate = jnp.where((rate >= 0) & (rate <= 1), rate, jnp.nan)
         others = others._replace(dropout=(words_of(dropout_key), rate.astype(wide)))
     shape = (*batch, num_queries, heads, values.shape[-1])
     return Problem(program, floats, others, shape, dtype)

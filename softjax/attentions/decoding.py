@@ -60,9 +60,13 @@ def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
         )
     dtype = jnp.promote_types(outs.dtype, lses.dtype)
     scores = jnp.moveaxis(lses.astype(dtype), 0, -1)
-    state = _online.observe(scores, jnp.moveaxis(outs.astype(dtype), 0, -2))
+    # The limit where some are infinite: they share the average equally.
+    infinite = scores == jnp.inf
+    some = jnp.any(infinite, -1)
+    limits = jnp.where(infinite, 0, jnp.where(some[..., None], -jnp.inf, scores))
+    state = _online.observe(limits, jnp.moveaxis(outs.astype(dtype), 0, -2))
     out, lse = _online.finish(state)
-    return out.astype(out_dtype), lse
+    return out.astype(out_dtype), jnp.where(some, jnp.inf, lse)
 
 
 def paged_attention(
