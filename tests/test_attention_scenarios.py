@@ -104,17 +104,18 @@ MASKS = {
     "causal, last aligned": (masks.Causal(S - T), lambda at: at.key <= at.query + S - T),
     "sliding window": (masks.Window(4), lambda at: (gap(at) >= 0) & (gap(at) <= 4)),
     "prefix": (
-        masks.Causal() | masks.Prefix(jnp.array([5, 9])),
-        lambda at: (gap(at) >= 0) | (at.key < jnp.array([5, 9])[at.batch]),
+        masks.Causal() | masks.Prefix(jnp.array([5, 9], "int32")),
+        lambda at: (gap(at) >= 0) | (at.key < jnp.array([5, 9], "int32")[at.batch]),
     ),
     "documents": (
         masks.Segments(IDS[:, :T], IDS) & masks.Causal(),
         lambda at: (IDS[at.batch, at.query] == IDS[at.batch, at.key]) & (gap(at) >= 0),
     ),
     "padding": (
-        masks.Lengths(jnp.array([T, 8]), jnp.array([10, S])),
+        masks.Lengths(jnp.array([T, 8], "int32"), jnp.array([10, S], "int32")),
         lambda at: (
-            (at.query < jnp.array([T, 8])[at.batch]) & (at.key < jnp.array([10, S])[at.batch])
+            (at.query < jnp.array([T, 8], "int32")[at.batch])
+            & (at.key < jnp.array([10, S], "int32")[at.batch])
         ),
     ),
     "not the others' past": (~masks.Causal(), lambda at: at.key > at.query),
@@ -233,7 +234,10 @@ def test_shared_heads(dtype, groups, over_batch, way):
     check(ours, lambda *a: definition(None, None, *a, ()), args, factor=1)
 
 
-LENGTHS = {"query_lengths": jnp.array([16, 8]), "key_lengths": jnp.array([8, 16])}
+LENGTHS = {
+    "query_lengths": jnp.array([16, 8], "int32"),
+    "key_lengths": jnp.array([8, 16], "int32"),
+}
 TRIANGLE = jnp.asarray(np.tri(32, dtype=bool))
 PARTS = {
     "causal": (masks.Causal(), lambda at: at.key <= at.query),
