@@ -1,7 +1,14 @@
 """From scores to choices: softmax and its relatives, exact and differentiable in JAX."""
 
 from softjax import masks as masks
-from softjax.attentions import attention, merge_attention, paged_attention
+from softjax.attentions import (
+    alibi_slopes,
+    attention,
+    merge_attention,
+    paged_attention,
+    qk_norm,
+    scalable_queries,
+)
 from softjax.budgets import soft_top_k
 from softjax.contrastive import info_nce, siglip_loss
 from softjax.decoding import repetition_penalty
@@ -68,6 +75,7 @@ __all__ = [
     "actor_critic_value",
     "adaptive_log_softmax",
     "adjusted_scores",
+    "alibi_slopes",
     "attention",
     "bellman_target",
     "class_balanced_weights",
@@ -105,6 +113,7 @@ __all__ = [
     "policy_gradient_loss",
     "policy_log_prob",
     "policy_probs",
+    "qk_norm",
     "ranking_log_prob",
     "rao_blackwell_gumbel_softmax",
     "reinmax",
@@ -114,6 +123,7 @@ __all__ = [
     "sample",
     "sample_without_replacement",
     "sampled_cross_entropy",
+    "scalable_queries",
     "scalable_scores",
     "score_function",
     "segment_softmax",

@@ -17,6 +17,8 @@ from jax import Array
 from jax.experimental import checkify
 from jax.typing import ArrayLike, DTypeLike
 
+from softjax._varying import vary
+
 Axis = int | tuple[int, ...] | None
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,7 +36,13 @@ def public(
     """
 
     def decorate(function: Function) -> Function:
-        jitted = jax.jit(function, static_argnames=static)
+
+        @functools.partial(jax.jit, static_argnames=static)
+        @functools.wraps(function)
+        def jitted(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = vary((args, kwargs))
+            return function(*args, **kwargs)
+
         names = list(inspect.signature(function).parameters)
 
         @functools.wraps(function)

@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from softjax import _wide
 from softjax._exact import centre
+from softjax._varying import vary
 from softjax._wide import Wide
 
 FEW = 16  # classes that are added up one by one
@@ -181,7 +182,8 @@ def _bisect(read: Callable[[Array], Wide], size: int, target: Wide) -> Array:
         passed = _wide.at_most(read(jnp.minimum(ahead, size) - 1), target)
         return jnp.where(passed & (ahead <= size), ahead, place)
 
-    return lax.fori_loop(0, num_steps, step, jnp.zeros(target.low.shape, jnp.int32))
+    start = vary(jnp.zeros(target.low.shape, jnp.int32), target)
+    return lax.fori_loop(0, num_steps, step, start)
 
 
 def _or_none(index: Array, total: Wide, check: Array) -> Array:

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from softjax._slices import Slices
+from softjax._varying import vary
 
 Step = Callable[[Array], tuple[Array, Array]]  # tau -> (excess, -slope), one a slice
 Bracket = tuple[Array, Array, Array, Array, Array, Array]  # low, high, tau, last, moving, count
@@ -33,7 +34,7 @@ def climb(step: Step, start: Array) -> Array:
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
         return state[1] & (state[2] < 64)
 
-    state = (start, jnp.array(True), jnp.array(0))
+    state = (start, vary(jnp.array(True), start), jnp.array(0))
     return lax.while_loop(unfinished, move, state)[0]
 
 
@@ -64,7 +65,8 @@ def bracketed_newton(step: Step, low: Array, high: Array, start: Array) -> Array
     eps = jnp.finfo(low.dtype).eps
     limit = 64 if low.dtype == jnp.float32 else 128
     last = jnp.full(start.shape, jnp.inf, start.dtype)
-    state = (low, high, start, last, jnp.full(start.shape, True), jnp.array(0))
+    moving = jnp.full(start.shape, True)
+    state = (*vary((low, high, start, last, moving)), jnp.array(0))
     return lax.while_loop(unfinished, move, state)[2]
 
 
@@ -88,7 +90,7 @@ def largest_threshold(
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     limits = jnp.array([-jnp.inf, jnp.nan], amount.dtype)
-    low, high = (jnp.full(spare.shape, bound) for bound in ordered(limits))
+    low, high = vary(tuple(jnp.full(spare.shape, x) for x in ordered(limits)), spare)
     return lax.while_loop(lambda s: jnp.any(s[0] + 1 < s[1]), halve, (low, high + 1))[0]
 
 

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from softjax._inputs import to_integers
 
-FAR = 2**30  # beyond all positions, and twice of it is still an int32
+FARTHEST = 2**31 - 2  # of positions and distances; what lies beyond is taken for it
 
 
 class Index(NamedTuple):
@@ -156,6 +156,14 @@ def positions_met(grid: Grid) -> Bounds:
     return meet(grid.queries.extent(), grid.keys.extent())
 
 
+def shifted(places: Array, by: Array) -> Array:
+    """The sum, at an end of int32 where it would go beyond: there no position lies."""
+    there = places + by
+    ends = jnp.iinfo(there.dtype)
+    around = (there < places) != (by < 0)
+    return jnp.where(around, jnp.where(by < 0, ends.min, ends.max), there)
+
+
 def grid_of(
     batch: tuple[int, ...],
     heads: int,
@@ -211,7 +219,7 @@ def per_sequence(x: ArrayLike, grid: Grid, name: str) -> Array:
 def per_token(
     x: ArrayLike, batch: tuple[int, ...], side: Side, name: str, *, limited: bool = True
 ) -> Array:
-    """One int a token, `[batch or 1, size]`; within `FAR` of 0 if they are to be added to."""
+    """One int a token, `[batch or 1, size]`; int32 if they are to be added to."""
     x = _integers(x, name, limited=limited)
     wanted = (*batch, side.size)
     if x.ndim < 1 or x.shape[-1] != side.size:
@@ -231,10 +239,11 @@ def per_token(
 
 def _integers(x: ArrayLike, name: str, *, limited: bool = True) -> Array:
     if isinstance(x, int) and not isinstance(x, bool):
-        return jnp.asarray(max(-FAR, min(FAR, x)), jnp.int32)
+        return jnp.asarray(max(-FARTHEST, min(FARTHEST, x)), jnp.int32)
     x = to_integers(x, name=name)
     if x.dtype.itemsize >= 4:
         if not limited:
             return x
-        x = jnp.clip(x, jnp.asarray(0 if x.dtype.kind == "u" else -FAR, x.dtype), FAR)
+        low = 0 if x.dtype.kind == "u" else -FARTHEST
+        x = jnp.clip(x, jnp.asarray(low, x.dtype), FARTHEST)
     return x.astype(jnp.int32)

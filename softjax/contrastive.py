@@ -21,6 +21,7 @@ from softjax._inputs import (
     public,
     to_float,
 )
+from softjax._varying import vary
 from softjax.output_layers import linear_cross_entropy
 from softjax.output_layers._stream import ENTRIES
 
@@ -133,7 +134,7 @@ def siglip_loss(
     def visit(total: Array, first: Array, some: Array) -> tuple[Array, None]:
         return total + part(first, some, queries, rate, bias), None
 
-    return scan_blocks(visit, jnp.zeros((), dtype), keys, block)[0] / num_pairs
+    return scan_blocks(visit, vary(jnp.zeros((), dtype), keys), keys, block)[0] / num_pairs
 
 
 def _pairs(queries: ArrayLike, keys: ArrayLike) -> tuple[Array, Array]:

@@ -19,7 +19,6 @@ from jax.typing import ArrayLike
 
 from softjax._hoist import hoist
 from softjax._tiles import (
-    FAR,
     Grid,
     Tile,
     grid_of,
@@ -28,6 +27,7 @@ from softjax._tiles import (
     per_sequence,
     per_token,
     positions_met,
+    shifted,
 )
 
 __all__ = ["Causal", "Dense", "Function", "Lengths", "Mask", "Prefix", "Segments", "Window"]
@@ -69,11 +69,19 @@ class Mask:
         kept = self.bind(grid).tile(Tile(grid, 0, 0, grid.index(0, 0)))
         return jnp.broadcast_to(kept, shape).reshape(*batch, *shape[1:])
 
-    def __and__(self, other: "Mask") -> "Mask":
+    __array_ufunc__ = None  # So that NumPy leaves `array & mask` to the mask.
+
+    def __and__(self, other: "Mask | ArrayLike") -> "Mask":
         return _Both(self, _mask(other))
 
-    def __or__(self, other: "Mask") -> "Mask":
+    def __or__(self, other: "Mask | ArrayLike") -> "Mask":
         return _Either(self, _mask(other))
+
+    def __rand__(self, other: ArrayLike) -> "Mask":
+        return _Both(_mask(other), self)
+
+    def __ror__(self, other: ArrayLike) -> "Mask":
+        return _Either(_mask(other), self)
 
     def __invert__(self) -> "Mask":
         return _Not(self)
@@ -98,12 +106,12 @@ class Causal(Mask):
         return Causal(per_sequence(self.offset, grid, "Causal.offset"))
 
     def tile(self, tile: Tile) -> Array:
-        return tile.places.key <= tile.places.query + self.offset
+        return tile.places.key <= shifted(tile.places.query, self.offset)
 
     def bounds(self, grid: Grid) -> tuple[Array, Array]:
         at = positions_met(grid)
-        some = at.key_low <= at.query_high + self.offset
-        return some, at.key_high <= at.query_low + self.offset
+        some = at.key_low <= shifted(at.query_high, self.offset)
+        return some, at.key_high <= shifted(at.query_low, self.offset)
 
 
 @_node
@@ -118,18 +126,26 @@ class Window(Mask):
 
     def bind(self, grid: Grid) -> "Window":
         limits = ((self.left, "Window.left"), (self.right, "Window.right"))
-        left, right = (per_sequence(FAR if x is None else x, grid, name) for x, name in limits)
-        return Window(left, right)
+        return Window(*(_limit(x, grid, name) for x, name in limits))
 
     def tile(self, tile: Tile) -> Array:
-        ahead = tile.places.key - tile.places.query
-        return (ahead <= self.right) & (ahead >= -self.left)
+        at = tile.places
+        return self._reaches((at.query, at.query), (at.key, at.key))
 
     def bounds(self, grid: Grid) -> tuple[Array, Array]:
         at = positions_met(grid)
-        least, most = at.key_low - at.query_high, at.key_high - at.query_low
-        some = (least <= self.right) & (most >= -self.left)
-        return some, (most <= self.right) & (least >= -self.left)
+        low_first = (at.query_low, at.query_high), (at.key_high, at.key_low)
+        high_first = (at.query_high, at.query_low), (at.key_low, at.key_high)
+        return self._reaches(*high_first), self._reaches(*low_first)
+
+    def _reaches(self, queries: tuple[Array, Array], keys: tuple[Array, Array]) -> Array:
+        """Of the first of both to the right, and of the second to the left."""
+        inside = _everywhere(True)
+        if self.right is not None:
+            inside &= keys[0] <= shifted(queries[0], self.right)
+        if self.left is not None:
+            inside &= keys[1] >= shifted(queries[1], -self.left)
+        return inside
 
 
 @_node
@@ -178,18 +194,20 @@ class Lengths(Mask):
             (self.query_lengths, "Lengths.query_lengths"),
             (self.key_lengths, "Lengths.key_lengths"),
         )
-        queries, keys = (
-            per_sequence(FAR if x is None else x, grid, name) for x, name in limits
-        )
-        return Lengths(queries, keys)
+        return Lengths(*(_limit(x, grid, name) for x, name in limits))
 
     def tile(self, tile: Tile) -> Array:
-        return (tile.places.query < self.query_lengths) & (tile.places.key < self.key_lengths)
+        return self._below(tile.places.query, tile.places.key)
 
     def bounds(self, grid: Grid) -> tuple[Array, Array]:
         at = positions_met(grid)
-        some = (at.query_low < self.query_lengths) & (at.key_low < self.key_lengths)
-        return some, (at.query_high < self.query_lengths) & (at.key_high < self.key_lengths)
+        return self._below(at.query_low, at.key_low), self._below(at.query_high, at.key_high)
+
+    def _below(self, query: Array, key: Array) -> Array:
+        inside = _everywhere(True)
+        for place, length in ((query, self.query_lengths), (key, self.key_lengths)):
+            inside = inside if length is None else inside & (place < length)
+        return inside
 
 
 @_node
@@ -246,9 +264,8 @@ class Function(Mask):
     """
 
     keep: Callable[..., Array] = dataclasses.field(metadata={"static": True})
-    captured: Any = ()
 
-    def bind(self, grid: Grid) -> "Function":
+    def bind(self, grid: Grid) -> "_Bound":
         index = grid.index(0, 0)
         keep, captured = hoist(lambda index: self.keep(index), index)
         shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
@@ -262,7 +279,15 @@ class Function(Mask):
                 "the function of `masks.Function` must give an array that broadcasts to the"
                 f" tile {shape} that it is asked about, got the shape {kept.shape}."
             )
-        return Function(keep, captured)
+        return _Bound(captured, keep)
+
+
+@_node
+class _Bound(Mask):
+    """A function, and what it has captured."""
+
+    captured: Any
+    keep: Callable[..., Array] = dataclasses.field(metadata={"static": True})
 
     def tile(self, tile: Tile) -> Array:
         kept: Array = self.keep(self.captured, tile.places)
@@ -345,9 +370,17 @@ def as_mask(mask: Mask | ArrayLike | None) -> Mask | None:
 
 
 def _mask(other: Any) -> Mask:
+    if isinstance(other, (np.ndarray, jax.Array)):
+        return Dense(other)
     if not isinstance(other, Mask):
-        raise TypeError(f"a mask combines with masks alone, got {type(other).__name__}.")
+        raise TypeError(
+            f"a mask combines with masks and bool arrays, got {type(other).__name__}."
+        )
     return other
+
+
+def _limit(x: Any, grid: Grid, name: str) -> Array | None:
+    return None if x is None else per_sequence(x, grid, name)
 
 
 @functools.cache

@@ -92,6 +92,12 @@ def _both(name, call, **rest):
     return Entry(name=name, call=ours, oracle=reference, **rest)
 
 
+def _qk_norm(module, queries, keys, *scales):
+    names = ("query_scale", "key_scale")
+    options = dict(zip(names, scales, strict=True))
+    return module.qk_norm(queries, keys, epsilon=0.1, **options)
+
+
 _MAP = ("mass", "shift", "permutation", "order", "temperature")
 
 
@@ -598,6 +604,27 @@ CATALOGUE = (
             lambda rng: rng.standard_normal((2, 1, 3)),
             lambda rng: rng.standard_normal(2),
             others=(lambda rng: rng.permuted(MASK[:, :3], axis=-1),),
+        ),
+    ),
+    Entry(
+        name="qk_norm",
+        call=lambda *args: jnp.concatenate(_qk_norm(sj, *args)),
+        oracle=lambda *args: np.concatenate(_qk_norm(oracles, *args)),
+        make=_make(
+            lambda rng: rng.standard_normal((2, 2, 3)),
+            lambda rng: rng.standard_normal((3, 2, 3)),
+            lambda rng: rng.uniform(0.5, 2.0, (2, 3)),
+            lambda rng: rng.uniform(0.5, 2.0, 3),
+            others=(),
+        ),
+    ),
+    _both(
+        "scalable_queries",
+        lambda m, q, s, n: m.scalable_queries(q, n, s),
+        make=_make(
+            lambda rng: rng.standard_normal((3, 2, 2)),
+            lambda rng: rng.uniform(0.5, 2.0, 2),
+            others=(lambda rng: rng.integers(1, 9, 3),),
         ),
     ),
     Entry(

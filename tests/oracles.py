@@ -1208,6 +1208,31 @@ def attention(
     return out, lse
 
 
+def alibi_slopes(num_heads):
+    """By the recursion over powers of two."""
+    if num_heads & (num_heads - 1) == 0:
+        return [2.0 ** (-8 * i / num_heads) for i in range(1, num_heads + 1)]
+    power = 2 ** int(np.log2(num_heads))
+    return alibi_slopes(power) + alibi_slopes(2 * power)[::2][: num_heads - power]
+
+
+def qk_norm(queries, keys, *, query_scale=1.0, key_scale=1.0, epsilon=1e-6):
+    """Vectors over their root mean squares, in extended precision."""
+
+    def unit(x, scale):
+        x, scale = (np.asarray(a).astype(np.longdouble) for a in (x, scale))
+        return scale * x / np.sqrt(np.mean(x**2, -1, keepdims=True) + np.longdouble(epsilon))
+
+    return unit(queries, query_scale), unit(keys, key_scale)
+
+
+def scalable_queries(queries, counts, scale=1.0):
+    queries, counts, scale = (
+        np.asarray(a).astype(np.longdouble) for a in (queries, counts, scale)
+    )
+    return queries * (np.log(np.maximum(counts, 1))[..., None] * scale)[..., None]
+
+
 def merge_attention(outs, lses):
     outs, lses = (np.asarray(x).astype(np.longdouble) for x in (outs, lses))
     shares = np.exp(lses - lses.max(0))

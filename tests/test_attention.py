@@ -343,6 +343,78 @@ def test_what_is_not_seen_reaches_nothing(way):
             assert (x[place, :n] != 0).any()
 
 
+@mostly_streamed
+@pytest.mark.parametrize(
+    "squashed", ["soft cap", pytest.param("score", marks=pytest.mark.slow)]
+)
+def test_a_bias_of_minus_inf_hides_what_stands_there(way, squashed):
+    """Below a cap or a score function too: their derivatives there, and NaN in both tokens."""
+    queries, keys, values = draw(16)
+    dropped = np.zeros((T, S), bool)
+    dropped[2], dropped[:, 5] = True, True  # A query that sees nothing, a key nobody sees.
+    dropped |= RNG.random((T, S)) < 0.3
+    mask = np.ones((T, S), bool)
+    mask[4, 7] = False  # What stands there in the bias plays no part.
+    bias = np.where(dropped, -INF, 1.0)
+    options = {
+        "soft cap": lambda c: {"soft_cap": 1 + c},
+        "score": lambda c: {"score": lambda z, at: c * z**2 - z},
+    }[squashed]
+
+    def run(call):
+        def total(queries, keys, values, bias, c):
+            return jnp.sum(jnp.sin(call(queries, keys, values, bias, c)))
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3, 4)))
+
+    def ours(queries, keys, values, bias, c):
+        return sj.attention(queries, keys, values, bias=bias, mask=mask, **options(c), **way)
+
+    def definition(queries, keys, values, bias, c):
+        drop = dropped | ~mask
+        scores = jnp.einsum("btkgh,bskh->bkgts", queries.reshape(B, T, K, -1, H), keys)
+        scores = scores / jnp.sqrt(H) + jnp.where(drop, 0, bias)[None, None, None]
+        cap = 1 + c
+        scores = (
+            cap * jnp.tanh(scores / cap) if squashed == "soft cap" else c * scores**2 - scores
+        )
+        weights = jax.nn.softmax(jnp.where(drop, -1e9, scores))
+        weights = jnp.where(drop, 0, weights)
+        return jnp.einsum("bkgts,bskw->btkgw", weights, values).reshape(B, T, N, W)
+
+    c = jnp.asarray(0.5)
+    expected = run(definition)(queries, keys, values, jnp.asarray(bias), c)
+    for number in (0.0, NAN, INF):
+        spoilt = bias.copy()
+        spoilt[4, 7] = number
+        found = run(ours)(
+            queries.at[:, 2].set(number),
+            keys.at[:, 5].set(number),
+            values.at[:, 5].set(number),
+            jnp.asarray(spoilt),
+            c,
+        )
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_key_behind_all_queries():
+    """NaN in it reaches nothing, though a block of queries is filled up."""
+    queries, keys, values = draw(17)
+
+    def run(keys, values):
+        call = lambda *a: jnp.sum(jnp.sin(sj.attention(*a, mask=masks.Causal(), block_size=4)))
+        return jax.jit(jax.value_and_grad(call, argnums=(0, 1, 2)))(queries, keys, values)
+
+    expected = run(keys, values)
+    for one, other in zip(
+        jax.tree.leaves(run(keys.at[:, T].set(NAN), values.at[:, T + 1].set(INF))),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        assert_same(one, other)
+
+
 @every_way
 def test_a_nan_is_seen_by_who_sees_it(way):
     """A bad key or value in the middle: queries before it, and other heads, are untouched."""
@@ -419,7 +491,8 @@ def test_narrow_types_lose_no_more_than_the_naive_way(dtype):
         lambda *a: sj.attention(*a, mask=mask, **DENSE), [x.astype("float64") for x in arrays]
     )
     theirs = jax.jit(functools.partial(run, naive))(arrays)
-    for way in (DENSE, {"block_size": 16}):
+    norms = []
+    for way in (DENSE, {"block_size": 4}):
         ours = jax.jit(
             functools.partial(run, lambda *a, way=way: sj.attention(*a, mask=mask, **way))
         )(arrays)
@@ -428,6 +501,14 @@ def test_narrow_types_lose_no_more_than_the_naive_way(dtype):
             error = lambda x, truth=truth: float(jnp.abs(x.astype("float64") - truth).max())
             unit = eps(dtype) * float(jnp.abs(truth).max())
             assert error(mine) <= error(other) + unit  # One rounding more at most.
+        off = lambda found: [
+            float(jnp.linalg.norm((x.astype("float64") - y).reshape(-1)))
+            for x, y in zip(found, exact, strict=True)
+        ]
+        norms.append((off(ours), off(theirs)))
+    # Blocks add up in float32, and their sums are rounded once, as those of one tile.
+    for stored, (streamed, naive) in zip(norms[0][0], zip(*norms[1], strict=True), strict=True):
+        assert dtype == "float32" or streamed <= 1.1 * min(stored, naive)
     _, lse = sj.attention(*arrays, mask=mask, return_lse=True)
     assert lse.dtype == jnp.float32  # And not rounded to half precision:
     exact_lse = sj.attention(*(x.astype("float64") for x in arrays), mask=mask, return_lse=True)
@@ -559,6 +640,9 @@ def test_dropout():
     assert (np.asarray(other(*arrays[:2], values) != 0) != kept).any()
     assert_same(call(*arrays, dropout_rate=0.0, dropout_key=key), call(*arrays))
     assert (call(*arrays, dropout_rate=1.0, dropout_key=key) == 0).all()
+    for wrong in (-0.1, 1.5):  # What an array holds cannot be refused: it shows.
+        out = call(*arrays, dropout_rate=jnp.asarray(wrong), dropout_key=key)
+        assert jnp.isnan(out).all()
 
 
 @pytest.mark.slow
@@ -626,6 +710,7 @@ def test_derivatives_under_dropout(mode):
         ({"dropout_rate": 1.5}, ValueError, r"in \[0, 1\], got 1\.5"),
         ({"block_size": 0}, ValueError, "`block_size` must be a positive int"),
         ({"block_size": (2, 3, 4)}, ValueError, "`block_size`"),
+        ({"block_size": [2, 3]}, TypeError, r"`block_size` must be an int.*\[2, 3\]"),
         ({"block_size": 2, "implementation": "dense"}, ValueError, "no meaning"),
         ({"implementation": "cudnn"}, ValueError, "`implementation` must be"),
     ],

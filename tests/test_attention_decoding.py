@@ -157,3 +157,20 @@ def test_errors(change, error, message):
     given = dict(zip(names, pages(), strict=True)) | {"lengths": LENGTHS} | change
     with pytest.raises(error, match=message):
         sj.paged_attention(**given)
+
+
+@pytest.mark.parametrize("first", [-INF, 0.0, INF])
+def test_infinite_parts(first):
+    """Those of +inf share the average, those of -inf count for nothing; no NaN is made."""
+    (outs,) = draw(5, (3, 2, W))
+    lses = jnp.asarray([[first, first], [INF, -INF], [-INF, -INF]])
+    with jax.debug_nans(True):
+        out, lse = sj.merge_attention(outs, lses)
+        bars = jax.grad(lambda *a: jnp.sum(sj.merge_attention(*a)[0]), argnums=(0, 1))(
+            outs, lses
+        )
+    both = (outs[0, 0] + outs[1, 0]) / 2
+    assert_close(out[0], both if first == INF else outs[1, 0], rtol=4 * eps("float64"))
+    assert_same(out[1], jnp.zeros(W) if first == -INF else outs[0, 1])
+    assert_same(lse, jnp.asarray([INF, first]))
+    assert all(jnp.isfinite(bar).all() for bar in bars)

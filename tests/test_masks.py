@@ -182,10 +182,60 @@ def test_errors(mask, error, message):
         mask.array(T, S, num_heads=N, batch=BATCH)
 
 
-def test_masks_combine_with_masks_alone():
-    for combine in (lambda: masks.Causal() & DENSE, lambda: masks.Causal() | 1):
-        with pytest.raises(TypeError, match="combines with masks alone"):
+def test_masks_combine_with_bool_arrays_on_either_side():
+    causal = np.asarray(KEY <= QUERY)
+    for array in (DENSE, jnp.asarray(DENSE)):
+        for mask, keep in (
+            (masks.Causal() & array, DENSE & causal),
+            (array & masks.Causal(), DENSE & causal),
+            (masks.Causal() | array, DENSE | causal),
+            (array | masks.Causal(), DENSE | causal),
+        ):
+            np.testing.assert_array_equal(mask.array(T, S, num_heads=N), keep)
+    for combine in (lambda: masks.Causal() | 1, lambda: [True] & masks.Causal()):
+        with pytest.raises(TypeError, match="combines with masks and bool arrays"):
             combine()
+    with pytest.raises(TypeError, match="`mask` must be bool"):
+        (masks.Causal() & np.ones((T, S))).array(T, S)
+
+
+def test_what_a_function_captures_is_its_own():
+    with pytest.raises(TypeError, match="captured"):
+        masks.Function(lambda at: at.key > 0, captured=jnp.ones(3))
+
+
+@pytest.mark.parametrize("blocks", [None, (2, 3)])
+def test_positions_all_over_int32(blocks):
+    """Seconds since 1970, say: differences and limits of which none wraps around."""
+    end = 2**31 - 2
+    places = np.array([-end, -(2**30) - 5, -1, 0, 1_700_000_000, 1_700_003_600, end])
+    query, key = places[:, None], places[None]
+    for mask, keep in (
+        (masks.Causal(), key <= query),
+        (masks.Causal(2**31 - 10), key <= query + 2**31 - 10),
+        (masks.Causal(-(2**31) + 10), key <= query - 2**31 + 10),
+        (masks.Window(3600), (key <= query) & (key >= query - 3600)),
+        (masks.Window(None, 3600), key <= query + 3600),
+        (masks.Window(2**31 - 3, None), key >= query - 2**31 + 3),
+        (masks.Window(-1, 2**31 - 3), (key >= query + 1) & (key <= query + 2**31 - 3)),
+        (masks.Lengths(None, None), key == key),
+        (masks.Lengths(2**30 + 7, end), (query < 2**30 + 7) & (key < end)),
+    ):
+        given = (places, places)
+        got = mask.array(7, positions=given)[0]
+        np.testing.assert_array_equal(got, np.broadcast_to(keep, (7, 7)))
+        if blocks is not None:
+            grid = grid_of((), 1, 7, 7, blocks=blocks, positions=given)
+            some, every = (
+                np.broadcast_to(x, (1, 1, 4, 3))[0, 0] for x in mask.bind(grid).bounds(grid)
+            )
+            for i, j in np.ndindex(4, 3):
+                tile = np.broadcast_to(keep, (7, 7))[2 * i : 2 * i + 2, 3 * j : 3 * j + 3]
+                assert some[i, j] >= tile.any()
+                assert every[i, j] <= tile.all()
+
+
+def test_a_function_is_not_a_mask():
     with pytest.raises(TypeError, match=r"masks\.Function"):
         masks.as_mask(lambda at: at.key > 0)
 

@@ -20,7 +20,8 @@ PACKAGE = ROOT / "softjax"
 
 # A module imports only from those before it.
 ORDER = [
-    *("_inputs", "_exact", "_slices", "_blocks", "_search", "_threshold", "_exponential"),
+    *("_varying", "_inputs", "_exact", "_slices", "_blocks", "_search"),
+    *("_threshold", "_exponential"),
     *("_online", "_mesh", "_wide", "_noise", "_inverse_cdf", "_hoist", "_tiles"),
     *("reductions", "dense", "sparse", "budgets", "segments", "scores", "filters", "decoding"),
     *("entropies", "losses", "output_layers", "contrastive", "sampling", "subsets"),
@@ -53,6 +54,7 @@ APART = {
         ("gumbel_softmax", "rao_blackwell_gumbel_softmax", "reinmax"),
         "the derivative is an estimate: test_estimators",
     ),
+    "alibi_slopes": "of no array: test_attention_shaping",
     "gumbel": "random, of no array: test_sampling",
     "sample": "random integers: test_sampling",
     "weighted_subset": "its derivative is an estimator's: test_subsets",

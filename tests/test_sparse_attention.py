@@ -216,3 +216,30 @@ def test_dropout_and_score():
 def test_errors(change, error, message):
     with pytest.raises(error, match=message):
         sj.attention(*draw(), **change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalizer", ["sparsemax", "entmax15"])
+def test_blocks_of_half_precision_are_rounded_once(normalizer):
+    """Gradients of many blocks lose no more than those of one tile."""
+    rng = np.random.default_rng(0)
+    exact = [jnp.asarray(rng.standard_normal((1, 40, n, 8))) for n in (2, 1, 1)]
+    exact = [x.astype("bfloat16").astype("float64") for x in exact]
+
+    def gradients(dtype, **way):
+        def loss(*arrays):
+            out = sj.attention(*arrays, mask=masks.Causal(), normalizer=normalizer, **way)
+            return jnp.sum(jnp.sin(out.astype("float64")))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*(x.astype(dtype) for x in exact))
+
+    truth = gradients("float64", implementation="dense")
+    errors = [
+        [
+            float(jnp.linalg.norm((x.astype("float64") - y).reshape(-1)))
+            for x, y in zip(gradients("bfloat16", **way), truth, strict=True)
+        ]
+        for way in ({"implementation": "dense"}, {"block_size": 4})
+    ]
+    for stored, streamed in zip(*errors, strict=True):
+        assert streamed <= 1.1 * stored

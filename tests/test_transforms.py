@@ -48,6 +48,7 @@ every_dtype = pytest.mark.parametrize(
 # They end in sums of products, which a compiler may fuse, or not, in its own way: their values
 # with and without differentiation may differ by a rounding.
 FUSED = ("entropy", "cross_entropy-options", "class_balanced_weights", "policy_entropy")
+FUSED += ("qk_norm", "scalable_queries")
 
 # Compiled apart, the same function may be fused, and so rounded, in another way.
 ROUNDINGS = {"rtol": 32 * eps("float64"), "atol": 32 * eps("float64")}

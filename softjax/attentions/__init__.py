@@ -2,5 +2,13 @@
 
 from softjax.attentions.attend import attention
 from softjax.attentions.decoding import merge_attention, paged_attention
+from softjax.attentions.shaping import alibi_slopes, qk_norm, scalable_queries
 
-__all__ = ["attention", "merge_attention", "paged_attention"]
+__all__ = [
+    "alibi_slopes",
+    "attention",
+    "merge_attention",
+    "paged_attention",
+    "qk_norm",
+    "scalable_queries",
+]

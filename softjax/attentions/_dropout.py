@@ -46,4 +46,5 @@ def _kept(
     )
     uniform = (bits >> 8).astype(dtype) * 2.0**-24
     kept = uniform >= rate
-    return jnp.where(kept, 1 / jnp.where(rate < 1, 1 - rate, 1), 0)
+    # (0 times the rate: a rate out of its range is NaN, and shows.)
+    return jnp.where(kept, 1 / jnp.where(rate < 1, 1 - rate, 1), 0 * rate)

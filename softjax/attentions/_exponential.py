@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from softjax._exact import where_finite
 from softjax._inputs import computing_dtype
+from softjax._varying import vary
 from softjax.attentions._operands import (
     Floats,
     Others,
@@ -30,6 +31,7 @@ from softjax.attentions._operands import (
     scores_of,
     tile_kinds,
     weighted,
+    widened,
 )
 from softjax.attentions._walks import only_tile, over_keys, over_queries, sum_over_keys
 
@@ -63,6 +65,7 @@ def average(program: Program, floats: Floats, others: Others) -> tuple[Array, Ar
 
     def block(i: Any, parts: tuple[Floats], kinds: Array) -> tuple[Array, Array]:
         start = _Seen(jnp.full(rows, -jnp.inf, dtype), zero, _no_sums(zero, floats))
+        start = vary(start, floats, others)
 
         def visit(at: Place, seen: _Seen, part: Floats) -> _Seen:
             # (Written so that plain differentiation is right too: JAX 0.10 forgets the rule
@@ -124,10 +127,12 @@ def _average_jvp(program: Program, primals: Any, tangents: Any) -> tuple[Any, An
             weights = jnp.exp(scores - level[..., None])
             return _move(weights, scores_dot, part, dot, others, at)
 
-        start = _Moved(zero, _no_sums(zero, floats))
+        start = vary(_Moved(zero, _no_sums(zero, floats)), primals)
         moved = sum_over_keys(grid, i, term, start, kinds, parts, level)
         return moved.sums - moved.mean[..., None] * out, moved.mean
 
+    # (Widened, or the cotangents of half precision would be rounded with every block.)
+    dots = widened(dots)
     dots = over_queries(grid, block, (floats, dots), kinds, out, lse, remember=False)
     return (out, lse), dots
 

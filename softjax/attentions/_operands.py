@@ -17,6 +17,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from softjax._inputs import computing_dtype
 from softjax._tiles import Grid, Tile
+from softjax._varying import vary
 from softjax.attentions._dropout import keep_weight
 from softjax.masks import Mask
 
@@ -105,13 +106,26 @@ def push_scores(
     if not moving:
         scores = scores_of(program, part, others, at)
         return scores, jnp.zeros_like(scores)
-    base = {name: getattr(part, name) for name in moving}
+    base = {name: _alike(getattr(part, name), x) for name, x in moving.items()}
     form = lambda moved: _raw(program, part._replace(**moved), others, at)
     raw, raw_dot = jax.jvp(form, (base,), (moving,))
     scores = _dropped(raw, program, part, others, at)
     # For the transpose: the cotangent of a dropped score, NaN perhaps, ends here.
     moves = (scores > -jnp.inf) & (scores < huge(scores.dtype))
     return scores, jnp.where(moves, raw_dot, 0)
+
+
+def _alike(x: Any, dot: Any) -> Any:
+    return jax.tree.map(lambda x, dot: x.astype(dot.dtype), x, dot)
+
+
+def widened(floats: Floats) -> Floats:
+    """In the computing dtype: what is cut, and what is added up over blocks."""
+    wide = lambda x: x if x is None else x.astype(computing_dtype(x.dtype))
+    changed = {
+        name: wide(getattr(floats, name)) for name in ("queries", "keys", "values", "bias")
+    }
+    return floats._replace(**changed)
 
 
 def moving(dots: Floats) -> Floats:
@@ -134,13 +148,34 @@ def _raw(program: Program, part: Floats, others: Others, at: Place) -> Array:
     if part.scale is not None:
         scores *= part.scale
     if part.bias is not None:
-        scores += part.bias.astype(dtype)
+        scores += _safe_bias(program, part, others, at).astype(dtype)
     if part.soft_cap is not None:
+        if part.bias is not None:  # An infinite score need not meet the quotient's derivative.
+            reach = 50 * lax.stop_gradient(part.soft_cap)  # From there on tanh is 1.
+            scores = jnp.clip(scores, -reach, reach)
         scores = part.soft_cap * jnp.tanh(scores / part.soft_cap)
     if program.score is not None:
         index = others.grid.index(at.i, at.j)
         scores = program.score(part.captured, others.captured, scores, index).astype(dtype)
     return scores
+
+
+def _safe_bias(program: Program, part: Floats, others: Others, at: Place) -> Array:
+    """The bias; 0 where a score is dropped of which a function has a derivative."""
+    bias = part.bias
+    assert bias is not None
+    if part.soft_cap is None and program.score is None:
+        return bias
+    keep = bias != -jnp.inf
+    if others.mask is not None:
+        keep &= _seen(others, at)
+    return jnp.where(keep, bias, 0)
+
+
+def _seen(others: Others, at: Place) -> Array:
+    assert others.mask is not None
+    index = others.grid.index(at.i, at.j)
+    return others.mask.tile(Tile(others.grid, at.i, at.j, index))
 
 
 def _dropped(scores: Array, program: Program, part: Floats, others: Others, at: Place) -> Array:
@@ -151,6 +186,7 @@ def _dropped(scores: Array, program: Program, part: Floats, others: Others, at: 
     if isinstance(at.kind, int):
         scores = masked(scores) if at.kind == 1 else scores
     else:
+        scores = vary(scores, others)  # Of both branches alike.
         scores = lax.cond(at.kind == 1, masked, lambda scores: scores, scores)
     return jnp.where(scores > huge(scores.dtype), huge(scores.dtype), scores)
 
@@ -159,11 +195,12 @@ def _masked(scores: Array, others: Others, at: Place) -> Array:
     grid = others.grid
     bad = grid.queries.take(others.bad_queries, at.i)[..., :, None]
     bad |= _per_head(grid.keys.take(others.bad_keys, at.j), grid)[..., None, :]
-    scores = jnp.where(bad, jnp.nan, scores)
+    if grid.queries.padding:  # What fills up the last block may see what no query does.
+        bad &= (grid.queries.order(at.i) < grid.queries.size)[None, None, :, None]
+    scores = jnp.where(bad & (scores != -jnp.inf), jnp.nan, scores)
     if others.mask is None:
         return scores
-    keep = others.mask.tile(Tile(grid, at.i, at.j, grid.index(at.i, at.j)))
-    return jnp.where(keep, scores, -jnp.inf)
+    return jnp.where(_seen(others, at), scores, -jnp.inf)
 
 
 def huge(dtype: Any) -> float:
@@ -207,6 +244,8 @@ def tile_kinds(others: Others) -> Array:
 
 
 def _products(queries: Array, keys: Array, dtype: Any) -> Array:
+    if queries.dtype != keys.dtype:  # One of them moves.
+        queries, keys = queries.astype(dtype), keys.astype(dtype)
     products = lax.dot_general(
         queries, keys, (((4,), (3,)), ((0, 1), (0, 1))), preferred_element_type=dtype
     )

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from softjax._hoist import hoist_floats
 from softjax._inputs import computing_dtype, nan_unless_positive, one_number, to_float
 from softjax._tiles import Grid, grid_of, per_score
+from softjax._varying import vary
 from softjax.attentions._dropout import words_of
 from softjax.attentions._operands import Floats, Others, Program
 from softjax.masks import Inside, Mask
@@ -101,6 +102,7 @@ def prepare(
         program, floats, others = _with_score(score, program, floats, others, wide)
     if dropout_key is not None:
         rate = one_number(dropout_rate, name="dropout_rate")
+        rate = jnp.where((rate >= 0) & (rate <= 1), rate, jnp.nan)
         others = others._replace(dropout=(words_of(dropout_key), rate.astype(wide)))
     shape = (*batch, num_queries, heads, values.shape[-1])
     return Problem(program, floats, others, shape, dtype)
@@ -219,7 +221,7 @@ def _with_score(
 ) -> tuple[Program, Floats, Others]:
     grid = others.grid
     shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
-    scores, index = jax.ShapeDtypeStruct(shape, dtype), grid.index(0, 0)
+    scores, index = vary(jnp.zeros(shape, dtype), floats), grid.index(0, 0)
     run, floating, fixed = hoist_floats(
         lambda scores, index: score(scores, index), scores, index
     )
@@ -236,7 +238,7 @@ def with_weigher(problem: Problem, weigh: Callable[[Array], Array]) -> Problem:
     """The problem under a threshold map of a user's own."""
     grid, dtype = problem.others.grid, computing_dtype(problem.dtype)
     shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
-    margins = jax.ShapeDtypeStruct(shape, dtype)
+    margins = vary(jnp.zeros(shape, dtype), problem.floats)
     run, floating, fixed = hoist_floats(lambda margins: weigh(margins), margins)
     out = jax.eval_shape(run, floating, fixed, margins)
     if not isinstance(out, jax.ShapeDtypeStruct) or (out.shape, out.dtype) != (shape, dtype):

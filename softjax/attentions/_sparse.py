@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
+from jax.custom_derivatives import zero_from_primal
 
 from softjax._exact import where_finite
 from softjax._inputs import computing_dtype
 from softjax._threshold import reciprocal
+from softjax._varying import vary
 from softjax.attentions._operands import (
     Floats,
     Others,
@@ -33,6 +34,7 @@ from softjax.attentions._operands import (
     scores_of,
     tile_kinds,
     weighted,
+    widened,
 )
 from softjax.attentions._walks import over_keys, over_queries, sum_over_keys
 
@@ -70,9 +72,11 @@ class _Climb(NamedTuple):
 
 def sparse_average(program: Program, floats: Floats, others: Others, reach: Array) -> Array:
     """Averages of values `[i, batch, N, query, W]`."""
+    floats = widened(floats)  # Or cotangents would be rounded with every block.
     found = _threshold(program, floats, others, reach)
     grid = others.grid
     start = jnp.zeros((*found.tau.shape[1:], floats.values.shape[-1]), found.tau.dtype)
+    start = vary(start, floats, others)
 
     def block(i: Any, parts: tuple[Floats], found: _Found) -> Array:
         def term(at: Place, part: Floats, tau: Array, peak: Array) -> Array:
@@ -107,7 +111,7 @@ def _threshold(program: Program, floats: Floats, others: Others, reach: Array) -
         def higher(at: Place, peak: Array, part: Floats) -> Array:
             return jnp.maximum(peak, jnp.max(scores_of(program, part, others, at), -1))
 
-        lowest = jnp.full(rows, -jnp.inf, dtype)
+        lowest = vary(jnp.full(rows, -jnp.inf, dtype), floats, others)
         peak = where_finite(over_keys(grid, i, higher, lowest, kinds, *parts))
 
         def sums(tau: Array, kinds: Array) -> tuple[Array, Array, Array]:
@@ -123,7 +127,8 @@ def _threshold(program: Program, floats: Floats, others: Others, reach: Array) -
                 return seen[0] - jnp.sum(weights, -1), seen[1] + jnp.sum(slopes, -1), live
 
             zero = jnp.zeros_like(tau)
-            return over_keys(grid, i, visit, (zero, zero, jnp.zeros_like(kinds)), kinds, *parts)
+            start = vary((zero, zero, jnp.zeros_like(kinds)), tau)
+            return over_keys(grid, i, visit, start, kinds, *parts)
 
         def climb(state: _Climb) -> _Climb:
             total, slope, live = sums(state.tau, state.kinds)
@@ -134,6 +139,7 @@ def _threshold(program: Program, floats: Floats, others: Others, reach: Array) -
             return _Climb(tau, live, far, state.steps + 1)
 
         start = _Climb(jnp.full(rows, -reach), kinds, jnp.array(True), jnp.array(0))
+        start = vary(start, floats, others)
         found = lax.while_loop(lambda s: s.moving & (s.steps < STEPS), climb, start)
         return _Found(found.tau, peak, found.kinds)
 
@@ -145,7 +151,7 @@ def _threshold_jvp(program: Program, primals: Any, tangents: Any) -> tuple[_Foun
     floats, others, _ = primals
     found = _threshold(program, *primals)
     dots, grid = moving(tangents[0]), others.grid
-    zero = jnp.zeros(found.tau.shape[1:], found.tau.dtype)
+    zero = vary(jnp.zeros(found.tau.shape[1:], found.tau.dtype), found, primals)
 
     def slopes(at: Place, part: Floats, tau: Array, peak: Array) -> Array:
         scores = scores_of(program, part, others, at)
@@ -171,8 +177,8 @@ def _threshold_jvp(program: Program, primals: Any, tangents: Any) -> tuple[_Foun
         return moved * reciprocal(slope)
 
     tau_dot = over_queries(grid, block, (floats, dots), found, remember=False)
-    fixed = np.zeros(found.kinds.shape, jax.dtypes.float0)
-    return found, _Found(tau_dot, jnp.zeros_like(found.peak), fixed)
+    fixed = [zero_from_primal(x, symbolic_zeros=True) for x in (found.peak, found.kinds)]
+    return found, _Found(tau_dot, *fixed)
 
 
 _threshold.defjvp(_threshold_jvp, symbolic_zeros=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softjax._tiles import Grid
+from softjax._varying import shared_axes
 from softjax.attentions._operands import Floats, Place
 
 Parts = tuple[Floats, ...]
@@ -73,6 +74,19 @@ def _shared_by_batch(
     return _shared(kinds), False
 
 
+def _agreed(kinds: Array, floats: Parts) -> Array:
+    """The same on all devices that share an array: there its cotangents are summed.
+
+    (Such a sum, in a branch that only some of them take, would wait for the others forever. A
+    function's captured arrays alone are shared still; all others were made to vary before.)
+    """
+    axes = shared_axes(kinds, floats)
+    if not axes:
+        return kinds
+    low, high = lax.pmin(kinds, axes), lax.pmax(kinds, axes)
+    return jnp.where(low == high, low, 1)
+
+
 def over_keys(
     grid: Grid, i: Any, visit: Visit, state: Any, kinds: Array, floats: Floats
 ) -> Any:
@@ -122,4 +136,4 @@ def sum_over_keys(
         return lax.cond(kind > 0, add, lambda total, *_: total, total, cut, rest, rows), None
 
     numbers = jnp.arange(grid.keys.num_blocks, dtype=jnp.int32)
-    return lax.scan(step, start, (numbers, _shared(kinds), cut))[0]
+    return lax.scan(step, start, (numbers, _shared(_agreed(kinds, floats)), cut))[0]

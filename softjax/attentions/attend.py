@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from softjax import masks
 from softjax._inputs import computing_dtype
+from softjax._varying import vary
 from softjax.attentions._exponential import average
 from softjax.attentions._prepare import Problem, per_head, prepare, with_weigher
 from softjax.attentions._sparse import MAPS, sparse_average
@@ -63,8 +64,8 @@ def attention(
         normalizer: how scores become weights: "softmax", "sparsemax", "entmax15", or a pair of
             a function f and a number r for weights f(z - tau) that sum to one. f is convex and
             increases from 0, elementwise, with f(r) = 1; what it captures is differentiable.
-        positions: where the tokens stand, for masks and `score`: ints `[..., T]`, or a pair for
-            queries and keys; by default 0, 1, 2, ...
+        positions: where the tokens stand, for masks and `score`: ints `[..., T]` of 32 bits, or
+            a pair for queries and keys; by default 0, 1, 2, ...
         dropout_rate: share of the weights that are dropped, in [0, 1]; the others are divided
             by what is left. Needs `dropout_key`.
         dropout_key: random key, or None with rate 0. The same key drops the same weights,
@@ -102,8 +103,8 @@ def attention(
         Hessian-vector products. Tiles that the mask leaves empty are skipped, in all of these,
         if the mask itself is not batched by `vmap` (leading axes of the arrays are better);
         sparse maps skip those without weight too, once their thresholds are found in some ten
-        walks over the scores. Half precision is multiplied as it comes, and summed and averaged
-        in float32. Both modes, any order.
+        walks over the scores. Half precision is summed and averaged in float32, and so are
+        cotangents; they are rounded once. Both modes, any order.
 
     Reference:
         Vaswani et al. (2017), Attention is all you need; Milakov and Gimelshein (2018), Online
@@ -111,6 +112,8 @@ def attention(
         O(n^2) memory; Dao et al. (2022), FlashAttention. Ainslie et al. (2023), GQA, for shared
         heads; Xiao et al. (2024), Efficient streaming language models with attention sinks.
     """
+    if not isinstance(block_size, (int, tuple, type(None))):
+        raise TypeError(f"`block_size` must be an int or a pair of them, got {block_size!r}.")
     none_dropped = False
     if isinstance(soft_cap, (int, float)) and not soft_cap > 0:
         raise ValueError(f"`soft_cap` must be positive, got {soft_cap}.")
@@ -199,6 +202,8 @@ def _attend(
     return_lse: bool,
     **options: Any,
 ) -> Any:
+    given = (queries, keys, values, options, weigh, reach, sink)
+    queries, keys, values, options, weigh, reach, sink = vary(given)
     problem = prepare(queries, keys, values, **options)
     if problem.others.grid.empty:
         return _nothing(problem, sink, return_lse)

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from softjax import _online, masks
 from softjax._inputs import computing_dtype, public, to_float, to_integers, widen
+from softjax._varying import vary
 from softjax.attentions._prepare import per_head
 from softjax.attentions.attend import Argument, attention, with_sink
 
@@ -59,9 +60,13 @@ def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
         )
     dtype = jnp.promote_types(outs.dtype, lses.dtype)
     scores = jnp.moveaxis(lses.astype(dtype), 0, -1)
-    state = _online.observe(scores, jnp.moveaxis(outs.astype(dtype), 0, -2))
+    # The limit where some are infinite: they share the average equally.
+    infinite = scores == jnp.inf
+    some = jnp.any(infinite, -1)
+    limits = jnp.where(infinite, 0, jnp.where(some[..., None], -jnp.inf, scores))
+    state = _online.observe(limits, jnp.moveaxis(outs.astype(dtype), 0, -2))
     out, lse = _online.finish(state)
-    return out.astype(out_dtype), lse
+    return out.astype(out_dtype), jnp.where(some, jnp.inf, lse)
 
 
 def paged_attention(
@@ -153,6 +158,8 @@ def _paged(
     at_once: int,
     **options: Any,
 ) -> Array:
+    given = (queries, key_pages, value_pages, page_table, lengths, mask, sink, options)
+    queries, key_pages, value_pages, page_table, lengths, mask, sink, options = vary(given)
     queries = jnp.asarray(queries)
     key_pages, value_pages = jnp.asarray(key_pages), jnp.asarray(value_pages)
     table, lengths = _integers(page_table, "page_table"), _integers(lengths, "lengths")
@@ -225,6 +232,7 @@ def _walk(
         return _online.merge(state, part), None
 
     numbers = jnp.arange(table.shape[0], dtype=jnp.int32)
+    start = vary(start, key_pages)
     return _online.finish(lax.scan(visit, start, (numbers, table))[0])
 
 

@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from softjax._blocks import scan_blocks
 from softjax._inputs import Classes, computing_dtype
+from softjax._varying import vary
 from softjax.losses._rows import constant_where_infinite, times_nats
 from softjax.losses.means import sum_of_counted
 from softjax.output_layers._layer import Layer
@@ -94,6 +95,6 @@ def _over_tokens(
 
     sums = {name: jnp.zeros(shared[name].shape, dtype) for name in moving & set(shared)}
     state = jnp.zeros((), dtype), sums
-    (total, sums), slopes = scan_blocks(visit, state, (by_token, rows), size)
+    (total, sums), slopes = scan_blocks(visit, vary(state, parts), (by_token, rows), size)
     slopes = {**(slopes or {}), **sums}
     return total, {name: slope.astype(parts[name].dtype) for name, slope in slopes.items()}

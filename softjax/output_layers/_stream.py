@@ -6,15 +6,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from softjax._blocks import scan_blocks
 from softjax._exact import FAR, log1p, where_finite
 from softjax._exponential import mark_peaks, split_at_peak
 from softjax._inputs import check_int, computing_dtype
 from softjax._slices import AlongAxes
+from softjax._varying import vary
 from softjax.losses._surprise import below_peak
 from softjax.losses._surprise import statistics as row_statistics
 from softjax.output_layers._layer import Layer, layer_scores
@@ -173,7 +173,6 @@ def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
         )
 
     dots: _Dots = over_blocks(plan.block, visit, start, layer, layer_dot)
-    none: Any = np.zeros(zero.shape, jax.dtypes.float0)
     return found, Found(
         dots.surprise,
         peak=zero,
@@ -182,7 +181,7 @@ def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
         mass=dots.mass if plan.even else None,
         num_kept=zero if plan.even else None,
         entropy=dots.entropy if plan.entropy else None,
-        argmax=none if plan.entropy else None,
+        argmax=zero_from_primal(found.argmax, symbolic_zeros=True),
     )
 
 
@@ -307,4 +306,4 @@ def over_blocks(block: int, visit: Callable[..., Any], state: Any, *layers: Laye
         blocks = [layer._replace(**part) for layer, part in zip(layers, parts, strict=True)]
         return visit(state, first, *blocks), None
 
-    return scan_blocks(visit_cut, state, cut, block)[0]
+    return scan_blocks(visit_cut, vary(state, layers), cut, block)[0]

@@ -17,6 +17,7 @@ from softjax._inputs import (
     public,
     to_float,
 )
+from softjax._varying import vary
 from softjax.output_layers._layer import Layer, prepare_layer, without
 from softjax.output_layers._stream import plan_for, statistics
 
@@ -178,8 +179,8 @@ def _in_clusters(
             nats += lax.cond(
                 jnp.any(mine),
                 seen,
-                lambda features, *_: jnp.zeros(
-                    features.shape[:1], computing_dtype(features.dtype)
+                lambda features, *_: vary(
+                    jnp.zeros(features.shape[:1], computing_dtype(features.dtype)), features
                 ),
                 *(features, projection, weights, mine, at),
             )
