@@ -16,6 +16,7 @@ from jax import Array, lax
 from softjax._blocks import in_blocks
 from softjax._exact import high_half, log1p, two_difference, two_quotient
 from softjax._slices import AlongAxes
+from softjax._varying import vary
 
 
 class Missed(NamedTuple):
@@ -82,7 +83,7 @@ def missed(
         return target, jnp.any(moving), count + 1
 
     start = guess if alpha is None else -jnp.expm1(bend * log1p(-guess))
-    state = start, jnp.array(True), jnp.array(0)
+    state = *vary((start, jnp.array(True)), logits), jnp.array(0)
     v = lax.while_loop(lambda state: state[1] & (state[2] < 64), move, state)[0]
     probs, margin = weigh(v)
     return Missed(weight_of(v), slices.sum(probs * margin))
