@@ -5,6 +5,8 @@ entries (masked by `where`, or equal to -inf) have weight, and derivative, exact
 with a kept NaN, or with fewer entries than the budget, is NaN.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Any, Literal

@@ -4,6 +4,8 @@ The N x N similarities are formed block by block and never stored, in either mod
 memory grows with N D and not with N^2.
 """
 
+from __future__ import annotations
+
 import functools
 
 import jax

@@ -1,5 +1,7 @@
 """Penalties for decoding: scores that depend on what has been written already."""
 
+from __future__ import annotations
+
 import math
 
 import jax

@@ -5,6 +5,8 @@ or equal to -inf) have probability, and derivative, exactly zero. A slice that k
 is all zeros; a kept NaN makes its slice NaN; kept +inf entries share all the mass.
 """
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike

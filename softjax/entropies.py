@@ -4,6 +4,8 @@ Dropped entries (masked by `where`, or equal to -inf) have probability 0 and cou
 0 log 0 = 0, in values and in derivatives.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array

@@ -6,6 +6,8 @@ an estimate. Each docstring says which, how far its mean is off (bias), and how 
 `score_function` and `weighted_subset` have no bias at all.
 """
 
+from __future__ import annotations
+
 import math
 
 import jax

@@ -4,6 +4,8 @@ They find their threshold by a search over reductions, never by sorting, and der
 through what is kept. Dropped (-inf) entries stay dropped.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -4,6 +4,8 @@ None of these is the derivative of the function that it looks like; each says wh
 instead, and in which modes.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

@@ -6,6 +6,8 @@ be skipped and full ones need no masking, although nothing of the size queries x
 built. Masks combine by `&`, `|` and `~`, and hold arrays that may be traced.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -38,7 +40,7 @@ Node = TypeVar("Node")
 class Mask:
     """What all masks share; one of your own needs `bind`, `tile` and `bounds`."""
 
-    def bind(self, grid: Grid) -> "Mask":
+    def bind(self, grid: Grid) -> Mask:
         """The same mask, checked against the shapes, its arrays `[batch or 1, ...]`."""
         raise NotImplementedError
 
@@ -71,19 +73,19 @@ class Mask:
 
     __array_ufunc__ = None  # So that NumPy leaves `array & mask` to the mask.
 
-    def __and__(self, other: "Mask | ArrayLike") -> "Mask":
+    def __and__(self, other: Mask | ArrayLike) -> Mask:
         return _Both(self, _mask(other))
 
-    def __or__(self, other: "Mask | ArrayLike") -> "Mask":
+    def __or__(self, other: Mask | ArrayLike) -> Mask:
         return _Either(self, _mask(other))
 
-    def __rand__(self, other: ArrayLike) -> "Mask":
+    def __rand__(self, other: ArrayLike) -> Mask:
         return _Both(_mask(other), self)
 
-    def __ror__(self, other: ArrayLike) -> "Mask":
+    def __ror__(self, other: ArrayLike) -> Mask:
         return _Either(_mask(other), self)
 
-    def __invert__(self) -> "Mask":
+    def __invert__(self) -> Mask:
         return _Not(self)
 
 
@@ -102,7 +104,7 @@ class Causal(Mask):
 
     offset: Any = 0
 
-    def bind(self, grid: Grid) -> "Causal":
+    def bind(self, grid: Grid) -> Causal:
         return Causal(per_sequence(self.offset, grid, "Causal.offset"))
 
     def tile(self, tile: Tile) -> Array:
@@ -124,7 +126,7 @@ class Window(Mask):
     left: Any
     right: Any = 0
 
-    def bind(self, grid: Grid) -> "Window":
+    def bind(self, grid: Grid) -> Window:
         limits = ((self.left, "Window.left"), (self.right, "Window.right"))
         return Window(*(_limit(x, grid, name) for x, name in limits))
 
@@ -160,7 +162,7 @@ class Segments(Mask):
     query_ids: Any
     key_ids: Any = None
 
-    def bind(self, grid: Grid) -> "Segments":
+    def bind(self, grid: Grid) -> Segments:
         keys = self.query_ids if self.key_ids is None else self.key_ids
         ids = functools.partial(per_token, limited=False)  # Any number may name a document.
         query_ids = ids(self.query_ids, grid.batch, grid.queries, "Segments.query_ids")
@@ -189,7 +191,7 @@ class Lengths(Mask):
     query_lengths: Any = None
     key_lengths: Any = None
 
-    def bind(self, grid: Grid) -> "Lengths":
+    def bind(self, grid: Grid) -> Lengths:
         limits = (
             (self.query_lengths, "Lengths.query_lengths"),
             (self.key_lengths, "Lengths.key_lengths"),
@@ -216,7 +218,7 @@ class Prefix(Mask):
 
     length: Any
 
-    def bind(self, grid: Grid) -> "Prefix":
+    def bind(self, grid: Grid) -> Prefix:
         return Prefix(per_sequence(self.length, grid, "Prefix.length"))
 
     def tile(self, tile: Tile) -> Array:
@@ -233,7 +235,7 @@ class Dense(Mask):
 
     keep: Any
 
-    def bind(self, grid: Grid) -> "Dense":
+    def bind(self, grid: Grid) -> Dense:
         keep = jnp.asarray(self.keep)
         if keep.dtype != jnp.bool_:
             raise TypeError(f"`mask` must be bool (True sees a key), got {keep.dtype}.")
@@ -265,7 +267,7 @@ class Function(Mask):
 
     keep: Callable[..., Array] = dataclasses.field(metadata={"static": True})
 
-    def bind(self, grid: Grid) -> "_Bound":
+    def bind(self, grid: Grid) -> _Bound:
         index = grid.index(0, 0)
         keep, captured = hoist(lambda index: self.keep(index), index)
         shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
@@ -302,7 +304,7 @@ class _Both(Mask):
     one: Mask
     other: Mask
 
-    def bind(self, grid: Grid) -> "_Both":
+    def bind(self, grid: Grid) -> _Both:
         return _Both(self.one.bind(grid), self.other.bind(grid))
 
     def tile(self, tile: Tile) -> Array:
@@ -318,7 +320,7 @@ class _Either(Mask):
     one: Mask
     other: Mask
 
-    def bind(self, grid: Grid) -> "_Either":
+    def bind(self, grid: Grid) -> _Either:
         return _Either(self.one.bind(grid), self.other.bind(grid))
 
     def tile(self, tile: Tile) -> Array:
@@ -333,7 +335,7 @@ class _Either(Mask):
 class _Not(Mask):
     mask: Mask
 
-    def bind(self, grid: Grid) -> "_Not":
+    def bind(self, grid: Grid) -> _Not:
         return _Not(self.mask.bind(grid))
 
     def tile(self, tile: Tile) -> Array:
@@ -348,7 +350,7 @@ class _Not(Mask):
 class Inside(Mask):
     """Not the padding of the last block of keys."""
 
-    def bind(self, grid: Grid) -> "Inside":
+    def bind(self, grid: Grid) -> Inside:
         return self
 
     def tile(self, tile: Tile) -> Array:

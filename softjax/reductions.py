@@ -4,6 +4,8 @@ Dropped entries (masked by `where`, or equal to -inf) do not count, and have der
 exactly zero. A slice that keeps nothing gives -inf; a kept NaN gives NaN.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array

@@ -5,6 +5,8 @@ logits. A dropped class (masked by `where`, or -inf) is never drawn; where nothi
 a kept logit is NaN, the class is -1.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Any, Literal
 

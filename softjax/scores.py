@@ -3,6 +3,8 @@
 They cap, scale, shift or bend scores. Dropped (-inf) entries stay dropped.
 """
 
+from __future__ import annotations
+
 import math
 
 import jax

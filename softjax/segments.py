@@ -5,6 +5,8 @@ dropped, as are entries masked by `where` or equal to -inf: their probability, a
 derivative, are exactly zero.
 """
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike

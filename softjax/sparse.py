@@ -6,6 +6,8 @@ have weight, and derivative, exactly zero; a slice that keeps nothing is all zer
 makes its slice NaN.
 """
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike

@@ -6,6 +6,8 @@ that they passed, comes the probability that each had to be among them, and so u
 estimates of sums over all classes.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -4,6 +4,8 @@ An average and its log-sum-exp are the whole online state of a set of keys. Sets
 attended to apart (splits of a long cache, a shared prefix, another device) merge exactly.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any

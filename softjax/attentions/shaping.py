@@ -4,6 +4,8 @@ What changes a logit by factors of its query and of its key alone is cheapest ap
 what depends on both of their places is a score function, of which ALiBi is the best known.
 """
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import Array

@@ -1,5 +1,7 @@
 """Cross-entropies: the surprise of softmax at labels, targets or a teacher's weights."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike

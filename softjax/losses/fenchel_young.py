@@ -1,5 +1,7 @@
 """Regrets of the sparse maps (Fenchel-Young losses): 0 once the label leads by a margin."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

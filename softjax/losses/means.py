@@ -1,5 +1,7 @@
 """The mean over the examples that count, and what evens out classes of unequal size."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike

@@ -1,5 +1,7 @@
 """Adaptive softmax: a head of frequent classes, and clusters of rare ones behind it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Distillation between two linear layers over one vocabulary; neither's logits are stored."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple
 

@@ -1,5 +1,7 @@
 """Cross-entropy and statistics of the logits of a linear layer, which are never stored."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax.numpy as jnp

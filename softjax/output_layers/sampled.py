@@ -1,5 +1,7 @@
 """Sampled softmax: the sum over the vocabulary from a few classes drawn at random."""
 
+from __future__ import annotations
+
 import math
 from typing import Any, NamedTuple
 

@@ -7,6 +7,8 @@ has probability 0 under exploration too. Temperature 0 is greedy, with ties shar
 epsilon-greedy, Boltzmann and uniform policies are one function.
 """
 
+from __future__ import annotations
+
 import math
 from typing import NamedTuple
 

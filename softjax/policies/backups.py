@@ -8,6 +8,8 @@
 `bellman_target` makes a target of a reward and any of them.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

@@ -6,6 +6,8 @@ arguments like others: what should not be trained through them (a critic) is for
 stop, by `jax.lax.stop_gradient`.
 """
 
+from __future__ import annotations
+
 import math
 
 import jax.numpy as jnp

@@ -5,6 +5,8 @@ Those made of values are one number a slice, of size 1 along `axis`, ready to be
 and their derivatives are those of its implicit function.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable
