@@ -56,7 +56,9 @@ def attention(
         score: f, a function of (scores, index) that gives new scores of the same shape: those
             of a tile, `[batch, N, query, key]`, and `index.batch`, `index.head`, `index.query`
             and `index.key`, ints that broadcast to it. Arrays that it captures, or holds as a
-            `jax.tree_util.Partial`, are differentiable. -inf drops a score.
+            `jax.tree_util.Partial`, are differentiable. -inf drops a score. As under `jit`,
+            what a function has captured must stay as it is, and a new function is compiled
+            anew: a `Partial` of one function and new arrays is not.
         scale: lambda, one number or one a head `[N]`; 1 / sqrt(H) by default; differentiable.
         soft_cap: kappa > 0, one number or one a head; None for no cap; differentiable.
         sink: c, a score that takes weight and has no value, one number or one a head; None for
