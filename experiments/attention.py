@@ -189,9 +189,10 @@ def _retrieval_start(key: Array, number: Array, config: Config) -> Params:
 
 
 def _retrieval_sample(key: Array, count: int, config: Config, length: int) -> Any:
-    priority_key, class_key = jax.random.split(key)
-    priorities = jax.random.uniform(priority_key, (count, length))
-    classes = jax.random.randint(class_key, (count, length), 0, NUM_CLASSES)
+    # One draw for both, here and below: each would take a second to compile.
+    draws = jax.random.uniform(key, (count, 2 * length))
+    priorities, draws = jnp.split(draws, 2, axis=1)
+    classes = _whole(draws, NUM_CLASSES)
     first = jnp.argmax(priorities, -1, keepdims=True)
     return (priorities, classes), jnp.take_along_axis(classes, first, -1)
 
@@ -221,12 +222,14 @@ def _retrieval_apply(params: Params, items: Any, attend: Attend) -> Array:
 
 
 def _recall_start(key: Array, number: Array, config: Config) -> Params:
-    token_key, place_key, layer_key = jax.random.split(key, 3)
     width, length = config.num_features, 3 * config.num_pairs
+    counts = np.array([2 * config.num_symbols, length])
+    draws = jax.random.normal(key, ((counts.sum() + 8 * width) * width,))
+    tokens, places, layers = jnp.split(draws.reshape(-1, width), np.cumsum(counts))
     return {
-        "tokens": jax.random.normal(token_key, (2 * config.num_symbols, width)),
-        "places": jax.random.normal(place_key, (length, width)),
-        "layers": jax.random.normal(layer_key, (2, width, 4 * width)) / width**0.5,
+        "tokens": tokens,
+        "places": places,
+        "layers": layers.reshape(2, width, 4 * width) / width**0.5,
         "out": jnp.zeros((width, 2 * config.num_symbols)),
         "number": jnp.broadcast_to(number, (2,)),
     }
@@ -235,18 +238,20 @@ def _recall_start(key: Array, number: Array, config: Config) -> Params:
 def _recall_sample(key: Array, count: int, config: Config, length: int) -> Any:
     del length
 
-    def one(key: Array) -> tuple[Array, Array]:
-        keys_key, values_key, order_key = jax.random.split(key, 3)
-        symbols = jnp.arange(config.num_symbols, dtype=jnp.int32)
-        keys = jax.random.permutation(keys_key, symbols)[: config.num_pairs]
-        shape = (config.num_pairs,)
-        values = jax.random.randint(values_key, shape, 0, config.num_symbols, jnp.int32)
-        values += config.num_symbols
-        asked = jax.random.permutation(order_key, jnp.arange(config.num_pairs))
-        pairs = jnp.stack([keys, values], 1).reshape(-1)
-        return jnp.concatenate([pairs, keys[asked]]), values[asked]
+    num_symbols, num_pairs = config.num_symbols, config.num_pairs
+    draws = jax.random.uniform(key, (count, num_symbols + 2 * num_pairs))
+    of_keys, of_values, of_order = jnp.split(draws, [num_symbols, num_symbols + num_pairs], 1)
+    keys = jnp.argsort(of_keys, axis=1)[:, :num_pairs]
+    values = num_symbols + _whole(of_values, num_symbols)
+    asked = jnp.argsort(of_order, axis=1)
+    pairs = jnp.stack([keys, values], axis=2).reshape(count, -1)
+    asked_keys, answers = (jnp.take_along_axis(x, asked, axis=1) for x in (keys, values))
+    return jnp.concatenate([pairs, asked_keys], axis=1), answers
 
-    return jax.vmap(one)(jax.random.split(key, count))
+
+def _whole(draws: Array, count: int) -> Array:
+    """Whole numbers below `count` from uniform draws in [0, 1)."""
+    return jnp.minimum((draws * count).astype(jnp.int32), count - 1)
 
 
 def _recall_apply(params: Params, tokens: Array, attend: Attend) -> Array:
@@ -297,7 +302,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
 def _fit(
     keys: Array, task: str, name: MapName, config: Config, track: Track
 ) -> tuple[Params, Any]:
-    params, state = _start(keys, jnp.array(MAPS[name].start), task, config)
+    params, state = _start(keys, jnp.asarray(MAPS[name].start, float), task, config)
     losses = []
     for number in track(range(config.num_rounds), f"{task}, {name}"):
         params, state, loss = _train(params, state, keys, jnp.int32(number), task, name, config)
