@@ -97,7 +97,7 @@ class Config(Options):
     """The maps that are compared."""
     num_items: int = 16
     """Items of max-retrieval in training."""
-    lengths: tuple[int, ...] = (16, 64, 256, 1024, 4096)
+    lengths: tuple[int, ...] = (16, 256, 1024, 4096)
     """Items in testing."""
     num_pairs: int = 4
     """Pairs of associative recall, and keys that are asked."""
@@ -107,13 +107,13 @@ class Config(Options):
     """Width of both models."""
     num_rounds: int = 10
     """Points of the training curves."""
-    retrieval_steps: int = 100
+    retrieval_steps: int = 50
     """Steps a round of max-retrieval."""
     recall_steps: int = 60
     """Steps a round of associative recall."""
     batch_size: int = 64
     """Sequences a step."""
-    num_test: int = 256
+    num_test: int = 128
     """Sequences in testing."""
     learning_rate: float = 2e-3
     """Of Adam, at its peak."""
@@ -385,7 +385,7 @@ def _accuracy(
 def _weights(params: Params, key: Array, name: MapName, config: Config) -> Array:
     """The weights of items in the order of their priority, of a few examples."""
     params = jax.tree.map(lambda leaf: leaf[0], params)
-    length = config.lengths[min(2, len(config.lengths) - 1)]
+    length = config.lengths[min(1, len(config.lengths) - 1)]
     (priorities, classes), _ = _retrieval_sample(key, 8, config, length)
     order = jnp.argsort(priorities, -1, descending=True)
     items = tuple(jnp.take_along_axis(x, order, -1) for x in (priorities, classes))

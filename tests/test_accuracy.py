@@ -238,6 +238,7 @@ def test_sparse_maps_of_a_thousand(name, dtype):
     check_sparse(name, 1000, dtype, (0.05, 1.0, 20.0), thin=3)
 
 
+@pytest.mark.slow
 @every_wide_dtype
 @every_sparse_map
 def test_sparse_maps_of_a_hundred_thousand(name, dtype):
@@ -252,7 +253,7 @@ def test_sparse_maps_in_full(name, n, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("alpha", [pytest.param(1.25, marks=pytest.mark.slow), 1.5, 2.0, 3.0])
 def test_entmax_of_any_alpha(alpha, dtype):
     """Through the general solver. Above 2 the slope p^(2 - alpha) grows towards the edge of
     the support, and what the last bit of a score is worth there is added to the bound.

@@ -430,6 +430,7 @@ def test_a_nan_is_seen_by_who_sees_it(way):
         assert_same(out[:, :, 2:], plain[:, :, 2:])
 
 
+@pytest.mark.slow
 @mostly_streamed
 def test_quiet_under_debug_nans(way):
     arrays = draw(8)
@@ -722,6 +723,7 @@ def test_errors(change, error, message):
         sj.attention(*arrays, **given)
 
 
+@pytest.mark.slow
 @every_way
 def test_no_sink_and_nothing_seen(way):
     queries, keys, values = draw(0)
@@ -734,7 +736,9 @@ def test_no_sink_and_nothing_seen(way):
     assert jnp.isfinite(jax.grad(lambda q: jnp.sum(call(q)))(queries)).all()
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])
+@pytest.mark.parametrize(
+    "normalizer", ["softmax", pytest.param("sparsemax", marks=pytest.mark.slow)]
+)
 def test_gradient_of_vmap(normalizer):
     """The kinds of tiles are those of the whole batch, or no branch would have a transpose."""
     queries = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 1, 4)))

@@ -43,7 +43,10 @@ def test_info_nce(symmetric):
         np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("entries", [2**20, 3 * PAIRS, 1])
+@pytest.mark.parametrize(
+    "entries",
+    [pytest.param(n, marks=pytest.mark.slow) for n in (2**20, 1)] + [3 * PAIRS],
+)
 def test_siglip_loss(entries, monkeypatch):
     """All keys at once, three at a time with one left over, and one by one."""
     monkeypatch.setattr(contrastive, "ENTRIES", entries)
@@ -84,6 +87,7 @@ def test_half_precision_is_accumulated_in_float32(dtype):
     np.testing.assert_allclose(two, plain_siglip(*wide, 0.5, -1.0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_number_of_pairs_only():
     """The temporaries of the gradient, in value and JVP too, beside those of stored logits."""
 

@@ -72,6 +72,7 @@ def orders_of_bias(sampler):
     return np.log2(biases[0] / biases[1])
 
 
+@pytest.mark.slow
 def test_reinmax_is_of_second_order():
     for name in ("linear", "quadratic"):
         objective = OBJECTIVES[name]

@@ -94,6 +94,7 @@ def test_quotients_that_cancel(name, dtype):
     assert fn(jnp.zeros((), dtype)) == at_zero
     if dtype == "float64":
         slope = jax.vmap(jax.grad(fn))
+        points = points[::7]
         with mpmath.workdps(60):
             exact = [float(mpmath.diff(definition, mpmath.mpf(float(x)))) for x in points]
         chosen = np.abs(points) > 1e-15  # There the difference quotient is good to 1e-30.

@@ -96,6 +96,7 @@ def test_leaving_one_out_takes_the_mean_away():
     assert spread(None) < 0.5 * spread(0.0)
 
 
+@pytest.mark.slow
 def test_score_function_of_values_that_move():
     """The path through the values counts too; axes, modes and shapes."""
     draws, scale = jnp.array([[0, 2], [1, 2], [2, 0]]), 1.5

@@ -236,6 +236,7 @@ def test_entmax_loss(alpha, dtype):
         assert (loss >= 0).all()
 
 
+@pytest.mark.slow
 def test_labels_outside_of_the_support():
     """There the loss is linear in the label's logit."""
     for dtype in ("float32", "float64"):
@@ -317,6 +318,7 @@ def test_logit_adjustment():
         sj.logit_adjustment(jnp.ones(2), scale=jnp.ones(2))
 
 
+@pytest.mark.slow
 def test_an_adjusted_loss_is_fisher_consistent_for_the_balanced_error():
     """Its minimum is where the logits are those of equally frequent classes (Menon et al.)."""
     frequencies = np.array([0.9, 0.09, 0.01])
@@ -334,6 +336,7 @@ def test_an_adjusted_loss_is_fisher_consistent_for_the_balanced_error():
     assert jnp.abs(jax.grad(loss)(balanced + adjustment[None])).max() > 0.01
 
 
+@pytest.mark.slow
 def test_class_balanced_weights_move_with_beta_from_0_on():
     """The effective number of n > 1 examples is 1 + beta + ..., of one example 1."""
     counts, step = jnp.array([1.0, 3.0, 100.0]), 2.0**-20
@@ -536,6 +539,7 @@ def test_parity_with_pytorch(dtype):
             labels.flat[1] = -100
 
 
+@pytest.mark.slow
 def test_python_numbers_are_not_static():
     calls = {
         "label_smoothing": lambda x: sj.cross_entropy(Z, Y, label_smoothing=x),
@@ -889,6 +893,7 @@ def test_soft_cross_entropy_at_the_edges():
     assert_close(sj.soft_cross_entropy(jnp.zeros((2, 0)), jnp.ones((2, 0))), [0, 0], rtol=0)
 
 
+@pytest.mark.slow
 def test_distillation_loss_at_the_ends_of_the_temperature():
     """0 at 0; at inf half the variance of the difference of the logits."""
     student = jnp.array([[0.3, 1.0, -2.0], [0.1, -INF, 0.4], [0.0, 1.0, 2.0]])

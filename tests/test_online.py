@@ -118,6 +118,7 @@ def test_far_peaks_neither_overflow_nor_vanish():
             assert_close(total, expected[1], rtol=8 * eps("float64"))
 
 
+@pytest.mark.slow
 def test_nothing_makes_a_nan():
     """Of -inf, in values and derivatives, and whatever values the dropped entries have."""
     scores = np.array([[-INF, -INF, 0.5, 1.5], [-INF] * 4])

@@ -166,6 +166,7 @@ def test_dropped_labels_and_weights_of_zero(block_size):
         close(call(features, **rest), sj.cross_entropy(logits, labels, **rest))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=SLOW) for seed in range(1, 8))])
 def test_sampled_combinations_of_options(seed):
     """Any of the options, against the definition: value, gradient, JVP and Hessian."""
@@ -209,6 +210,7 @@ def test_each_option_alone(name):
     close(jax.grad(ours, (0, 1, 2))(*args), jax.grad(theirs, (0, 1, 2))(*args))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokens", "width", "classes", "block_size"),
     [

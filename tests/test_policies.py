@@ -36,6 +36,7 @@ def g_statistic(counts, probs):
     return 2 * np.sum(counts[possible] * np.log(seen / expected)), possible.sum() - 1
 
 
+@pytest.mark.slow
 def test_draws_follow_the_mixture():
     """At each temperature, in one call: greedy, ties, cool, warm, uniform, and illegal ones."""
     values = jnp.array(
@@ -351,6 +352,7 @@ def test_clipped_surrogate(ratio, advantage, counted):
     assert_close(jax.grad(loss)(logits), expected, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_clipped_surrogate_at_the_edges():
     """At the old policy it is the policy gradient, whatever the clip; nothing is NaN."""
     logits, actions = jnp.array([[0.4, -0.3, -INF]] * 5), jnp.array([0, 1, 2, 2, 0])

@@ -128,6 +128,7 @@ def test_advantages_are_sums_of_differences():
         np.testing.assert_allclose(got[t, cart], total, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_episodes_follow_each_other():
     """A fallen pole starts anew, its return is kept, and its last state is not the new one."""
     config = dataclasses.replace(cartpole.Config.reduced(), num_seeds=1, num_steps=64)

@@ -187,6 +187,7 @@ def test_rates_over_rows(size):
     assert g_test(counts_of((classes - shifts) % size, size), definition(logits)) > 1e-4
 
 
+@pytest.mark.slow
 def test_the_g_test_sees_a_bias():
     """Noise in the dtype of the logits, as in `jax.random.categorical`, is too coarse."""
     logits = jnp.zeros(1000, "bfloat16")
@@ -296,6 +297,7 @@ def test_transformations(method, size):
     assert_same(call(raw, logits[0], temperatures[0]), expected[0])
 
 
+@pytest.mark.slow
 def test_without_jit():
     logits = jnp.asarray(draw(8, (2, 4), dtype="float32")[0])
     with jax.disable_jit():

@@ -205,6 +205,7 @@ def test_the_derivative_in_k(kind):
             assert_close(mode(fn)(k), w / w.sum(), rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_integer_k_has_the_same_value():
     logits = jnp.asarray(draw(12, (4, 6))[0])
     for kind in KINDS:

@@ -48,6 +48,7 @@ def test_sequences_have_their_probability(k):
     assert (np.abs(inclusion - wanted) < 5 * error).all()
 
 
+@pytest.mark.slow
 def test_sums_are_unbiased():
     """The sum over a weighted subset, its gradient and its Hessian, in the mean."""
     direction = jnp.asarray(np.linspace(-1, 1, 5))
