@@ -45,7 +45,7 @@ class Options:
     num_seeds: int = 10
     """Number of independent repetitions, run side by side."""
     quick: bool = False
-    """A run of a few seconds, with defaults and targets of its own."""
+    """A short run, with defaults and targets of its own."""
     out: Path = Path("runs")
     """Folder that run folders are made in."""
     check: bool = False
@@ -174,7 +174,7 @@ def _walk(steps: range, label: str) -> Iterator[int]:
     start = time.perf_counter()
     yield from steps
     seconds = time.perf_counter() - start
-    print(f"{label}: {len(steps)} steps in {seconds:.1f} s", file=sys.stderr)
+    print(f"{label}: {len(steps)} of {len(steps)} in {seconds:.1f} s", file=sys.stderr)
 
 
 def _table(title: str, measures: Iterable[Measure]) -> Table:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softjax._slices import AlongAxes, Slices
+from softjax._varying import is_spread
 
 BLOCK = 16384  # entries taken together: 64 KB in float32
 Tree = TypeVar("Tree")
@@ -33,7 +34,7 @@ def in_blocks(search: Callable[..., Tree]) -> Callable[..., Tree]:
         if not isinstance(slices, AlongAxes):
             return search(slices, entries, *rows)
         size = math.prod(shape[i] for i in slices.axes)
-        if size == 0 or math.prod(shape) <= max(size, BLOCK):
+        if size == 0 or math.prod(shape) <= max(size, BLOCK) or is_spread(entries):
             return search(slices, entries, *rows)
         return lax.platform_dependent(
             entries,

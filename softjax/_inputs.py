@@ -48,6 +48,9 @@ def public(
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(names, args, strict=False)) | kwargs
+            for name in given.keys() - set(names):
+                title = function.__name__
+                raise TypeError(f"{title}() got an unexpected keyword argument {name!r}.")
             for name, (low, high) in ranges.items():
                 value = given.get(name)
                 if isinstance(value, (int, float, np.number)) and not low <= value <= high:
@@ -58,7 +61,7 @@ def public(
                 raise TypeError(f"`axis` must be an int, a tuple or None, got {given['axis']}.")
             for name, value in given.items():
                 kind = type(value).__name__
-                if name not in static and isinstance(value, (str, bytes)):
+                if name not in static and (callable(value) or isinstance(value, (str, bytes))):
                     raise TypeError(f"`{name}` must be an array or a number, got {kind}.")
                 if name in static and getattr(value, "__hash__", None) is None:
                     raise TypeError(f"`{name}` must be a Python value, got {kind}.")
@@ -240,10 +243,13 @@ def widen(integers: Array) -> Array:
 def check_labels(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     """Integer labels, one a slice along `axis` of an array of the given shape."""
     if not isinstance(labels, (jax.Array, np.ndarray, np.generic, bool, int, float)):
-        raise TypeError(f"`labels` must be integers, got {type(labels).__name__}.")
+        raise TypeError(f"`labels` must be an array, got {type(labels).__name__}.")
     labels = jnp.asarray(labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"`labels` must be integers, got {labels.dtype}.")
+        raise TypeError(
+            f"`labels` must be integers, got {labels.dtype} (weights of all classes are for"
+            " `soft_cross_entropy`)."
+        )
     labels = widen(labels)
     wanted = shape[:axis] + shape[axis + 1 :]
     if labels.shape != wanted:
@@ -296,10 +302,12 @@ def known_labels(labels: Array, num_classes: int, ignore_index: int | None) -> C
     known = inside if ignored is None else inside | ignored
     if labels.size:
         row = jnp.argmin(known)
+        # (By a sum: an entry cannot be cut out of an array that is spread over devices.)
+        here = jnp.arange(labels.size).reshape(labels.shape) == row
         checkify.debug_check(
             jnp.all(known),
             f"the label {{label}} of row {{row}} is not in [0, {num_classes})",
-            label=labels.reshape(-1)[row],
+            label=jnp.sum(jnp.where(here, labels, 0), dtype=labels.dtype),
             row=row,
         )
     return Classes(jnp.where(inside, labels, 0), known, ignored)

@@ -28,6 +28,15 @@ def vary(tree: Tree, *others: Any) -> Tree:
     return jax.tree.map(cast, tree)
 
 
+def is_spread(tree: Any) -> bool:
+    """Whether an array's type says that it is spread over devices (on a mesh of explicit axes).
+
+    Such an array is not cut into blocks: these would be spread over the devices again.
+    """
+    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
+    return any(axis is not None for x in arrays for axis in jax.typeof(x).sharding.spec)
+
+
 def shared_axes(x: Any, *others: Any) -> tuple[str, ...]:
     """The axes over which `x` varies and an array among `others` does not."""
     by_all = _axes(x).intersection(*map(_axes, jax.tree.leaves(others)))

@@ -88,6 +88,9 @@ class Mask:
     def __invert__(self) -> Mask:
         return _Not(self)
 
+    def __bool__(self) -> bool:
+        raise TypeError("masks combine with &, | and ~, not with `and`, `or` and `not`.")
+
 
 @dataclass_transform(frozen_default=True, eq_default=False)
 def _node(cls: type[Node]) -> type[Node]:
@@ -120,11 +123,17 @@ class Causal(Mask):
 class Window(Mask):
     """A query at position t sees the keys at positions t - left to t + right.
 
-    Either is one int, one a sequence, or None for no limit.
+    Either is one int, one a sequence, or None for no limit. Without `right` nothing ahead is
+    seen: `Window(256)` is causal, and sees the query's own place and 256 before it.
     """
 
     left: Any
     right: Any = 0
+
+    def __post_init__(self) -> None:
+        ints = isinstance(self.left, int) and isinstance(self.right, int)
+        if ints and self.left + self.right < 0:
+            raise ValueError(f"`Window({self.left}, {self.right})` sees nothing.")
 
     def bind(self, grid: Grid) -> Window:
         limits = ((self.left, "Window.left"), (self.right, "Window.right"))
@@ -362,12 +371,16 @@ class Inside(Mask):
         return _everywhere(True), ~short[None, None, None]
 
 
-def as_mask(mask: Mask | ArrayLike | None) -> Mask | None:
+def as_mask(mask: Any) -> Mask | None:
     """A bool array is a `Dense` mask."""
     if mask is None or isinstance(mask, Mask):
         return mask
+    if isinstance(mask, type) and issubclass(mask, Mask):
+        raise TypeError(f"`mask` must be a mask, got the class {mask.__name__}: call it.")
     if callable(mask):
         raise TypeError("a function is a mask as `masks.Function(fn)`.")
+    if isinstance(mask, str):
+        raise TypeError(f"`mask` must be one of softjax.masks or a bool array, got {mask!r}.")
     return Dense(mask)
 
 

@@ -299,7 +299,7 @@ def test_progress(monkeypatch, capsys, is_terminal):
     error = capsys.readouterr().err
     assert "an arm" in error
     assert ("3/3" in error) == is_terminal
-    assert (error == "an arm: 3 steps in 0.0 s\n") == (not is_terminal)
+    assert (error == "an arm: 3 of 3 in 0.0 s\n") == (not is_terminal)
 
 
 def test_commit_is_none_without_git(monkeypatch, tmp_path):

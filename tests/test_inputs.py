@@ -154,6 +154,15 @@ def test_options_are_keywords():
         sj.softmax(Z, temprature=1.0)
 
 
+def test_what_is_no_argument():
+    with pytest.raises(TypeError, match=r"cross_entropy\(\) got an unexpected"):
+        sj.cross_entropy(Z, jnp.zeros(len(Z), int), reduction="mean")
+    with pytest.raises(TypeError, match="`values` must be an array or a number, got function"):
+        sj.score_function(lambda x: x, Z)
+    with pytest.raises(TypeError, match="`soft_cross_entropy`"):
+        sj.cross_entropy(Z, Z)
+
+
 def test_python_and_numpy_scalars_and_arrays_are_taken():
     assert sj.softmax(3.0, axis=None) == 1.0
     assert sj.logsumexp(2) == 2.0

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import softjax as sj
 from softjax import masks
 from softjax._tiles import Tile, grid_of
 
@@ -257,3 +258,21 @@ def test_any_number_names_a_document(dtype):
     hashes = np.array([2**31 - 1, 2**31 - 2, 0], "int32")
     mixed = masks.Segments(jnp.asarray(hashes), jnp.asarray(hashes.astype("int64")))
     np.testing.assert_array_equal(mixed.array(3)[0], hashes[:, None] == hashes)
+
+
+def test_what_is_no_mask():
+    with pytest.raises(TypeError, match="not with `and`"):
+        _ = masks.Causal() and masks.Window(3)
+    with pytest.raises(ValueError, match=r"`Window\(-3, 0\)` sees nothing"):
+        masks.Window(-3)
+    assert masks.Window(-1, 2).array(2, 4).tolist() == [
+        [[False, True, True, False]] * 1 + [[False, False, True, True]]
+    ]
+    q = np.zeros((2, 1, 4))
+    for mask, message in (
+        (masks.Causal, "got the class Causal: call it"),
+        ("causal", "one of softjax.masks or a bool array, got 'causal'"),
+        (lambda at: at.key > 0, r"masks.Function\(fn\)"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            sj.attention(q, q, q, mask=mask)

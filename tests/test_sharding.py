@@ -153,3 +153,16 @@ def test_draws(draw):
         out_specs=rows,
     )
     assert_same(jax.jit(sharded)(keys, logits), jax.vmap(one)(keys, logits))
+
+
+def test_cross_entropy_of_rows_that_are_spread_over_an_explicit_mesh():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, 70000)))
+    labels = jnp.arange(8)
+    explicit = (jax.sharding.AxisType.Explicit,)
+    with jax.sharding.set_mesh(jax.make_mesh((2,), ("rows",), axis_types=explicit)):
+        spread = [jax.device_put(x, PartitionSpec("rows")) for x in (logits, labels)]
+        for call in (sj.cross_entropy, sj.log_prob):
+            got = jax.grad(lambda z, y, call=call: jnp.sum(call(z, y)))(*spread)
+            assert jax.typeof(got).sharding.spec[0] == "rows"
+            wanted = jax.grad(lambda z, y, call=call: jnp.sum(call(z, y)))(logits, labels)
+            assert_close(got, wanted, **ROUNDINGS)

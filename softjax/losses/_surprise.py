@@ -20,6 +20,7 @@ from jax.custom_derivatives import SymbolicZero
 from softjax._blocks import scan_blocks
 from softjax._exact import FAR, log1p, two_difference, where_finite
 from softjax._slices import AlongAxes
+from softjax._varying import is_spread
 from softjax.entropies import pick
 
 BLOCK = 2**18  # weights that are formed at once for the value: 1 MB in float32
@@ -115,7 +116,7 @@ def _share_by_blocks(axis: int, logits: Array, labels: Array) -> _Shares:
     # (XLA's CPU backend is slow where it sums as it forms the terms, and fast where it writes
     # them first. By a mask in arithmetic it writes nothing as large as the logits.)
     fused = functools.partial(_share, axis, _distance)
-    if axis != logits.ndim - 1 or logits.size == 0:
+    if axis != logits.ndim - 1 or logits.size == 0 or is_spread((logits, labels)):
         return fused(logits, labels)._replace(others=None)
 
     def visit(_: None, first: Array, rows: Any) -> tuple[None, _Shares]:
