@@ -109,11 +109,11 @@ class Config(Options):
     """Points of the training curves."""
     retrieval_steps: int = 50
     """Steps a round of max-retrieval."""
-    recall_steps: int = 60
+    recall_steps: int = 80
     """Steps a round of associative recall."""
     batch_size: int = 64
     """Sequences a step."""
-    num_test: int = 128
+    num_test: int = 96
     """Sequences in testing."""
     learning_rate: float = 2e-3
     """Of Adam, at its peak."""

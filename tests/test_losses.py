@@ -1125,3 +1125,20 @@ def test_errors_name_what_is_no_array_or_no_int(bad):
         for call in calls:
             with pytest.raises(TypeError, match=f"`{name}` must"):
                 call(bad)
+
+
+@pytest.mark.parametrize("distance", [1.0, 20.0, 40.0])
+def test_second_derivatives_of_a_confident_label(distance):
+    """Of L = log(1 + e^-d) by s = 1 / (1 + e^d): L' = -s, L'' = s (1 - s)."""
+    s = 1 / (1 + np.exp(distance))
+    loss = np.log1p(np.exp(-distance))
+    logits = jnp.array([distance, 0], "float32")
+    signs = np.array([[1, -1], [-1, 1]])
+    square = lambda z: sj.cross_entropy(z, 0) ** 2
+    expected = 2 * (s * s + loss * s * (1 - s)) * signs
+    for outer, inner in itertools.product((jax.jacfwd, jax.jacrev), repeat=2):
+        assert_close(jax.jit(outer(inner(square)))(logits), expected, rtol=1e-5, atol=0)
+    weighted = lambda z, w: sj.cross_entropy(z, 0, class_weights=w)
+    mixed = jax.hessian(weighted, (0, 1))(logits, jnp.ones(2, "float32"))
+    assert_close(mixed[0][1][:, 0], [-s, s], rtol=1e-5, atol=0)
+    assert_close(mixed[1][0][0], [-s, s], rtol=1e-5, atol=0)

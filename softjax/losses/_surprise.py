@@ -99,7 +99,24 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
     # derivative in the class weights.)
     kept = None if class_weights is None else logits != -jnp.inf
     values = None if dots[2] is None else logits
-    return found, tangent(shares.others, rows, kept, values, dots)
+    moved = tangent(shares.others, rows, kept, values, dots)
+    return _found_again(axis, found, logits, labels, class_weights), moved
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _found_again(
+    axis: int, found: Statistics, logits: Array, labels: Array, class_weights: Array | None
+) -> Statistics:
+    """What has been found, with the derivative of `statistics` for the next order too.
+
+    (By itself it would differentiate to p - 1 at the label, which cancels.)
+    """
+    return found
+
+
+@functools.partial(_found_again.defjvp, symbolic_zeros=True)
+def _found_again_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics, Statistics]:
+    return _found_again(axis, *primals), _statistics_jvp(axis, primals[1:], tangents[1:])[1]
 
 
 class _Shares(NamedTuple):
