@@ -209,6 +209,12 @@ def test_sparse_losses_that_are_about_to_end(alpha, dtype):
     for loss in losses:
         assert_close(loss[seen], expected[seen], rtol=8.35 * eps(dtype))
         assert (loss >= 0).all()
+    # The gradient at the label is what the other weights sum to, as exactly.
+    rest = oracles.entmax(logits, float(index))
+    rest[np.arange(len(labels)), labels] = 0
+    grad = jax.grad(lambda z: jnp.sum(sj.entmax_loss(z, labels, index)))(jnp.asarray(logits))
+    own = grad[np.arange(len(labels)), labels]
+    assert_close(own[seen], -rest.sum(1)[seen], rtol=16 * eps(dtype))
 
 
 def test_sparsemax_loss_where_it_ends():
