@@ -366,6 +366,20 @@ def test_class_balanced_weights():
             assert_close(weights, expected, rtol=32 * eps(dtype))
             assert weights[2] == 0
     assert_close(sj.class_balanced_weights(jnp.zeros(3), beta=0.5), np.zeros(3), rtol=0)
+    for beta in (0.4, 0.9):  # The limit of endless examples, where beta^n is 0.
+        weigh = lambda n, b: sj.class_balanced_weights(jnp.array([n, 1.0]), beta=b)[0]
+        assert_close(weigh(jnp.inf, beta), 2 * (1 - beta) / (2 - beta), rtol=4 * eps("float32"))
+        assert_close(jax.grad(weigh, 1)(jnp.inf, beta), -2 / (2 - beta) ** 2, rtol=1e-6)
+    assert jnp.isnan(sj.class_balanced_weights(jnp.array([jnp.nan, 1.0]), beta=0.5)).all()
+    for counts, beta, error in (
+        (jnp.ones((1, 2)), 0.5, "`counts` must be a vector"),
+        (1.0, 0.5, "`counts` must be a vector"),
+        (jnp.ones(2), jnp.ones(2), "`beta` must be one number"),
+        (jnp.ones(2), 1j, "`beta` must be real"),
+        (jnp.ones(2), None, "`beta` must be an array or a number"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            sj.class_balanced_weights(counts, beta=beta)
 
 
 # Derivatives.
