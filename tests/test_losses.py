@@ -905,6 +905,10 @@ def test_soft_cross_entropy_at_the_edges():
             assert jnp.isfinite(derivative).all()
             assert (derivative[~keep | (logits == -INF)] == 0).all()
     assert jnp.isnan(sj.soft_cross_entropy(jnp.array([NAN, 0.0]), jnp.array([0.0, 1.0])))
+    # What is infinite is constant.
+    endless = jnp.array([-jnp.inf, 0.0, 0.0]), jnp.array([0.5, 0.5, 0.0])
+    assert sj.soft_cross_entropy(*endless) == jnp.inf
+    assert not jnp.any(jnp.stack(jax.grad(sj.soft_cross_entropy, (0, 1))(*endless)))
     # A mask of lower rank, and one that broadcasts.
     where = jnp.array([True, False, True])
     loss = sj.soft_cross_entropy(jnp.zeros((2, 3)), jnp.ones((2, 3)), where=where)

@@ -157,7 +157,7 @@ def soft_cross_entropy(
     terms = jnp.where(dropped, 0, targets) * -jnp.where(dropped, 0, margins)
     impossible = dropped & (targets > 0)
     terms = jnp.where(impossible, jnp.inf, terms)
-    return jnp.squeeze(slices.sum(terms), problem.axes)
+    return constant_where_infinite(jnp.squeeze(slices.sum(terms), problem.axes))
 
 
 @public("axis", temperature=NONNEGATIVE)
