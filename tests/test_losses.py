@@ -382,6 +382,18 @@ def test_class_balanced_weights():
             sj.class_balanced_weights(counts, beta=beta)
 
 
+def test_focal_loss_at_the_ends_of_gamma():
+    logits = jnp.array([[0.0, 0.0], [-200.0, 0.0], [200.0, 0.0], [-jnp.inf, 0.0]])
+    fn = lambda z, gamma: sj.focal_loss(z, jnp.zeros(4, int), gamma=gamma)
+    assert jnp.isnan(fn(logits, jnp.array(jnp.nan))).all()
+    assert_close(fn(logits, jnp.array(jnp.inf)), [0, 200, 0, jnp.inf], rtol=1e-6)
+    grads = jax.grad(lambda *args: jnp.sum(fn(*args)), (0, 1))(logits, jnp.array(jnp.inf))
+    assert jnp.isfinite(grads[0]).all()
+    assert jnp.isfinite(grads[1])
+    with pytest.raises(ValueError, match="`gamma` must be in"):
+        fn(logits, jnp.inf)
+
+
 # Derivatives.
 
 
