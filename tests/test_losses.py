@@ -209,6 +209,12 @@ def test_sparse_losses_that_are_about_to_end(alpha, dtype):
     for loss in losses:
         assert_close(loss[seen], expected[seen], rtol=8.35 * eps(dtype))
         assert (loss >= 0).all()
+    # The gradient at the label is what the other weights sum to, as exactly.
+    rest = oracles.entmax(logits, float(index))
+    rest[np.arange(len(labels)), labels] = 0
+    grad = jax.grad(lambda z: jnp.sum(sj.entmax_loss(z, labels, index)))(jnp.asarray(logits))
+    own = grad[np.arange(len(labels)), labels]
+    assert_close(own[seen], -rest.sum(1)[seen], rtol=16 * eps(dtype))
 
 
 def test_sparsemax_loss_where_it_ends():
@@ -360,6 +366,32 @@ def test_class_balanced_weights():
             assert_close(weights, expected, rtol=32 * eps(dtype))
             assert weights[2] == 0
     assert_close(sj.class_balanced_weights(jnp.zeros(3), beta=0.5), np.zeros(3), rtol=0)
+    for beta in (0.4, 0.9):  # The limit of endless examples, where beta^n is 0.
+        weigh = lambda n, b: sj.class_balanced_weights(jnp.array([n, 1.0]), beta=b)[0]
+        assert_close(weigh(jnp.inf, beta), 2 * (1 - beta) / (2 - beta), rtol=4 * eps("float32"))
+        assert_close(jax.grad(weigh, 1)(jnp.inf, beta), -2 / (2 - beta) ** 2, rtol=1e-6)
+    assert jnp.isnan(sj.class_balanced_weights(jnp.array([jnp.nan, 1.0]), beta=0.5)).all()
+    for counts, beta, error in (
+        (jnp.ones((1, 2)), 0.5, "`counts` must be a vector"),
+        (1.0, 0.5, "`counts` must be a vector"),
+        (jnp.ones(2), jnp.ones(2), "`beta` must be one number"),
+        (jnp.ones(2), 1j, "`beta` must be real"),
+        (jnp.ones(2), None, "`beta` must be an array or a number"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            sj.class_balanced_weights(counts, beta=beta)
+
+
+def test_focal_loss_at_the_ends_of_gamma():
+    logits = jnp.array([[0.0, 0.0], [-200.0, 0.0], [200.0, 0.0], [-jnp.inf, 0.0]])
+    fn = lambda z, gamma: sj.focal_loss(z, jnp.zeros(4, int), gamma=gamma)
+    assert jnp.isnan(fn(logits, jnp.array(jnp.nan))).all()
+    assert_close(fn(logits, jnp.array(jnp.inf)), [0, 200, 0, jnp.inf], rtol=1e-6)
+    grads = jax.grad(lambda *args: jnp.sum(fn(*args)), (0, 1))(logits, jnp.array(jnp.inf))
+    assert jnp.isfinite(grads[0]).all()
+    assert jnp.isfinite(grads[1])
+    with pytest.raises(ValueError, match="`gamma` must be in"):
+        fn(logits, jnp.inf)
 
 
 # Derivatives.
@@ -885,6 +917,10 @@ def test_soft_cross_entropy_at_the_edges():
             assert jnp.isfinite(derivative).all()
             assert (derivative[~keep | (logits == -INF)] == 0).all()
     assert jnp.isnan(sj.soft_cross_entropy(jnp.array([NAN, 0.0]), jnp.array([0.0, 1.0])))
+    # What is infinite is constant.
+    endless = jnp.array([-jnp.inf, 0.0, 0.0]), jnp.array([0.5, 0.5, 0.0])
+    assert sj.soft_cross_entropy(*endless) == jnp.inf
+    assert not jnp.any(jnp.stack(jax.grad(sj.soft_cross_entropy, (0, 1))(*endless)))
     # A mask of lower rank, and one that broadcasts.
     where = jnp.array([True, False, True])
     loss = sj.soft_cross_entropy(jnp.zeros((2, 3)), jnp.ones((2, 3)), where=where)

@@ -8,6 +8,7 @@ The d_j are known to two parts, so the root v of this equation, which is convex 
 has all its digits where the lead is all but complete and p_y rounds to 1.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from softjax._varying import vary
 
 
 class Missed(NamedTuple):
+    root: Array  # v
     rest: Array  # sum_{j != y} p_j = 1 - p_y
     powers: Array  # sum_{j != y} p_j^alpha
 
@@ -37,6 +39,42 @@ def missed(
 
     All are one number a slice. Alpha None stands for 2, where powers are not needed.
     """
+    unit = float(jnp.finfo(logits.dtype).eps)
+    bend = jnp.ones_like(own) if alpha is None else alpha - 1
+    power = 1 / bend
+    weigh = _weights(slices, logits, labels, own, alpha)
+
+    def weight_of(v: Array) -> Array:
+        return v if alpha is None else -jnp.expm1(log1p(-v) * power)
+
+    def move(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        v, _, count = state
+        (probs, margin), rest = weigh(v), weight_of(v)
+        excess = slices.sum(probs) - rest
+        slopes = jnp.sign(probs) if alpha is None else probs / margin
+        slope = power * (slices.sum(slopes) + (1 - rest) / (1 - v))
+        target = jnp.clip(v + excess / slope, 0, 0.9)
+        moving = (jnp.abs(excess) > 16 * unit * rest) & (target != v)
+        return target, jnp.any(moving), count + 1
+
+    start = guess if alpha is None else -jnp.expm1(bend * log1p(-guess))
+    state = *vary((start, jnp.array(True)), logits), jnp.array(0)
+    v = lax.while_loop(lambda state: state[1] & (state[2] < 64), move, state)[0]
+    probs, margin = weigh(v)
+    return Missed(v, weight_of(v), slices.sum(probs * margin))
+
+
+def others_at(
+    slices: AlongAxes, logits: Array, labels: Array, own: Array, alpha: Array | None, v: Array
+) -> Array:
+    """The p_j, one an entry, that the root v of `missed` gives; 0 at the label."""
+    return _weights(slices, logits, labels, own, alpha)(v)[0]
+
+
+def _weights(
+    slices: AlongAxes, logits: Array, labels: Array, own: Array, alpha: Array | None
+) -> Callable[[Array], tuple[Array, Array]]:
+    """Of v, the p_j and their margins d_j - v."""
     unit = float(jnp.finfo(logits.dtype).eps)
     bend = jnp.ones_like(own) if alpha is None else alpha - 1
     power, power_lost = two_quotient(jnp.ones_like(bend), bend)
@@ -69,24 +107,7 @@ def missed(
         mended = power_lost * jnp.log(margin) + power * jnp.where(inside, low, 0) / margin
         return jnp.where(inside, margin**power * (1 + mended), 0), margin
 
-    def weight_of(v: Array) -> Array:
-        return v if alpha is None else -jnp.expm1(log1p(-v) * power)
-
-    def move(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        v, _, count = state
-        (probs, margin), rest = weigh(v), weight_of(v)
-        excess = slices.sum(probs) - rest
-        slopes = jnp.sign(probs) if alpha is None else probs / margin
-        slope = power * (slices.sum(slopes) + (1 - rest) / (1 - v))
-        target = jnp.clip(v + excess / slope, 0, 0.9)
-        moving = (jnp.abs(excess) > 16 * unit * rest) & (target != v)
-        return target, jnp.any(moving), count + 1
-
-    start = guess if alpha is None else -jnp.expm1(bend * log1p(-guess))
-    state = *vary((start, jnp.array(True)), logits), jnp.array(0)
-    v = lax.while_loop(lambda state: state[1] & (state[2] < 64), move, state)[0]
-    probs, margin = weigh(v)
-    return Missed(weight_of(v), slices.sum(probs * margin))
+    return weigh
 
 
 def _product_error(a: Array, b: Array, product: Array) -> Array:

@@ -14,44 +14,50 @@ from softjax._threshold import Family, solve
 from softjax.entropies import pick
 
 
+class Found(NamedTuple):
+    """A loss, and what its derivatives are made of; with the axis kept but for the loss."""
+
+    loss: Array
+    others: Array  # p_j, one an entry, and 0 at the label
+    rest: Array  # their sum 1 - p_y
+    surprise: Array  # -log p_y, and 0 where p_y is 0
+
+
 class Regret(NamedTuple):
     """A Fenchel-Young loss (static): its map, and its value from what the map found."""
 
     family: Family
-    value: Callable[..., Array]  # of (solution, logits, labels, axis, alpha)
+    value: Callable[..., Found]  # of (solution, logits, labels, axis, alpha)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def regret(kind: Regret, axis: int, logits: Array, labels: Array, alpha: Array) -> Array:
     solution = solve(kind.family, AlongAxes((axis,)), logits, index=alpha)
-    return kind.value(solution, logits, labels, axis, alpha)
+    return kind.value(solution, logits, labels, axis, alpha).loss
 
 
 @regret.defjvp
 def _regret_jvp(kind: Regret, axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
     # By the envelope theorem p need not be differentiated: the tangent is <p - e_y, z'>, and in
-    # alpha that of the entropy at a fixed p. 1 - p_y is not computed by that subtraction.
+    # alpha that of the entropy at a fixed p. Where the label leads p is as exact as the loss.
     logits, labels, alpha = primals
     logits_dot, _, alpha_dot = tangents
     solution = solve(kind.family, AlongAxes((axis,)), logits, index=alpha)
-    loss = kind.value(solution, logits, labels, axis, alpha)
+    found = kind.value(solution, logits, labels, axis, alpha)
     # (The loss of a dropped label is infinite, and constant.)
     kept = pick(logits, labels, axis) != -jnp.inf
-    by_row = functools.partial(jnp.expand_dims, axis=axis)
-    others = jnp.where(hit_by(solution.probs, labels, axis), 0, solution.probs)
-    missing = jnp.where(kept, jnp.squeeze(AlongAxes((axis,)).sum(others), axis), 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def pair(probs: Array, missing: Array, logits_dot: Array) -> Array:
-        hit = hit_by(probs, labels, axis)
-        slope = jnp.where(hit, -by_row(missing), jnp.where(by_row(kept), probs, 0))
+    def pair(others: Array, rest: Array, logits_dot: Array) -> Array:
+        slope = jnp.where(hit_by(others, labels, axis), -rest, others)
+        slope = jnp.where(jnp.expand_dims(kept, axis), slope, 0)
         terms = jnp.where(slope != 0, slope * logits_dot, 0)
         return jnp.squeeze(AlongAxes((axis,)).sum(terms), axis)
 
-    loss_dot = pair(solution.probs, missing, logits_dot)
-    entropy = functools.partial(_tsallis, solution.probs, axis=axis)
+    loss_dot = pair(found.others, found.rest, logits_dot)
+    entropy = functools.partial(_tsallis, found.others, found.surprise, axis=axis)
     entropy_dot = jax.jvp(entropy, (alpha,), (alpha_dot,))[1]
-    return loss, loss_dot + jnp.where(kept, entropy_dot, 0)
+    return found.loss, loss_dot + jnp.where(kept, entropy_dot, 0)
 
 
 def hit_by(x: Array, labels: Array, axis: int) -> Array:
@@ -60,9 +66,9 @@ def hit_by(x: Array, labels: Array, axis: int) -> Array:
     return places == jnp.expand_dims(labels, axis)
 
 
-def _tsallis(probs: Array, alpha: Array, *, axis: int) -> Array:
+def _tsallis(others: Array, surprise: Array, alpha: Array, *, axis: int) -> Array:
     """sum(p - p^alpha) / (alpha (alpha - 1)), by the slice, and Shannon's entropy at 1."""
-    some = probs > 0
-    logs = jnp.log(jnp.where(some, probs, 1))
-    terms = -probs * logs * expm1_over((alpha - 1) * logs)
-    return jnp.squeeze(AlongAxes((axis,)).sum(terms) / alpha, axis)
+    logs = jnp.log(jnp.where(others > 0, others, 1))
+    terms = -others * logs * expm1_over((alpha - 1) * logs)
+    own = jnp.exp(-surprise) * surprise * expm1_over((1 - alpha) * surprise)
+    return jnp.squeeze((AlongAxes((axis,)).sum(terms) + own) / alpha, axis)

@@ -157,7 +157,7 @@ def soft_cross_entropy(
     terms = jnp.where(dropped, 0, targets) * -jnp.where(dropped, 0, margins)
     impossible = dropped & (targets > 0)
     terms = jnp.where(impossible, jnp.inf, terms)
-    return jnp.squeeze(slices.sum(terms), problem.axes)
+    return constant_where_infinite(jnp.squeeze(slices.sum(terms), problem.axes))
 
 
 @public("axis", temperature=NONNEGATIVE)
@@ -232,7 +232,10 @@ def _half_variance(teacher: Problem, student: Problem) -> Array:
     return jnp.where(some & differ, jnp.inf, slices.sum(rest * rest) / (2 * count))
 
 
-@public("axis", gamma=NONNEGATIVE)
+_MAX_GAMMA = 1e18  # its square is finite in float32
+
+
+@public("axis", gamma=(0, _MAX_GAMMA))
 def focal_loss(
     logits: ArrayLike, labels: ArrayLike, *, gamma: ArrayLike, axis: int = -1
 ) -> Array:
@@ -243,8 +246,8 @@ def focal_loss(
     Args:
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
         labels: classes y, int, of the shape of `logits` without `axis`.
-        gamma: the discount, at least 0 (0 is `cross_entropy`), one number or one a label;
-            differentiable.
+        gamma: the discount, in [0, 1e18] (0 is `cross_entropy`), one number or one a label;
+            differentiable. In an array more counts as 1e18.
         axis: the one axis of the classes.
 
     Returns:
@@ -252,7 +255,7 @@ def focal_loss(
 
     Raises:
         TypeError: as `cross_entropy`.
-        ValueError: as `cross_entropy`; also if `gamma` is a negative Python number.
+        ValueError: as `cross_entropy`; also if `gamma` is a Python number outside of that.
 
     Example:
         >>> print(focal_loss(jnp.zeros(2), jnp.array(1), gamma=2.0))
@@ -266,7 +269,7 @@ def focal_loss(
         Lin et al. (2017), Focal loss for dense object detection.
     """
     rows = label_rows(logits, labels, axis, None, None)
-    gamma = per_label(gamma, rows, "gamma")
+    gamma = jnp.minimum(per_label(gamma, rows, "gamma"), _MAX_GAMMA)
     nats = surprise(rows.logits, rows.labels, rows.axis)
     dropped = nats == jnp.inf
     finite = jnp.where(dropped, 1, nats)
@@ -275,4 +278,6 @@ def focal_loss(
     discount = jnp.where(
         some, jnp.where(some, missing, 1) ** gamma, jnp.where(gamma == 0, 1, 0)
     )
-    return rows.finish(jnp.where(dropped, nats, discount * finite))
+    loss = jnp.where(dropped, nats, discount * finite)
+    # (NaN shows also where its power is 1 or is not taken.)
+    return rows.finish(jnp.where(jnp.isnan(gamma), jnp.nan, loss))

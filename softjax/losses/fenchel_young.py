@@ -15,8 +15,8 @@ from softjax._inputs import per_slice, public
 from softjax._slices import AlongAxes
 from softjax._threshold import Solution
 from softjax.entropies import pick
-from softjax.losses._lead import missed
-from softjax.losses._regret import Regret, hit_by, regret
+from softjax.losses._lead import missed, others_at
+from softjax.losses._regret import Found, Regret, hit_by, regret
 from softjax.losses._rows import kept_shape, label_rows
 from softjax.sparse import ENTMAX, MAX_ALPHA, SPARSEMAX
 
@@ -111,7 +111,7 @@ def _sparse_regret(
     labels: Array,
     axis: int,
     alpha: Array,
-) -> Array:
+) -> Found:
     # With b = alpha - 1 and l = -log p_y the loss is
     #     sum_{j != y} p_j^alpha / alpha + int_{p_y}^1 t^(b - 1) (1 - t) dt,
     # and the integral is l^2 (alpha psi(-alpha l) - b psi(-b l)), psi(v) = (e^v - 1 - v) / v^2.
@@ -126,14 +126,13 @@ def _sparse_regret(
     rest, first = slices.sum(others), slices.sum(powers)
     own = jnp.expand_dims(pick(logits, labels, axis), axis)
     leads = (rest < 0.5) & jnp.isfinite(own) & (alpha >= 1 + _LEAST_BEND) & (alpha <= 2)
-    args = (
-        logits,
-        jnp.expand_dims(labels, axis),
-        jnp.where(leads, own, 0),
-        jnp.where(leads, rest, 0),
-        jnp.where(leads, alpha, 2) if bent else None,
-    )
-    found = missed(slices, *jax.tree.map(jax.lax.stop_gradient, args))
+    args = (logits, jnp.expand_dims(labels, axis), jnp.where(leads, own, 0))
+    index = jnp.where(leads, alpha, 2) if bent else None
+    args, guess, index = jax.lax.stop_gradient((args, jnp.where(leads, rest, 0), index))
+    found = missed(slices, *args, guess, index)
+    # (Entry by entry, which XLA does in the place of the plain weights.)
+    exact = others_at(slices, *args, index, found.root)
+    others = _mended(others, jnp.where(leads, exact, others))
     rest = _mended(rest, jnp.where(leads, found.rest, rest))
     first = _mended(first, jnp.where(leads, found.powers, first)) / alpha
     margin = jnp.expand_dims(pick(solution.margins, labels, axis), axis)
@@ -155,7 +154,8 @@ def _sparse_regret(
     outside = level - 1 / alpha - jnp.where(inside, 0, margin)
     loss = first + jnp.where(inside, integral, outside)
     sound = ~jnp.isnan(rest + p) | (margin == -jnp.inf)  # A comparison with NaN hides it.
-    return jnp.squeeze(jnp.where(sound, loss, jnp.nan), axis)
+    loss = jnp.squeeze(jnp.where(sound, loss, jnp.nan), axis)
+    return Found(loss, others, rest, surprise)
 
 
 @jax.custom_jvp

@@ -135,14 +135,15 @@ def class_balanced_weights(counts: ArrayLike, *, beta: ArrayLike) -> Array:
 
     Args:
         counts: numbers of examples n, `[C]`, at least 0.
-        beta: in [0, 1]: 0 weighs all classes alike, 1 by 1 / n; differentiable.
+        beta: one number in [0, 1]: 0 weighs all classes alike, 1 by 1 / n; differentiable.
 
     Returns:
         Weights `[C]`, of mean one over the classes that have examples; 0 for the others.
 
     Raises:
-        TypeError: `counts` is not real.
-        ValueError: `beta` is a Python number outside of [0, 1].
+        TypeError: `counts` or `beta` is not real.
+        ValueError: `counts` is not a vector, or `beta` not one number, or a Python number
+            outside of [0, 1].
 
     Example:
         >>> print(class_balanced_weights(jnp.array([100, 1]), beta=1.0))
@@ -151,17 +152,19 @@ def class_balanced_weights(counts: ArrayLike, *, beta: ArrayLike) -> Array:
     Reference:
         Cui et al. (2019), Class-balanced loss based on effective number of samples.
     """
-    counts, dtype = to_float(counts, name="counts")
-    beta = jnp.asarray(beta).astype(counts.dtype)
-    seen = counts > 0
-    safe = jnp.where(seen, counts, 1)
+    dtype = to_float(counts, name="counts")[1]
+    counts = per_class(counts, None, computing_dtype(dtype), name="counts")
+    beta = one_number(beta, name="beta").astype(counts.dtype)
+    seen = ~(counts <= 0)  # NaN too, to be seen in its turn.
+    endless = counts == jnp.inf
+    safe = jnp.where(seen & ~endless, counts, 1)
     # (1 - beta^n) / (1 - beta), and near 1 n phi(n log beta) / phi(log beta), where
     # phi(v) = (e^v - 1) / v.
     small = beta < 0.5
     low, rate = jnp.where(small, beta, 0), jnp.log(jnp.where(small, 1, beta))
     near_one = safe * expm1_over(safe * rate) / expm1_over(rate)
     effective = jnp.where(small, (1 - low**safe) / (1 - low), near_one)
-    weights = jnp.where(seen, 1 / effective, 0)
+    weights = jnp.where(seen, jnp.where(endless, 1 - beta, 1 / effective), 0)
     mean = jnp.sum(weights) / jnp.maximum(jnp.sum(seen, dtype=counts.dtype), 1)
     return (weights / jnp.where(mean == 0, 1, mean)).astype(dtype)
 
