@@ -137,6 +137,18 @@ def test_the_gradient_found_with_the_value(block_size):
         )
 
 
+def test_what_moves_may_change_under_checkpoint():
+    x, w, y = jnp.ones((2, 2)), jnp.ones((3, 2)), jnp.array([0, 2])
+    loss = lambda x, w, y: sj.linear_cross_entropy(x, w, y, forward_gradient=True)
+    alone = jax.grad(loss)(x, w, y)
+    close(jax.grad(jax.checkpoint(lambda x: loss(x, w, y)))(x), alone)
+    jax.grad(jax.checkpoint(lambda x, w: loss(x, w, y)), (0, 1))(x, w)
+    jax.grad(jax.checkpoint(loss), (0, 1))(x, w, y)
+    step = lambda x: jax.checkpoint(lambda total, _: (total + loss(x, w, y), None))
+    summed = lambda x: jax.lax.scan(step(x), 0.0, None, length=2)[0]
+    close(jax.grad(summed)(x), 2 * alone)
+
+
 def test_the_gradient_found_with_the_value_keeps_no_logits():
     shapes = (4096, 32), (8192, 32)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
