@@ -404,6 +404,16 @@ def test_a_bias_of_minus_infinity_drops_a_class():
         np.testing.assert_array_equal(grads[1][4], 0)
 
 
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_an_infinite_bias_is_constant_in_the_temperature(block_size):
+    x, w, labels = jnp.array([[1.0, 0], [0, 2]]), jnp.ones((3, 2)), jnp.array([0, 1])
+    bias = jnp.array([0, INF, 0])
+    loss = lambda heat: sj.linear_cross_entropy(
+        x, w, labels, bias=bias, temperature=heat, reduction=None, block_size=block_size
+    )
+    assert jax.jacrev(loss)(2.0).tolist() == jax.jacfwd(loss)(2.0).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("scale", [30.0, *(pytest.param(s, marks=SLOW) for s in (1.0, 1e3))])
 def test_half_precision(dtype, scale):

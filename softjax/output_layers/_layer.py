@@ -127,6 +127,13 @@ def shown(weights: Array, bias: Array | None) -> Array:
     return weights if bias is None else jnp.where(bias[:, None] == -jnp.inf, 0, weights)
 
 
+def cooled(scores: Array, heat: Array) -> Array:
+    """Scores over the temperature, in which infinite ones are constant."""
+    infinite = jnp.isinf(scores)
+    finite = jnp.where(infinite, 0, scores)
+    return jnp.where(infinite, scores / lax.stop_gradient(heat), finite / heat)
+
+
 def layer_scores(block: Layer) -> Array:
     """The logits of a block of classes, [N, B], capped and divided by the temperature."""
     dtype = computing_dtype(block.features.dtype)
@@ -141,7 +148,8 @@ def layer_scores(block: Layer) -> Array:
     if block.soft_cap is not None:
         scores = block.soft_cap * jnp.tanh(scores / block.soft_cap)
     if block.temperature is not None:
-        scores /= block.temperature[:, None]
+        heat = block.temperature[:, None]
+        scores = scores / heat if block.bias is None else cooled(scores, heat)
     if block.bias is not None:
         scores = jnp.where(block.bias[None] == -jnp.inf, -jnp.inf, scores)
     return scores
