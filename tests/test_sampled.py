@@ -105,6 +105,16 @@ def test_labels_that_are_none():
     assert dropped[1] == INF
 
 
+def test_a_dropped_label_leaves_the_temperature_of_other_tokens():
+    x, w = jnp.array([[1.0, 0], [0, 2]]), jnp.array([[1.0, 2], [3, 4], [0, -1]])
+    loss = lambda heat, bias: sj.sampled_cross_entropy(
+        jax.random.key(0), x, w, jnp.array([0, 2]), num_samples=4, bias=bias, temperature=heat
+    )[1]
+    # A bias so low that its class has no weight is as good as -inf.
+    slopes = [jax.grad(loss)(2.0, jnp.array([low, 0, 0])) for low in (-INF, -1e3)]
+    np.testing.assert_allclose(slopes[0], slopes[1], atol=1e-12)
+
+
 def test_many_tokens_at_a_time_and_one_by_one_agree():
     features, weights, bias, labels = draw()
     key = jax.random.key(2)

@@ -15,6 +15,7 @@ from softjax._inputs import POSITIVE, check_int, public
 from softjax.losses._surprise import surprise
 from softjax.output_layers._layer import (
     Layer,
+    cooled,
     layer_scores,
     prepare_layer,
     shown,
@@ -116,7 +117,7 @@ def sampled_cross_entropy(
             "nd,nd->n", features, own.weights, preferred_element_type=tokens.dtype
         )
         chosen = chosen if own.bias is None else chosen + own.bias
-        chosen = chosen if heat is None else chosen / heat
+        chosen = chosen if heat is None else cooled(chosen, heat)
         together = jnp.concatenate([chosen[:, None], scores], 1)
         return surprise(together, jnp.zeros_like(labels), 1)
 
