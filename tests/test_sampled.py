@@ -127,6 +127,9 @@ def test_many_tokens_at_a_time_and_one_by_one_agree():
 def test_what_does_not_fit_is_refused():
     features, weights, bias, labels = draw()
     key = jax.random.key(0)
+    for bad, error in ((0, TypeError), (jax.random.split(key), ValueError)):
+        with pytest.raises(error, match="`key` must be"):
+            sj.sampled_cross_entropy(bad, features, weights, labels, num_samples=1)
     with pytest.raises(ValueError, match="`num_samples` must be"):
         sj.sampled_cross_entropy(key, features, weights, labels, num_samples=0)
     with pytest.raises(ValueError, match="`bias` must be"):

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from softjax._blocks import scan_blocks
 from softjax._inputs import POSITIVE, check_int, public
+from softjax._noise import check_key
 from softjax.losses._surprise import surprise
 from softjax.output_layers._layer import (
     Layer,
@@ -61,8 +62,9 @@ def sampled_cross_entropy(
         `mean_loss` averages them.
 
     Raises:
-        TypeError: an argument is not real, `labels` not integer, or dtypes differ.
-        ValueError: shapes do not fit, or `num_samples` is less than 1.
+        TypeError: `key` is no key, an argument not real, `labels` not integer, or dtypes
+            differ.
+        ValueError: `key` is not one key, shapes do not fit, or `num_samples` is less than 1.
 
     Example:
         >>> key = jax.random.key(0)
@@ -85,6 +87,7 @@ def sampled_cross_entropy(
         neural probabilistic language model; Jean et al. (2015), On using very large target
         vocabulary for neural machine translation.
     """
+    check_key(key)
     num_samples = check_int(num_samples, name="num_samples", least=1)
     tokens = prepare_layer(features, weights, bias, temperature, None)
     rows = token_labels(tokens, labels, ignore_index)
