@@ -414,6 +414,22 @@ def test_an_infinite_bias_is_constant_in_the_temperature(block_size):
     assert jax.jacrev(loss)(2.0).tolist() == jax.jacfwd(loss)(2.0).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_a_soft_cap_of_infinity_bounds_nothing(block_size):
+    x, w, labels = draw(tokens=2, width=2, classes=3)
+    call = lambda x, cap: sj.linear_cross_entropy(
+        x, w, labels, soft_cap=cap, block_size=block_size
+    )
+    loss, slopes = jax.value_and_grad(call, (0, 1))(x, INF)
+    close((loss, slopes[0]), jax.value_and_grad(call)(x, None))
+    assert slopes[1] == 0
+    # An infinite logit is capped like a large one.
+    biased = lambda cap, high: sj.linear_cross_entropy(
+        x, w, labels, bias=jnp.array([0, high, 0]), soft_cap=cap, block_size=block_size
+    )
+    close(*(jax.value_and_grad(biased)(2.0, high) for high in (INF, 1e3)))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("scale", [30.0, *(pytest.param(s, marks=SLOW) for s in (1.0, 1e3))])
 def test_half_precision(dtype, scale):

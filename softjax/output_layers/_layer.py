@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from softjax._exact import capped
 from softjax._inputs import (
     Classes,
     broadcast,
@@ -146,7 +147,7 @@ def layer_scores(block: Layer) -> Array:
     if block.bias is not None:
         scores += jnp.where(block.bias == -jnp.inf, 0, block.bias)[None]
     if block.soft_cap is not None:
-        scores = block.soft_cap * jnp.tanh(scores / block.soft_cap)
+        scores = capped(scores, block.soft_cap)
     if block.temperature is not None:
         heat = block.temperature[:, None]
         scores = scores / heat if block.bias is None else cooled(scores, heat)
