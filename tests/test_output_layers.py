@@ -332,6 +332,17 @@ def test_statistics(block_size):
     )
 
 
+def test_features_of_width_zero():
+    features, weights, labels = jnp.ones((4, 0)), jnp.ones((3, 0)), jnp.array([0, 1, 2, 0])
+    for rest in ({}, {"block_size": 2}, {"forward_gradient": True, "block_size": 2}):
+        loss = lambda x, rest=rest: sj.linear_cross_entropy(x, weights, labels, **rest)
+        close(loss(features), np.log(3))
+        assert jax.grad(loss)(features).shape == (4, 0)
+    close(sj.info_nce(features, features, temperature=0.5), np.log(4))
+    # No tokens, of which some might not count.
+    assert sj.linear_cross_entropy(features[:0], weights, labels[:0], ignore_index=0) == 0
+
+
 def test_the_first_of_equals_is_the_argmax():
     found = sj.linear_statistics(jnp.ones((1, 2)), jnp.zeros((9, 2)), block_size=2)
     assert found.argmax.tolist() == [0]

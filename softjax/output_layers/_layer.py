@@ -1,6 +1,7 @@
 """A linear output layer: what its logits are made of, and how they are formed."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -73,9 +74,10 @@ def prepare_layer(
         )
     if weights.shape[0] == 0:
         raise ValueError(f"`{prefix}weights` must hold at least one class, got 0.")
+    shape, width = features.shape[:-1], features.shape[-1]
     tokens = Tokens(
-        Layer(features.reshape(-1, features.shape[-1]), weights, None, None, None),
-        features.shape[:-1],
+        Layer(features.reshape(math.prod(shape), width), weights, None, None, None),
+        shape,
         dtype,
     )
     if bias is not None:
@@ -104,8 +106,8 @@ def idle_tokens(shares: Array, *options: Array | None, rows: Classes | None = No
     (Of share 0, and sound, a token's loss is the derivative in its share.) `options` hold one
     number a token, or several.
     """
-    by_token = (x.reshape(x.shape[0], -1) for x in options if x is not None)
-    sound = [jnp.isfinite(x).all(1) for x in by_token]
+    by_token = (x for x in options if x is not None)
+    sound = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in by_token]
     if rows is not None:
         sound.append(rows.known)
     idle = (shares == 0) & ~functools.reduce(jnp.logical_and, sound)
