@@ -92,7 +92,9 @@ def scan_blocks(
         state, out = visit(state, jnp.array(0), head)
         outs.append(out)
     elif whole:
-        head = jax.tree.map(lambda x: x[:whole].reshape(-1, size, *x.shape[1:]), arrays)
+        head = jax.tree.map(
+            lambda x: x[:whole].reshape(whole // size, size, *x.shape[1:]), arrays
+        )
         step = lambda state, xs: visit(state, *xs)
         state, out = lax.scan(step, state, (jnp.arange(0, whole, size), head))
         outs.append(jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), out))

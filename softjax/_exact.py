@@ -17,6 +17,17 @@ BLOCK = 64  # terms that one running sum takes
 LONG = 32768  # terms that XLA's sum of the last axis takes
 
 
+def capped(x: Array, cap: Array) -> Array:
+    """Computes cap tanh(x / cap), with its limits at 0 and inf; NaN for a negative cap."""
+    usable = (cap > 0) & (cap < jnp.inf)
+    limit = jnp.where(usable, cap, 1)
+    # tanh is 1 from 50 on, so that infinite logits need not meet the quotient's derivative.
+    reach = 50 * lax.stop_gradient(limit)
+    inside = limit * jnp.tanh(jnp.clip(x, -reach, reach) / limit)
+    outside = jnp.where(cap == jnp.inf, x, jnp.where(cap == 0, 0, jnp.nan))
+    return jnp.where(usable, inside, outside)
+
+
 class Scores(NamedTuple):
     """Centred scores: (x - peak) / temperature = values + errors where not dead."""
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import log1p
+from softjax._exact import capped, log1p
 from softjax._inputs import (
     NONNEGATIVE,
     Axis,
@@ -63,15 +63,7 @@ def soft_cap(logits: ArrayLike, cap: ArrayLike) -> Array:
     x, dtype = to_float(logits, name="logits")
     cap = per_slice(cap, x, (), name="cap")
     kept = x != -jnp.inf
-    usable = (cap > 0) & (cap < jnp.inf)
-    limit = jnp.where(usable, cap, 1)
-    # tanh is 1 from 50 on, so that infinite logits need not meet the quotient's derivative.
-    reach = 50 * jax.lax.stop_gradient(limit)
-    capped = limit * jnp.tanh(jnp.clip(jnp.where(kept, x, 0), -reach, reach) / limit)
-    capped = jnp.where(
-        usable, capped, jnp.where(cap == jnp.inf, x, jnp.where(cap == 0, 0, jnp.nan))
-    )
-    return jnp.where(kept, capped, -jnp.inf).astype(dtype)
+    return jnp.where(kept, capped(jnp.where(kept, x, 0), cap), -jnp.inf).astype(dtype)
 
 
 @public("axis")

@@ -137,6 +137,18 @@ def test_the_gradient_found_with_the_value(block_size):
         )
 
 
+def test_what_moves_may_change_under_checkpoint():
+    x, w, y = jnp.ones((2, 2)), jnp.ones((3, 2)), jnp.array([0, 2])
+    loss = lambda x, w, y: sj.linear_cross_entropy(x, w, y, forward_gradient=True)
+    alone = jax.grad(loss)(x, w, y)
+    close(jax.grad(jax.checkpoint(lambda x: loss(x, w, y)))(x), alone)
+    jax.grad(jax.checkpoint(lambda x, w: loss(x, w, y)), (0, 1))(x, w)
+    jax.grad(jax.checkpoint(loss), (0, 1))(x, w, y)
+    step = lambda x: jax.checkpoint(lambda total, _: (total + loss(x, w, y), None))
+    summed = lambda x: jax.lax.scan(step(x), 0.0, None, length=2)[0]
+    close(jax.grad(summed)(x), 2 * alone)
+
+
 def test_the_gradient_found_with_the_value_keeps_no_logits():
     shapes = (4096, 32), (8192, 32)
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
@@ -320,6 +332,17 @@ def test_statistics(block_size):
     )
 
 
+def test_features_of_width_zero():
+    features, weights, labels = jnp.ones((4, 0)), jnp.ones((3, 0)), jnp.array([0, 1, 2, 0])
+    for rest in ({}, {"block_size": 2}, {"forward_gradient": True, "block_size": 2}):
+        loss = lambda x, rest=rest: sj.linear_cross_entropy(x, weights, labels, **rest)
+        close(loss(features), np.log(3))
+        assert jax.grad(loss)(features).shape == (4, 0)
+    close(sj.info_nce(features, features, temperature=0.5), np.log(4))
+    # No tokens, of which some might not count.
+    assert sj.linear_cross_entropy(features[:0], weights, labels[:0], ignore_index=0) == 0
+
+
 def test_the_first_of_equals_is_the_argmax():
     found = sj.linear_statistics(jnp.ones((1, 2)), jnp.zeros((9, 2)), block_size=2)
     assert found.argmax.tolist() == [0]
@@ -390,6 +413,32 @@ def test_a_bias_of_minus_infinity_drops_a_class():
         desired = jax.grad(theirs, (0, 1))(features, weights[kept])
         close((grads[0], grads[1][kept]), desired)
         np.testing.assert_array_equal(grads[1][4], 0)
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_an_infinite_bias_is_constant_in_the_temperature(block_size):
+    x, w, labels = jnp.array([[1.0, 0], [0, 2]]), jnp.ones((3, 2)), jnp.array([0, 1])
+    bias = jnp.array([0, INF, 0])
+    loss = lambda heat: sj.linear_cross_entropy(
+        x, w, labels, bias=bias, temperature=heat, reduction=None, block_size=block_size
+    )
+    assert jax.jacrev(loss)(2.0).tolist() == jax.jacfwd(loss)(2.0).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_a_soft_cap_of_infinity_bounds_nothing(block_size):
+    x, w, labels = draw(tokens=2, width=2, classes=3)
+    call = lambda x, cap: sj.linear_cross_entropy(
+        x, w, labels, soft_cap=cap, block_size=block_size
+    )
+    loss, slopes = jax.value_and_grad(call, (0, 1))(x, INF)
+    close((loss, slopes[0]), jax.value_and_grad(call)(x, None))
+    assert slopes[1] == 0
+    # An infinite logit is capped like a large one.
+    biased = lambda cap, high: sj.linear_cross_entropy(
+        x, w, labels, bias=jnp.array([0, high, 0]), soft_cap=cap, block_size=block_size
+    )
+    close(*(jax.value_and_grad(biased)(2.0, high) for high in (INF, 1e3)))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

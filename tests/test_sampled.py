@@ -105,6 +105,16 @@ def test_labels_that_are_none():
     assert dropped[1] == INF
 
 
+def test_a_dropped_label_leaves_the_temperature_of_other_tokens():
+    x, w = jnp.array([[1.0, 0], [0, 2]]), jnp.array([[1.0, 2], [3, 4], [0, -1]])
+    loss = lambda heat, bias: sj.sampled_cross_entropy(
+        jax.random.key(0), x, w, jnp.array([0, 2]), num_samples=4, bias=bias, temperature=heat
+    )[1]
+    # A bias so low that its class has no weight is as good as -inf.
+    slopes = [jax.grad(loss)(2.0, jnp.array([low, 0, 0])) for low in (-INF, -1e3)]
+    np.testing.assert_allclose(slopes[0], slopes[1], atol=1e-12)
+
+
 def test_many_tokens_at_a_time_and_one_by_one_agree():
     features, weights, bias, labels = draw()
     key = jax.random.key(2)
@@ -117,6 +127,9 @@ def test_many_tokens_at_a_time_and_one_by_one_agree():
 def test_what_does_not_fit_is_refused():
     features, weights, bias, labels = draw()
     key = jax.random.key(0)
+    for bad, error in ((0, TypeError), (jax.random.split(key), ValueError)):
+        with pytest.raises(error, match="`key` must be"):
+            sj.sampled_cross_entropy(bad, features, weights, labels, num_samples=1)
     with pytest.raises(ValueError, match="`num_samples` must be"):
         sj.sampled_cross_entropy(key, features, weights, labels, num_samples=0)
     with pytest.raises(ValueError, match="`bias` must be"):

@@ -1,12 +1,14 @@
 """A linear output layer: what its logits are made of, and how they are formed."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from softjax._exact import capped
 from softjax._inputs import (
     Classes,
     broadcast,
@@ -72,9 +74,10 @@ def prepare_layer(
         )
     if weights.shape[0] == 0:
         raise ValueError(f"`{prefix}weights` must hold at least one class, got 0.")
+    shape, width = features.shape[:-1], features.shape[-1]
     tokens = Tokens(
-        Layer(features.reshape(-1, features.shape[-1]), weights, None, None, None),
-        features.shape[:-1],
+        Layer(features.reshape(math.prod(shape), width), weights, None, None, None),
+        shape,
         dtype,
     )
     if bias is not None:
@@ -103,8 +106,8 @@ def idle_tokens(shares: Array, *options: Array | None, rows: Classes | None = No
     (Of share 0, and sound, a token's loss is the derivative in its share.) `options` hold one
     number a token, or several.
     """
-    by_token = (x.reshape(x.shape[0], -1) for x in options if x is not None)
-    sound = [jnp.isfinite(x).all(1) for x in by_token]
+    by_token = (x for x in options if x is not None)
+    sound = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in by_token]
     if rows is not None:
         sound.append(rows.known)
     idle = (shares == 0) & ~functools.reduce(jnp.logical_and, sound)
@@ -127,6 +130,13 @@ def shown(weights: Array, bias: Array | None) -> Array:
     return weights if bias is None else jnp.where(bias[:, None] == -jnp.inf, 0, weights)
 
 
+def cooled(scores: Array, heat: Array) -> Array:
+    """Scores over the temperature, in which infinite ones are constant."""
+    infinite = jnp.isinf(scores)
+    finite = jnp.where(infinite, 0, scores)
+    return jnp.where(infinite, scores / lax.stop_gradient(heat), finite / heat)
+
+
 def layer_scores(block: Layer) -> Array:
     """The logits of a block of classes, [N, B], capped and divided by the temperature."""
     dtype = computing_dtype(block.features.dtype)
@@ -139,9 +149,10 @@ def layer_scores(block: Layer) -> Array:
     if block.bias is not None:
         scores += jnp.where(block.bias == -jnp.inf, 0, block.bias)[None]
     if block.soft_cap is not None:
-        scores = block.soft_cap * jnp.tanh(scores / block.soft_cap)
+        scores = capped(scores, block.soft_cap)
     if block.temperature is not None:
-        scores /= block.temperature[:, None]
+        heat = block.temperature[:, None]
+        scores = scores / heat if block.bias is None else cooled(scores, heat)
     if block.bias is not None:
         scores = jnp.where(block.bias[None] == -jnp.inf, -jnp.inf, scores)
     return scores

@@ -56,13 +56,19 @@ def _total_fwd(block_size: int | None, parts: Any, rows: Any) -> tuple[Array, An
         lambda x: x.value, tree, is_leaf=lambda x: hasattr(x, "perturbed")
     )
     total, slopes = _over_tokens(block_size, value_of(parts), value_of(rows), moving)
-    return total, {name: slopes.get(name) for name in parts}
+    # (Under `jax.checkpoint` the tree may not depend on what moves: one 0 for what does not.)
+    still = {name: jnp.zeros((), part.value.dtype) for name, part in parts.items()}
+    return total, still | slopes
 
 
 def _total_bwd(block_size: int | None, slopes: Any, bar: Array) -> tuple[Any, None]:
+    def pulled(name: str, slope: Array) -> Array | None:
+        still = slope.ndim == 0 and name != "soft_cap"  # Of the parts, it alone is a number.
+        return None if still else slope * bar.astype(slope.dtype)
+
     if isinstance(bar, SymbolicZero):
-        return jax.tree.map(jnp.zeros_like, slopes), None
-    return jax.tree.map(lambda slope: slope * bar.astype(slope.dtype), slopes), None
+        return dict.fromkeys(slopes), None
+    return {name: pulled(name, slope) for name, slope in slopes.items()}, None
 
 
 total_with_gradient.defvjp(_total_fwd, _total_bwd, symbolic_zeros=True)

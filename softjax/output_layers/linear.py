@@ -73,8 +73,8 @@ def linear_cross_entropy(
         labels: classes y, int, `[...]`.
         bias: b, `[V]`; differentiable. -inf drops a class, whatever its weights hold.
         temperature: T > 0, one number or one a token; differentiable.
-        soft_cap: c > 0, acts on the logits before the temperature divides them; one number,
-            differentiable.
+        soft_cap: c > 0, acts on the logits before the temperature divides them; one number;
+            inf bounds nothing; differentiable.
         label_smoothing: epsilon in [0, 1], one number or one a token; differentiable.
         z_loss: factor lambda of the squared log-normaliser, one number or one a token;
             differentiable.

@@ -12,9 +12,11 @@ from jax.typing import ArrayLike
 
 from softjax._blocks import scan_blocks
 from softjax._inputs import POSITIVE, check_int, public
+from softjax._noise import check_key
 from softjax.losses._surprise import surprise
 from softjax.output_layers._layer import (
     Layer,
+    cooled,
     layer_scores,
     prepare_layer,
     shown,
@@ -60,8 +62,9 @@ def sampled_cross_entropy(
         `mean_loss` averages them.
 
     Raises:
-        TypeError: an argument is not real, `labels` not integer, or dtypes differ.
-        ValueError: shapes do not fit, or `num_samples` is less than 1.
+        TypeError: `key` is no key, an argument not real, `labels` not integer, or dtypes
+            differ.
+        ValueError: `key` is not one key, shapes do not fit, or `num_samples` is less than 1.
 
     Example:
         >>> key = jax.random.key(0)
@@ -84,6 +87,7 @@ def sampled_cross_entropy(
         neural probabilistic language model; Jean et al. (2015), On using very large target
         vocabulary for neural machine translation.
     """
+    check_key(key)
     num_samples = check_int(num_samples, name="num_samples", least=1)
     tokens = prepare_layer(features, weights, bias, temperature, None)
     rows = token_labels(tokens, labels, ignore_index)
@@ -116,7 +120,7 @@ def sampled_cross_entropy(
             "nd,nd->n", features, own.weights, preferred_element_type=tokens.dtype
         )
         chosen = chosen if own.bias is None else chosen + own.bias
-        chosen = chosen if heat is None else chosen / heat
+        chosen = chosen if heat is None else cooled(chosen, heat)
         together = jnp.concatenate([chosen[:, None], scores], 1)
         return surprise(together, jnp.zeros_like(labels), 1)
 
