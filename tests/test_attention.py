@@ -752,3 +752,11 @@ def test_gradient_of_vmap(normalizer):
     over_all = jax.grad(lambda q: jnp.sum(jax.vmap(loss)(q, ids)))(queries)
     one_by_one = [jax.grad(loss)(q, i) for q, i in zip(queries, ids, strict=True)]
     assert_close(over_all, jnp.stack(one_by_one), rtol=1e-12, atol=1e-12)
+
+
+def test_a_soft_cap_of_inf_bounds_nothing():
+    queries, keys, values = draw()
+    call = lambda q, **options: jnp.sum(jnp.sin(sj.attention(q, keys, values, **options)))
+    expected = jax.grad(call)(queries)
+    got = jax.grad(functools.partial(call, soft_cap=jnp.inf))(queries)
+    np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from softjax._exact import capped
 from softjax._inputs import computing_dtype
 from softjax._tiles import Grid, Tile
 from softjax._varying import vary
@@ -150,10 +151,7 @@ def _raw(program: Program, part: Floats, others: Others, at: Place) -> Array:
     if part.bias is not None:
         scores += _safe_bias(program, part, others, at).astype(dtype)
     if part.soft_cap is not None:
-        if part.bias is not None:  # An infinite score need not meet the quotient's derivative.
-            reach = 50 * lax.stop_gradient(part.soft_cap)  # From there on tanh is 1.
-            scores = jnp.clip(scores, -reach, reach)
-        scores = part.soft_cap * jnp.tanh(scores / part.soft_cap)
+        scores = capped(scores, part.soft_cap)
     if program.score is not None:
         index = others.grid.index(at.i, at.j)
         scores = program.score(part.captured, others.captured, scores, index).astype(dtype)
