@@ -64,7 +64,9 @@ def public(
                 if name not in static and (callable(value) or isinstance(value, (str, bytes))):
                     raise TypeError(f"`{name}` must be an array or a number, got {kind}.")
                 if name in static and getattr(value, "__hash__", None) is None:
-                    raise TypeError(f"`{name}` must be a Python value, got {kind}.")
+                    raise TypeError(
+                        f"`{name}` must be hashable, as an int or a tuple is, got {kind}."
+                    )
             if refuse is not None:
                 refuse(given)
             return jitted(*args, **kwargs)

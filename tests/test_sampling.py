@@ -312,7 +312,7 @@ def test_wrong_arguments():
         (TypeError, "`key` must be a key", lambda: sj.sample(jnp.zeros(2), z)),
         (ValueError, "`key` must be one key", lambda: sj.sample(jax.random.split(KEY), z)),
         (TypeError, "`shape` must be a tuple", lambda: sj.sample(KEY, z, shape=3)),
-        (TypeError, "`shape` must be a tuple", lambda: sj.sample(KEY, z, shape=[3])),
+        (TypeError, "`shape` must be hashable", lambda: sj.sample(KEY, z, shape=[3])),
         (ValueError, "`shape` must hold", lambda: sj.sample(KEY, z, shape=(-1,))),
         (ValueError, "`method` must be one of", lambda: sj.sample(KEY, z, method="best")),
         (ValueError, "`temperature` must be in", lambda: sj.sample(KEY, z, temperature=-1.0)),
