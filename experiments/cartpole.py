@@ -93,7 +93,7 @@ class Config(Options):
         return cls(
             quick=True,
             num_seeds=2,
-            num_updates=64,
+            num_updates=48,
             learning_rate=2e-3,
             min_return=60.0,
             min_greedy_return=60.0,
