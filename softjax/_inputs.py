@@ -43,14 +43,11 @@ def public(
             args, kwargs = vary((args, kwargs))
             return function(*args, **kwargs)
 
-        names = list(inspect.signature(function).parameters)
+        names = tuple(inspect.signature(function).parameters)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(names, args, strict=False)) | kwargs
-            for name in given.keys() - set(names):
-                title = function.__name__
-                raise TypeError(f"{title}() got an unexpected keyword argument {name!r}.")
             for name, (low, high) in ranges.items():
                 value = given.get(name)
                 if isinstance(value, (int, float, np.number)) and not low <= value <= high:
@@ -60,13 +57,10 @@ def public(
             if isinstance(given.get("axis"), list):
                 raise TypeError(f"`axis` must be an int, a tuple or None, got {given['axis']}.")
             for name, value in given.items():
-                kind = type(value).__name__
-                if name not in static and (callable(value) or isinstance(value, (str, bytes))):
-                    raise TypeError(f"`{name}` must be an array or a number, got {kind}.")
-                if name in static and getattr(value, "__hash__", None) is None:
-                    raise TypeError(
-                        f"`{name}` must be hashable, as an int or a tuple is, got {kind}."
-                    )
+                if name not in names:
+                    title = function.__name__
+                    raise TypeError(f"{title}() got an unexpected keyword argument {name!r}.")
+                _check_kind(name, value, name in static)
             if refuse is not None:
                 refuse(given)
             return jitted(*args, **kwargs)
@@ -74,6 +68,16 @@ def public(
         return cast(Function, call)
 
     return decorate
+
+
+def _check_kind(name: str, value: Any, is_static: bool) -> None:
+    kind = type(value)
+    if is_static and kind.__hash__ is None:
+        raise TypeError(
+            f"`{name}` must be hashable, as an int or a tuple is, got {kind.__name__}."
+        )
+    if not is_static and (callable(value) or isinstance(value, (str, bytes))):
+        raise TypeError(f"`{name}` must be an array or a number, got {kind.__name__}.")
 
 
 NONNEGATIVE = (0.0, math.inf)
