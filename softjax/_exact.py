@@ -6,15 +6,19 @@ exp(s + e) = exp(s) (1 + e) for |e| of the order of eps. Long sums run over shor
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 FAR = 1000.0  # this far below the peak a score has no weight: exp is 0 in float64 too
 BLOCK = 64  # terms that one running sum takes
 LONG = 32768  # terms that XLA's sum of the last axis takes
+SMALL = 4096  # entries below which XLA sums an array term by term
+FEW = 8  # terms that lose nothing to speak of in a running sum
 
 
 def capped(x: Array, cap: Array) -> Array:
@@ -35,18 +39,19 @@ class Scores(NamedTuple):
     near: Array  # values, but 0 where dead
     errors: Array  # what rounding took from `near`
     dead: Array  # dropped, or further than `FAR` below the peak
+    dropped: Array  # at -inf, or finite below an infinite peak
 
     def minus(self, threshold: Array) -> Array:
         """The margins: -inf where dropped, whatever the threshold."""
-        return jnp.where(self.values == -jnp.inf, -jnp.inf, self.values - threshold)
+        return jnp.where(self.dropped, -jnp.inf, self.values - threshold)
 
     def poison(self, total: Callable[[Array], Array]) -> Array:
         """NaN for a slice that keeps a NaN, and 0 for others; XLA's maximum may miss it."""
         return total(self.near * 0)
 
-    def exp(self) -> Array:
-        """The exponentials, to about one rounding."""
-        return jnp.where(self.dead, 0, exp_of_sum(self.near, self.errors))
+    def exp(self, lift: int = 0) -> Array:
+        """The exponentials, to about one rounding, times 2^lift."""
+        return jnp.where(self.dead, 0, exp_of_sum(self.near, self.errors, lift))
 
 
 def centre(
@@ -73,7 +78,9 @@ def centre(
     kept = jnp.where(dead, spread(anchor), x)
     kept = jnp.where(kept > highest, highest, kept)  # Infinite ones are at the anchor.
     near, errors = two_difference(kept, spread(anchor))
-    values = jnp.where(spread(peak == jnp.inf), -jnp.inf, x) - spread(anchor)
+    # (In as few steps as there may be: a loop of many is given to threads, however short.)
+    dropped = x < spread(jnp.where(peak == jnp.inf, jnp.inf, -highest))
+    values = jnp.where(dropped, -jnp.inf, jnp.minimum(x, highest) - spread(anchor))
     if temperature is not None:
         flat = jnp.isinf(temperature)
         divisor = spread(jnp.where(cold | flat, 1, temperature))
@@ -82,9 +89,10 @@ def centre(
         # difference that follows: a select comes between.
         near = jnp.where(dead, 0, jnp.where(spread(flat), near * 0, near))  # NaN stays.
         errors = jnp.where(spread(flat), 0, remainder + errors / divisor)
-        dropped = spread(cold) | (values == -jnp.inf)
-        values = jnp.where(dropped, -jnp.inf, values / divisor)
-    return Scores(jnp.where(dead, values, near), near, lax.stop_gradient(errors), dead)
+        values = jnp.where(spread(cold) | dropped, -jnp.inf, values / divisor)
+        values = jnp.where(dead, values, near)
+        dropped = values == -jnp.inf
+    return Scores(values, near, lax.stop_gradient(errors), dead, dropped)
 
 
 def centre_at(
@@ -110,8 +118,8 @@ def centre_at(
     return jnp.where(usual | jnp.isnan(x), near, jnp.sign(values) * far), errors
 
 
-def exp_of_sum(near: Array, error: Array) -> Array:
-    """exp(near + error) for near <= 0 and a small error; 0 below the smallest normal number.
+def exp_of_sum(near: Array, error: Array, lift: int = 0) -> Array:
+    """exp(near + error) 2^lift, near <= 0, for a small error; 0 below the least normal number.
 
     With near = k log 2 + r the error joins r, which no rounding of `near` has touched. (XLA's
     own exp takes its argument rounded, and as much time.)
@@ -128,7 +136,7 @@ def exp_of_sum(near: Array, error: Array) -> Array:
         jnp.full_like(rest, 1 / math.factorial(num_terms - 1)),
     )
     mantissa = 1 + (rest + rest * rest * series)
-    exponent = jnp.maximum(k.astype(integer) + (limits.maxexp - 1), 0)
+    exponent = jnp.maximum(k.astype(integer) + (limits.maxexp - 1 + lift), 0)
     return mantissa * lax.bitcast_convert_type(exponent << limits.nmant, near.dtype)
 
 
@@ -185,17 +193,23 @@ def long_total(
 
     It is not linear: what is differentiated takes `long_sum`.
     """
-    if not axes:
-        return term(x)
     for axis in axes:
-        add = functools.partial(jnp.sum, axis=axis, keepdims=True)
-        if _is_long(x, axis):
-            high, low = sum_in_two(_partial_sums(x, axis, term), add, lambda row: row)
-            x = high + low
-        else:
-            x = add(term(x))
+        x = _total(x, axis, term)
         term = lambda x: x
-    return x
+    return x if axes else term(x)
+
+
+def _total(x: Array, axis: int, term: Callable[[Array], Array]) -> Array:
+    add = functools.partial(jnp.sum, axis=axis, keepdims=True)
+    in_two = lambda x: operator.add(*sum_in_two(x, add, lambda row: row))
+    if x.shape[axis] > FEW and x.size < SMALL:
+        # (Of a batch of small arrays, which may be large, another choice is made.)
+        small = jax.custom_batching.custom_vmap(lambda x: in_two(term(x)))
+        small.def_vmap(lambda _, __, x: (_total(x, axis + 1, jax.vmap(term)), True))
+        return small(x)
+    if _is_long(x, axis):
+        return in_two(_partial_sums(x, axis, term))
+    return add(term(x))
 
 
 def _is_long(x: Array, axis: int) -> bool:

@@ -8,7 +8,7 @@ probabilities near 1 keep their distance from it.
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._exact import centre, log1p, two_quotient
+from softjax._exact import Scores, centre, log1p, two_quotient
 from softjax._slices import Slices
 from softjax._threshold import Family, Solution
 
@@ -29,49 +29,64 @@ def _solve(
     if sink is not None:
         peak = jnp.maximum(peak, lax.stop_gradient(sink))
     scores = centre(logits, peak, temperature, slices.spread)
-    marked = mark_peaks(scores.exp())
-    marked_sink = None
+    scores_of_sink = None
     if sink is not None:
-        marked_sink = mark_peaks(centre(sink, peak, temperature, lambda row: row).exp())
-    num_peaks, others = split_at_peak(marked, slices, marked_sink)
+        scores_of_sink = centre(sink, peak, temperature, lambda row: row)
+    marked, marked_sink, num_peaks, others = exponentials(scores, slices, scores_of_sink)
     empty = peak == -jnp.inf
     total = jnp.where(empty, 1, num_peaks + others)
     others += jnp.where(empty, 0, num_peaks - 1)
     threshold = jnp.where(empty, 0, log1p(others))
     # XLA divides by a number a slice by multiplying with its rounded inverse; here the
     # inverse comes with its error. (Behind the barrier, or it would be found once an entry.)
-    inverse, error = two_quotient(jnp.ones_like(total), total)
+    inverse, error = two_quotient(jnp.full_like(total, 1 / _UNIT), total)
     error = lax.stop_gradient(error)
     inverse, error, threshold = lax.optimization_barrier((inverse, error, threshold))
-    weights = unmark_peaks(marked)
+    weights = _unmark_peaks(marked)
     shares = weights * slices.spread(inverse) + weights * slices.spread(error)
     probs = jnp.where(weights == 0, 0, shares)
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
-    leak = None if marked_sink is None else unmark_peaks(marked_sink) / total
+    leak = None if marked_sink is None else _unmark_peaks(marked_sink) / _UNIT / total
     return Solution(probs, margins, threshold, others / total, leak)
 
 
-def mark_peaks(weights: Array) -> Array:
-    """The weights with -1 for 1, from which `split_at_peak` starts."""
-    return jnp.where(weights == 1, weights - 2, weights)
+# Weights are formed times 2^64: of the sum of the others, nothing is lost where XLA flushes
+# numbers below the least normal one to 0.
+_LIFT = 64
+_UNIT = 2.0**_LIFT
 
 
-def unmark_peaks(marked: Array) -> Array:
-    """The weights again."""
-    return jnp.where(marked < 0, marked + 2, marked)
+def exponentials(
+    scores: Scores, slices: Slices, scores_of_sink: Scores | None = None
+) -> tuple[Array, Array | None, Array, Array]:
+    """Weights, times 2^64 and with peaks marked; how many peaks; the sum of all others."""
+    marked, marked_sink = mark_peaks(scores.exp(_LIFT), _UNIT), None
+    if scores_of_sink is not None:
+        marked_sink = mark_peaks(scores_of_sink.exp(_LIFT), _UNIT)
+    return marked, marked_sink, *split_at_peak(marked, slices, marked_sink, _UNIT)
+
+
+def mark_peaks(weights: Array, unit: float = 1.0) -> Array:
+    """The weights, with -unit for those of peaks, which are the unit."""
+    return jnp.where(weights == unit, weights - 2 * unit, weights)
+
+
+def _unmark_peaks(marked: Array) -> Array:
+    return jnp.where(marked < 0, marked + 2 * _UNIT, marked)
 
 
 def split_at_peak(
-    marked: Array, slices: Slices, marked_sink: Array | None = None
+    marked: Array, slices: Slices, marked_sink: Array | None = None, unit: float = 1.0
 ) -> tuple[Array, Array]:
-    """How many weights are 1, as that of the peak, and the sum of all others."""
-    # A running sum rounds every small weight that it adds to the peak's 1 the same way, so
+    """How many weights are that of the peak, and the sum of all others, in its unit."""
+    # A running sum rounds every small weight that it adds to the peak's the same way, so
     # the peak is left out; a maximum is the cheapest way to do that.
     total, others = slices.sum(marked), slices.total(lax.stop_gradient(marked), _positive)
     if marked_sink is not None:
         total += marked_sink
         others += _positive(lax.stop_gradient(marked_sink))
+    total, others = total / unit, others / unit
     num_peaks = lax.stop_gradient(jnp.round(others - total))
     return num_peaks, others + (total - lax.stop_gradient(total))
 

@@ -182,6 +182,7 @@ def test_an_illegal_action_has_no_probability_and_no_derivative():
         assert_close(entropy, wanted, rtol=1e-14, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_epsilon_has_its_derivative_everywhere():
     values, uniform = jnp.array([0.3, 1.2, -0.2, -INF]), np.array([1, 1, 1, 0]) / 3
 
@@ -210,6 +211,7 @@ def test_epsilon_has_its_derivative_everywhere():
         assert_close(second, -(ratio**2), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_nothing_legal():
     values, legal = jnp.array([[1.0, NAN], [0.0, 1.0]]), jnp.array([[False], [True]])
     with jax.debug_nans(True):
@@ -241,6 +243,7 @@ def test_nothing_legal():
     assert jnp.isnan(unknown).tolist() == [True, True, False]
 
 
+@pytest.mark.slow
 def test_a_kept_nan_is_seen():
     values = jnp.array([[NAN, 0.0], [1.0, 0.0]])
     assert jnp.isnan(sj.policy_probs(values, epsilon=jnp.asarray(0.2)))[0].all()
@@ -424,6 +427,16 @@ def test_soft_value_is_the_best_there_is():
         assert_close(best - temperature * jnp.log(count), mellow, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_soft_value_just_above_zero(dtype):
+    """The best action is worth 0, and what the others add must keep its digits."""
+    for gap in (1.0, 20.0, 60.0, 86.0):
+        values = np.array([0, -gap, -gap - 0.5]).astype(dtype)
+        exact = oracles.soft_value(values)
+        assert ulp_error(np.asarray(sj.soft_value(jnp.asarray(values))), exact, dtype) <= 4
+
+
 def test_derivatives_of_soft_value():
     """The policy in the values, its entropy in the temperature, at 0 too."""
     values = jnp.array([1.0, 3.0, 3.0, -INF])
@@ -591,6 +604,7 @@ def test_temperatures_solve_their_equations(dtype):
         assert gap.max() <= 64 * info.eps
 
 
+@pytest.mark.slow
 def test_ends_of_the_temperatures_and_their_scale():
     values = jnp.array([[1.0, 2.0, 4.0], [4.0, 4.0, 1.0], [2.0, 2.0, 2.0]])
     by_entropy = lambda h: sj.target_entropy_temperature(values, h)[:, 0].tolist()

@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._exact import centre, log1p, where_finite
-from softjax._exponential import SOFTMAX, split_at_peak
+from softjax._exponential import SOFTMAX, exponentials
 from softjax._inputs import (
     NONNEGATIVE,
     PROBABILITY,
@@ -89,8 +89,8 @@ def _soft_maximum(axes: tuple[int, ...], x: Array, temperature: Array | None) ->
     slices = AlongAxes(axes)
     peak = jax.lax.stop_gradient(slices.max(x))
     scores = centre(x, peak, temperature, slices.spread)
-    num_peaks, others = split_at_peak(scores.exp(), slices)
-    extra = log1p(jnp.where(peak == -jnp.inf, 0, num_peaks + others - 1))
+    _, _, num_peaks, others = exponentials(scores, slices)
+    extra = log1p(jnp.where(peak == -jnp.inf, 0, num_peaks - 1 + others))
     row = peak
     if temperature is not None:
         unlimited = jnp.isinf(temperature)
