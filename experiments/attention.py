@@ -58,12 +58,8 @@ def _sink(level: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None) -
 
 def _scalable(scale: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None) -> Array:
     """Scores times s ln n, of the n keys that a query sees."""
-
-    def score(scores: Array, at: Any) -> Array:
-        seen = jnp.full_like(at.query, k.shape[-3]) if mask is None else at.query + 1
-        return scores * scale * jnp.log(jnp.maximum(seen, 2).astype(scores.dtype))
-
-    return sj.attention(q, k, v, mask=mask, score=score)
+    seen = k.shape[-3] if mask is None else jnp.arange(1, q.shape[-3] + 1)
+    return sj.attention(sj.scalable_queries(q, seen, scale), k, v, mask=mask)
 
 
 def _adaptive(_: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None) -> Array:
@@ -367,7 +363,7 @@ def _right(
             count = max(1, min(config.num_test, 2**16 // max(1, length)))
             examples, labels = TASKS[task].sample(key, count, config, length)
             logits = TASKS[task].apply(params, examples, MAPS[name].attend)
-            return jnp.mean(jnp.argmax(logits, -1) == labels)
+            return jnp.mean(jnp.argmax(logits, -1).astype(labels.dtype) == labels)
 
         num_parts = max(1, config.num_test * length // 2**16)
         return jnp.mean(jax.lax.map(some, jax.random.split(key, num_parts)))

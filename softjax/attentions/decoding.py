@@ -162,7 +162,9 @@ def _paged(
 ) -> Array:
     given = (queries, key_pages, value_pages, page_table, lengths, mask, sink, options)
     queries, key_pages, value_pages, page_table, lengths, mask, sink, options = vary(given)
-    queries = jnp.asarray(queries)
+    # (`attention` checks them; integers become the default float here.)
+    _, dtype = to_float(queries, name="queries")
+    queries = jnp.asarray(queries).astype(dtype)
     key_pages, value_pages = jnp.asarray(key_pages), jnp.asarray(value_pages)
     table, lengths = _integers(page_table, "page_table"), _integers(lengths, "lengths")
     batch = queries.shape[:-3]
