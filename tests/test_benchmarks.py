@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = {
     "maps": [
         *("| softmax ", "| softmax, gradient ", "| log_softmax ", "| log_softmax, gradient "),
+        *("| softmax, value and gradient ", "| log_softmax, value and gradient "),
         *("| sparsemax ", "| entmax15 ", "| entmax(alpha=1.3) ", "| soft_top_k(k=8) "),
         *("| top_p_filter(p=0.9) ", "| top_k_filter(k=50) ", "Copy: "),
     ],
@@ -169,6 +170,7 @@ def test_missing_peer():
     assert measure.peer("no_such_module") is None
 
 
+@pytest.mark.optimized
 def test_residuals():
     x = maps._normal((4, 8))
     assert measure.residual_bytes(lambda x: 2 * x, x) <= 8

@@ -24,6 +24,7 @@ from experiments.benchmarks import _measure as measure
 __all__ = ["main", "run"]
 
 Map = Callable[[Array], Array]
+Gradient = Callable[[Array, Array], Any]  # of an array and the cotangent of its map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,8 @@ def run(sizes: Sizes) -> dict[str, Any]:
     for shape, softmax_limit, log_softmax_limit in sizes.dense:
         for name, limit in (("softmax", softmax_limit), ("log_softmax", log_softmax_limit)):
             times += timed(*_dense(name, shape, limit))
-            times += timed(*_dense_gradient(name, shape))
+            for kind, transform in GRADIENTS.items():
+                times += timed(*_dense_gradient(name, shape, kind, transform))
     for name in ("sparsemax", "entmax15", "entmax(alpha=1.3)", "soft_top_k(k=8)"):
         times += timed(*_sparse(name, sizes.sparse))
     for name in ("top_p_filter(p=0.9)", "top_k_filter(k=50)"):
@@ -110,11 +112,13 @@ def _dense(name: str, shape: tuple[int, int], limit: float) -> Contest:
     return name, shape, lambda: ours(x), rivals
 
 
-def _dense_gradient(name: str, shape: tuple[int, int]) -> Contest:
+def _dense_gradient(
+    name: str, shape: tuple[int, int], kind: str, transform: Callable[[Map], Gradient]
+) -> Contest:
     x, bar = _normal(shape), _normal(shape, seed=1)
-    ours, theirs = _pullback(MAPS[name]), _pullback(getattr(jax.nn, name))
+    ours, theirs = transform(MAPS[name]), transform(getattr(jax.nn, name))
     rivals = [Rival("jax.nn", lambda: theirs(x, bar), GRADIENT_LIMIT)]
-    return f"{name}, gradient", shape, lambda: ours(x, bar), rivals
+    return f"{name}, {kind}", shape, lambda: ours(x, bar), rivals
 
 
 def _sparse(name: str, shape: tuple[int, int]) -> Contest:
@@ -160,8 +164,21 @@ def _normal(shape: tuple[int, int], seed: int = 0) -> Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
 
 
-def _pullback(function: Map) -> Callable[[Array, Array], Array]:
+def _pullback(function: Map) -> Gradient:
     return jax.jit(lambda x, bar: jax.vjp(function, x)[1](bar)[0])
+
+
+def _value_and_pullback(function: Map) -> Gradient:
+    """As in training, where both are wanted."""
+
+    def call(x: Array, bar: Array) -> tuple[Array, Array]:
+        value, pullback = jax.vjp(function, x)
+        return value, pullback(bar)[0]
+
+    return jax.jit(call)
+
+
+GRADIENTS = {"gradient": _pullback, "value and gradient": _value_and_pullback}
 
 
 def _optax_call(x: Array) -> measure.Call | None:
