@@ -44,6 +44,7 @@ def close(actual, desired, tolerance=1e-12):
         assert_close(one, np.asarray(two), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("together", "block_size"),
     [(4, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((256, None), (1, 2)))],
@@ -63,6 +64,7 @@ def test_all_clusters_in_every_mode(together, block_size, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.slow
 def test_parity_with_pytorch():
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
@@ -81,6 +83,7 @@ def test_parity_with_pytorch():
     close(mean(args), jax.tree.map(lambda x: jnp.asarray(x.grad.numpy()), tensors))
 
 
+@pytest.mark.slow
 def test_labels_that_are_none():
     args, labels = draw(6)
     labels = labels.at[1].set(-1).at[4].set(CLASSES)

@@ -272,6 +272,7 @@ MODES = {
 }
 
 
+@pytest.mark.optimized  # Without, the definition has NaN where nothing is seen.
 @pytest.mark.parametrize(("way", "mode"), [*pairs(WAYS, MODES)])
 def test_derivatives_are_those_of_the_definition(way, mode):
     """In queries, keys, values, bias, scale, cap, sink and what a score function captures."""
@@ -343,6 +344,7 @@ def test_what_is_not_seen_reaches_nothing(way):
             assert (x[place, :n] != 0).any()
 
 
+@pytest.mark.slow
 @mostly_streamed
 @pytest.mark.parametrize(
     "squashed", ["soft cap", pytest.param("score", marks=pytest.mark.slow)]
@@ -398,6 +400,7 @@ def test_a_bias_of_minus_inf_hides_what_stands_there(way, squashed):
             assert_close(one, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_key_behind_all_queries():
     """NaN in it reaches nothing, though a block of queries is filled up."""
     queries, keys, values = draw(17)
@@ -466,6 +469,7 @@ def test_large_scores(way):
     assert (lse == INF).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype",
     ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "float32"))],
@@ -519,6 +523,7 @@ def test_narrow_types_lose_no_more_than_the_naive_way(dtype):
 # Transformations and memory.
 
 
+@pytest.mark.slow
 def test_vmap_over_all_and_over_some():
     """Also over arrays that a mask or a score function holds."""
     stacks = [jnp.stack([x, 2 * x]) for x in draw(11)]
@@ -541,6 +546,7 @@ def test_vmap_over_all_and_over_some():
             assert_close(out[i], call(*one), rtol=0, atol=16 * eps("float64"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     ["gradient", pytest.param("reverse over reverse", marks=pytest.mark.slow)],
@@ -599,6 +605,7 @@ def temporary_bytes(call, mode, length):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimized
 def test_memory_of_the_gradient():
     """Less than a tenth of that of the scores, and no more than linear in the length."""
     call = functools.partial(sj.attention, mask=masks.Causal())
@@ -608,6 +615,7 @@ def test_memory_of_the_gradient():
     assert large <= temporary_bytes(theirs, "gradient", 4096) / 10
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MEASURED)
 def test_memory_grows_with_the_length(mode):
@@ -620,6 +628,7 @@ def test_memory_grows_with_the_length(mode):
 # Dropout.
 
 
+@pytest.mark.slow
 def test_dropout():
     """The same weights are dropped in every way and mode; the others make up for it."""
     arrays = draw(14, shape=(2, 16, 16, 2, 1, 3, 16))
@@ -736,6 +745,7 @@ def test_no_sink_and_nothing_seen(way):
     assert jnp.isfinite(jax.grad(lambda q: jnp.sum(call(q)))(queries)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "normalizer", ["softmax", pytest.param("sparsemax", marks=pytest.mark.slow)]
 )

@@ -46,6 +46,7 @@ def test_a_cache_with_lengths():
             assert_close(out[b], expected, rtol=0, atol=32 * eps("float64"))
 
 
+@pytest.mark.slow
 def test_parts_of_the_keys_merge_into_all():
     queries, keys, values = draw(1, (B, 3, N, H), (B, 12, K, H), (B, 12, K, W))
     mask, ends = masks.Causal(4), (0, 2, 7, 12)  # The last part is unseen by the first query.

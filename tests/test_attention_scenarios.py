@@ -192,11 +192,14 @@ def flex(mask, keep, shapes, score):
     check(ours, functools.partial(definition, keep, score), args, factor=10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", marked(MASKS, ("neighbours in a picture",)))
 def test_masks(name):
     flex(*MASKS[name], *NO_SCORE)
 
 
+@pytest.mark.slow
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", marked(SCORES, ("table of distances",)))
 def test_scores(name):
     flex(*EVERYWHERE, *SCORES[name])

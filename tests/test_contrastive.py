@@ -43,6 +43,7 @@ def test_info_nce(symmetric):
         np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "entries",
     [pytest.param(n, marks=pytest.mark.slow) for n in (2**20, 1)] + [3 * PAIRS],
@@ -87,6 +88,7 @@ def test_half_precision_is_accumulated_in_float32(dtype):
     np.testing.assert_allclose(two, plain_siglip(*wide, 0.5, -1.0), rtol=1e-5)
 
 
+@pytest.mark.optimized
 @pytest.mark.slow
 def test_memory_grows_with_the_number_of_pairs_only():
     """The temporaries of the gradient, in value and JVP too, beside those of stored logits."""

@@ -77,6 +77,7 @@ def test_wrong_arguments():
             call()
 
 
+@pytest.mark.slow
 def test_decode_step():
     step, size = decode_step(), 50
     row = draw(1, (size,), scale=2.0, dtype="float32")[0]

@@ -76,6 +76,7 @@ def test_axes(axis):
         assert_close(actual, expected, rtol=8 * eps("float64"))
 
 
+@pytest.mark.slow
 def test_options_broadcast():
     logits, _ = draw(3, (2, 3, 4))
     masks = [np.array(m) for m in (True, [True, False, True, True])]
@@ -152,6 +153,7 @@ def test_log_softmax_of_a_confident_entry_keeps_its_digits():
         assert_close(grad[0], [small, -small], rtol=16 * eps("float32"))
 
 
+@pytest.mark.optimized
 def test_small_residuals():
     """What the forward pass leaves for the backward pass: no more than the output."""
     logits = jnp.asarray(draw(8, (64, 128), dtype="float32")[0])

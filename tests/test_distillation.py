@@ -51,6 +51,7 @@ def close(actual, desired, tolerance=1e-12):
         assert_close(one, np.asarray(two), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block_size", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (None, 1))]
 )
@@ -93,6 +94,7 @@ def heads():
     return {name: x for name, x in draw().items() if name in HEADS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=pytest.mark.slow)])
 def test_dropped_classes(block_size):
     args = heads()
@@ -114,6 +116,7 @@ def test_dropped_classes(block_size):
     assert (slopes["features"] == 0).all()  # An infinite loss is constant.
 
 
+@pytest.mark.slow
 def test_tokens_that_do_not_count():
     args = draw()
     spoilt = args | {
@@ -186,6 +189,7 @@ def test_what_does_not_count_may_hold_anything(block_size):
     close((value, slopes), (desired, exact))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=pytest.mark.slow)])
 def test_the_limit_of_endless_temperature(block_size):
     """Half the variance of the difference of the logits, from far below the limit on."""

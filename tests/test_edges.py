@@ -188,6 +188,7 @@ def test_ends_of_the_temperature(name):
                     assert (part == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["capped", "sigmoid", "laplace"])
 def test_ends_of_the_temperature_of_soft_top_k(kind):
     logits = jnp.array([[1.0, 3.0, 3.0, 9.0], [5.0, 2.0, 1.0, 0.0]])
@@ -200,6 +201,7 @@ def test_ends_of_the_temperature_of_soft_top_k(kind):
                 assert (mode(call)(temperature) == 0).all()
 
 
+@pytest.mark.slow
 @every_map
 def test_temperatures_between_slices(name):
     """0, a number and inf side by side: each slice as if alone."""

@@ -29,6 +29,7 @@ def test_entropy_of_a_confident_choice_keeps_its_digits():
         assert_close(sj.entropy(logits), oracles.entropy(logits), rtol=16 * eps("float64"))
 
 
+@pytest.mark.slow
 def test_entropy_at_the_edges():
     cases = [
         ([0.0, 0.0, -INF], [True] * 3, np.log(2)),
@@ -79,6 +80,7 @@ def test_kl_divergence(dtype):
             assert (actual >= 0).all()
 
 
+@pytest.mark.slow
 def test_kl_divergence_of_equals_is_zero():
     logits = jnp.asarray(draw(4, (3, 6), scale=5.0)[0])
     assert_close(sj.kl_divergence(logits, logits), np.zeros(3), rtol=0, atol=1e-16)

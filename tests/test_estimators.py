@@ -85,6 +85,7 @@ def test_reinmax_is_of_second_order():
     assert 2.7 < orders_of_bias(SAMPLERS["reinmax"]) < 3.3
 
 
+@pytest.mark.slow
 def test_straight_through_is_of_first_order():
     objective = OBJECTIVES["linear"]
     got = by_class(plain_straight_through, objective)
@@ -107,6 +108,7 @@ def relaxed_gradient(objective, gap, temperature):
     return np.sum(slope * s * (1 - s) * density) * (scaled[1] - scaled[0])
 
 
+@pytest.mark.slow
 def test_gumbel_softmax_of_two_classes():
     """The mean is the gradient of the relaxed expectation, whose bias is of order T."""
     objective = lambda y: jnp.array([1.0, -2.0]) @ y + 3 * y[0] ** 3
@@ -121,6 +123,7 @@ def test_gumbel_softmax_of_two_classes():
     assert 1.8 < biases[0] / biases[1] < 2.2
 
 
+@pytest.mark.slow
 def test_averaging_over_the_noise():
     """The same mean as one draw of the noise, at a fraction of the variance."""
     one, many = (
@@ -180,6 +183,7 @@ def test_dtypes_axes_and_transformations(name):
     assert_close(jax.jit(jax.grad(total))(logits), expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_axis_and_mask():
     where = jnp.array([[True, False, True, True]])
     for fn in (sj.gumbel_softmax, sj.rao_blackwell_gumbel_softmax, sj.reinmax):
@@ -201,6 +205,7 @@ def test_limits_of_the_temperature():
         assert jax.grad(loss)(0.0) == 0
 
 
+@pytest.mark.slow
 def test_gumbel_softmax_has_its_true_derivative():
     fn = lambda z, t: sj.gumbel_softmax(KEY, z, temperature=t)
     check_grads(fn, (LOGITS, 0.7), order=2, modes=["fwd", "rev"], atol=1e-6, rtol=1e-6)

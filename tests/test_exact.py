@@ -74,6 +74,7 @@ def test_long_sum_over_several_axes():
     assert_close(actual, x.sum((1, 3), keepdims=True), rtol=0, atol=1e-11)
 
 
+@pytest.mark.slow
 @every_wide_dtype
 @pytest.mark.parametrize("name", ["expm1_over", "log1p_over", "expm1_over_twice"])
 def test_quotients_that_cancel(name, dtype):
@@ -127,6 +128,7 @@ def test_exp_of_sum_rounds_little_more_than_once(dtype):
     np.testing.assert_array_equal(_exact.exp_of_sum(far, jnp.zeros_like(far)), 0)
 
 
+@pytest.mark.slow
 @every_wide_dtype
 def test_exp_of_sum_has_its_own_derivatives(dtype):
     near = jnp.asarray(np.linspace(-20, 0, 41), dtype)

@@ -171,6 +171,7 @@ def test_missed_target(tmp_path, capsys, options, expected):
     assert " NO " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_seed_decides_all():
     config = toy.Config(num_seeds=2, num_steps=3)
     first, again = toy.run(config), toy.run(config)
@@ -226,6 +227,7 @@ def run_language_model(folder, text):
     return config, language_model.run(config)
 
 
+@pytest.mark.slow
 def test_language_model_of_own_text(tmp_path):
     """A text that repeats itself is learnt by heart, from its first nine tenths alone."""
     text = "äéîõü\n" * 100

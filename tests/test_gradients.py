@@ -60,6 +60,7 @@ def mean_over_draws(num, order, baseline=None):
     return np.tensordot(weights, np.asarray(found), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_score_function_has_no_bias(order):
     """By enumeration, and not for the gradient alone."""

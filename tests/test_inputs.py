@@ -64,6 +64,7 @@ def test_logits_that_are_not_real(name):
         (WITH_AXIS | FILTERS)[name](Z.astype(complex))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_TEMPERATURE)
 def test_temperature(name):
     fn = WITH_AXIS[name]

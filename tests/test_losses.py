@@ -178,6 +178,7 @@ def test_sparsemax_loss(n, dtype):
     assert ((expected > 0) & (expected < 1e-4)).any()
 
 
+@pytest.mark.optimized
 @every_wide_dtype
 @pytest.mark.parametrize(
     "alpha", [1.5, *(pytest.param(alpha, marks=pytest.mark.slow) for alpha in (1.1, 1.9, 2.0))]
@@ -462,6 +463,7 @@ def test_derivatives(name):
         assert jnp.abs(jacobian).max() > 1e-2  # A flat point would prove nothing.
 
 
+@pytest.mark.slow
 def test_entmax_loss_derivative_in_alpha_at_its_ends():
     """At 1 and 2 the derivative is that of both sides, against differences of the oracle."""
     for alpha in (1.0, 2.0):
@@ -477,6 +479,7 @@ def test_entmax_loss_derivative_in_alpha_at_its_ends():
 # Options.
 
 
+@pytest.mark.slow
 def test_options_together():
     rng = np.random.default_rng(3)
     for axis, shape in ((-1, (4, 6)), (1, (2, 5, 3)), (0, (5, 4))):
@@ -733,6 +736,7 @@ def test_an_ignore_index_that_the_labels_cannot_hold():
         assert (loss > 1).all()
 
 
+@pytest.mark.slow
 def test_a_dropped_label_has_an_infinite_loss():
     logits, labels = jnp.array([[0.0, 1.0, -INF], [0.0, 1.0, 2.0]]), jnp.array([2, 1])
     keep = jnp.array([[True, True, True], [True, False, True]])
@@ -747,6 +751,7 @@ def test_a_dropped_label_has_an_infinite_loss():
         assert grad[0, 2] == grad[1, 1] == 0
 
 
+@pytest.mark.slow
 def test_a_dropped_label_is_constant_in_every_variant():
     """Nothing moves an infinite loss; what has no weight costs nothing."""
     logits, label = jnp.array([0.3, -INF, 0.1]), jnp.asarray(1)
@@ -781,6 +786,7 @@ def test_a_label_on_minus_infinity(name):
     assert dirty == slope
 
 
+@pytest.mark.slow
 def test_checkify_names_the_label_and_its_row():
     fns = [
         sj.cross_entropy,
@@ -896,6 +902,7 @@ def test_a_nan_among_many_is_seen(n):
         assert np.flatnonzero(np.isnan(grad(logits, labels)).any(1)).tolist() == [17]
 
 
+@pytest.mark.slow
 def test_soft_cross_entropy_at_the_edges():
     cases = [
         ([0.0, 0.0, -INF], [0.5, 0.5, 0.0], [True] * 3, np.log(2)),
@@ -1083,6 +1090,7 @@ def test_mean_loss_refuses_what_does_not_fit():
 # Memory.
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "name",
     [
@@ -1163,6 +1171,7 @@ def test_errors_name_what_is_no_array_or_no_int(bad):
                 call(bad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", [1.0, 20.0, 40.0])
 def test_second_derivatives_of_a_confident_label(distance):
     """Of L = log(1 + e^-d) by s = 1 / (1 + e^d): L' = -s, L'' = s (1 - s)."""

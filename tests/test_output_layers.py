@@ -76,6 +76,7 @@ def close(actual, desired, rtol=1e-12, atol=1e-12):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reduction", "block_size"),
     [("mean", 4)]
@@ -110,6 +111,7 @@ def test_all_options_together(reduction, block_size):
     close(jax.jvp(ours, args, dots)[1], jax.jvp(theirs, args, dots)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [3, pytest.param(None, marks=SLOW)])
 def test_the_gradient_found_with_the_value(block_size):
     """Of all options together; only what is asked for; and the modes that it gives up."""
@@ -310,6 +312,7 @@ def test_any_shape_of_tokens(block_size):
     close(loss, plain_loss(features, weights, labels, reduction=None).reshape(3, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [5, pytest.param(23, marks=SLOW)])
 def test_statistics(block_size):
     features, weights, labels = draw()
@@ -395,6 +398,7 @@ def test_a_label_out_of_range_is_no_other_class(block_size):
     assert f"label {2**31 - 1} of row 2" in error.get()
 
 
+@pytest.mark.slow
 def test_a_bias_of_minus_infinity_drops_a_class():
     features, weights, labels = draw(classes=6)
     labels = jnp.where(labels == 4, 0, labels)
@@ -425,6 +429,7 @@ def test_an_infinite_bias_is_constant_in_the_temperature(block_size):
     assert jax.jacrev(loss)(2.0).tolist() == jax.jacfwd(loss)(2.0).tolist() == [0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [None, 2])
 def test_a_soft_cap_of_infinity_bounds_nothing(block_size):
     x, w, labels = draw(tokens=2, width=2, classes=3)
@@ -441,6 +446,7 @@ def test_a_soft_cap_of_infinity_bounds_nothing(block_size):
     close(*(jax.value_and_grad(biased)(2.0, high) for high in (INF, 1e3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("scale", [30.0, *(pytest.param(s, marks=SLOW) for s in (1.0, 1e3))])
 def test_half_precision(dtype, scale):
@@ -524,6 +530,7 @@ def spoil(array, place):
     return array.at[place].set(jnp.resize(jnp.array([NAN, INF, -INF]), array[place].shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=SLOW)])
 def test_what_a_bias_drops_may_hold_anything(block_size):
     features, weights, labels = draw(classes=6)

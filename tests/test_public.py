@@ -182,6 +182,7 @@ def test_docstring_names_every_argument(name):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 @every_function
 def test_example(name):
     fn = getattr(sj, name)

@@ -182,6 +182,7 @@ def test_edges(name):
     assert fn(jnp.asarray(3.0)) == 3.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["logsumexp", "logmeanexp", "mellowmax"])
 @pytest.mark.parametrize(
     ("logits", "keep"),

@@ -45,6 +45,7 @@ def test_candidates_are_log_uniform(dtype):
         assert abs(np.sum(rare % 2) - len(rare) / 2) <= 6 * np.sqrt(len(rare)) / 2
 
 
+@pytest.mark.slow
 def test_the_sum_has_no_bias_and_its_logarithm_has():
     """E[exp(estimate)] is exp(loss), and the estimate is too small, by O(1 / m)."""
     features, weights, bias, labels = draw()
@@ -87,6 +88,7 @@ def test_gradients_reach_drawn_classes_alone():
     assert set(reached) == set(drawn) | set(np.asarray(labels))
 
 
+@pytest.mark.slow
 def test_labels_that_are_none():
     features, weights, bias, labels = draw()
     labels = labels.at[0].set(-1).at[2].set(CLASSES)

@@ -326,6 +326,7 @@ def test_wrong_arguments():
             call()
 
 
+@pytest.mark.optimized
 def test_memory_of_many_draws():
     """1000 x 8 draws from 50257 classes: a few numbers a class, and a few a draw."""
     logits = jnp.zeros((8, 50257), jnp.float32)

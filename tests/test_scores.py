@@ -105,6 +105,7 @@ def test_filters_at_the_edges(name):
     assert jnp.isnan(fn(jnp.array([NAN, 0.0, 1.0]), everything)).any()
 
 
+@pytest.mark.slow
 @every_filter
 def test_filters_pass_the_derivative_of_what_they_keep(name):
     logits = jnp.asarray(draw(6, (7,), scale=2.0)[0])

@@ -72,6 +72,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way",
     [
@@ -155,6 +156,7 @@ def test_draws(draw):
     assert_same(jax.jit(sharded)(keys, logits), jax.vmap(one)(keys, logits))
 
 
+@pytest.mark.slow
 def test_cross_entropy_of_rows_that_are_spread_over_an_explicit_mesh():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(8, 70000)))
     labels = jnp.arange(8)

@@ -123,6 +123,7 @@ def test_the_derivative_in_alpha_at_one_is_the_limit():
         assert_close(derivative(1.0 + step), expected, rtol=0, atol=step + 1e-9)
 
 
+@pytest.mark.slow
 def test_second_derivatives_in_alpha():
     logits = jnp.asarray(draw(7, (5,), scale=1.0)[0])
     fn = lambda a: sj.entmax(logits, a) @ jnp.arange(5.0)
@@ -151,6 +152,7 @@ def test_soft_top_k(kind, dtype):
         assert_close(actual, expected, rtol=0, atol=8 * eps(dtype))
 
 
+@pytest.mark.slow
 @every_kind
 def test_soft_top_k_has_axes_and_a_k_per_slice(kind):
     logits, keep = draw(9, (2, 3, 4))
@@ -189,6 +191,7 @@ def test_a_k_that_cannot_be_is_nan_or_an_error(kind):
             sj.soft_top_k(logits, k, kind=kind)
 
 
+@pytest.mark.slow
 @every_kind
 def test_the_derivative_in_k(kind):
     """dp/dk = q = w / W, which sums to one."""
@@ -222,6 +225,7 @@ def test_capped_with_separated_logits_is_the_hard_choice():
     assert_close(grad, np.zeros(4), rtol=0)
 
 
+@pytest.mark.optimized
 def test_the_memory_of_a_gradient_is_that_of_the_value():
     """The iterations that find the threshold leave nothing behind."""
     logits = jnp.asarray(draw(13, (64, 512), dtype="float32")[0])

@@ -103,6 +103,7 @@ def test_derivatives_are_those_of_the_dense_maps(name, mode):
         assert jnp.abs(other).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_a_map_of_a_users_own():
     """entmax of a learnt alpha, whose derivative is that of `sj.entmax`; and softmax."""
     queries, keys, values = draw(2)
@@ -128,6 +129,7 @@ def test_a_map_of_a_users_own():
     assert_close(as_softmax, plain, rtol=0, atol=64 * eps("float64"))
 
 
+@pytest.mark.slow
 def test_tiles_without_weight_are_skipped():
     """Two of four blocks of keys lie below the threshold of every query."""
     keys = jnp.zeros((1, 16, 1, 1)).at[:, 5:7].set(3.0).at[:, 12].set(2.75)
@@ -151,6 +153,7 @@ def test_tiles_without_weight_are_skipped():
     np.testing.assert_array_equal(found.kinds, [[0, 2, 0, 2]] * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["sparsemax", pytest.param("entmax15", marks=pytest.mark.slow)]
 )

@@ -93,6 +93,7 @@ def test_ranking_keeps_its_digits():
     assert_close(shifted, expected, rtol=16 * eps("float32"))
 
 
+@pytest.mark.slow
 def test_ranking_of_special_indices():
     logits = jnp.array([1.0, 0.0, -INF, 3.0])
     indices = jnp.array([0, -1, 2, 0, 7, 3, 1])
@@ -111,6 +112,7 @@ def test_ranking_of_special_indices():
     assert jnp.isnan(sj.ranking_log_prob(jnp.array([NAN, 0.0]), jnp.array([1]))).all()
 
 
+@pytest.mark.slow
 def test_subsets_at_the_edges():
     logits = jnp.array([[INF, 0.0, -INF, INF], [NAN, 0, 0, 0], [-INF] * 4, [0, -INF, -INF, 1]])
     with jax.debug_nans(False):

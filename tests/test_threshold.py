@@ -71,6 +71,7 @@ def test_second_derivative(name):
         assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.slow
 @every_map
 def test_jacobian_is_symmetric_and_has_no_negative_direction(name):
     """It is the Hessian of a convex function, and a shift changes nothing."""
@@ -96,6 +97,7 @@ def test_jacobian_in_float32_keeps_its_digits(name):
         assert_close(actual, exact, rtol=0, atol=16 * eps("float32"))
 
 
+@pytest.mark.slow
 @every_map
 def test_a_long_slice_has_a_jacobian_that_annihilates_shifts(name):
     """n = 10000, where a careless mean of tangents would drift."""

@@ -16,10 +16,7 @@ from tests.catalogue import CATALOGUE
 from tests.helpers import DTYPES, assert_close, assert_same, eps
 
 # One entry a kind of function by default; the others share what is looked at here.
-_KINDS = {
-    *("softmax", "logsumexp", "sparsemax", "soft_top_k-capped", "segment_softmax"),
-    *("top_p_filter", "cross_entropy"),
-}
+_KINDS = {"softmax", "sparsemax", "soft_top_k-capped", "segment_softmax", "cross_entropy"}
 _marks = {entry: [pytest.mark.slow] if entry.title not in _KINDS else [] for entry in CATALOGUE}
 every_entry = pytest.mark.parametrize(
     "entry", [pytest.param(e, marks=m, id=e.title) for e, m in _marks.items()]
@@ -329,6 +326,7 @@ def test_scan_of_remat(entry):
         assert_close(got, wanted, **ROUNDINGS)
 
 
+@pytest.mark.optimized
 @every_dtype
 def test_differentiation_does_not_change_the_value(entry, dtype):
     floats, others = entry.arguments(dtype=dtype)
@@ -381,6 +379,7 @@ SCALAR_OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_python_numbers_keep_the_dtype_and_are_not_static(dtype):
     logits = jnp.asarray(np.linspace(-1, 1, 6).reshape(2, 3).astype(jnp.dtype(dtype)))
