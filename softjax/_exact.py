@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ FAR = 1000.0  # this far below the peak a score has no weight: exp is 0 in float
 BLOCK = 64  # terms that one running sum takes
 LONG = 32768  # terms that XLA's sum of the last axis takes
 SMALL = 4096  # entries below which XLA sums an array term by term
-FEW = 8  # terms that lose nothing to speak of in a running sum
+FEW = 4  # terms that lose nothing to speak of in a running sum
 
 
 def capped(x: Array, cap: Array) -> Array:
@@ -64,8 +64,9 @@ def centre(
     """
     limits = jnp.finfo(x.dtype)
     highest = float(limits.max)
-    # (A select, for the reason that `where_finite` gives.)
+    # (Selects, for the reason that `where_finite` gives.)
     anchor = jnp.where(jnp.isfinite(peak), peak, jnp.where(peak == jnp.inf, highest, 0))
+    anchor = jnp.where(jnp.isnan(peak), peak, anchor)
     reach: Array | float = FAR
     if temperature is not None:
         # Below the smallest normal number a temperature may be flushed to 0, and is 0.
@@ -77,22 +78,30 @@ def centre(
     dead = x < spread(jnp.where(jnp.isinf(peak), jnp.inf, lowest))
     kept = jnp.where(dead, spread(anchor), x)
     kept = jnp.where(kept > highest, highest, kept)  # Infinite ones are at the anchor.
-    near, errors = two_difference(kept, spread(anchor))
     # (In as few steps as there may be: a loop of many is given to threads, however short.)
     dropped = x < spread(jnp.where(peak == jnp.inf, jnp.inf, -highest))
     values = jnp.where(dropped, -jnp.inf, jnp.minimum(x, highest) - spread(anchor))
-    if temperature is not None:
-        flat = jnp.isinf(temperature)
-        divisor = spread(jnp.where(cold | flat, 1, temperature))
-        near, remainder = two_quotient(near, divisor)
-        # A quotient by a row may be a product, which a compiler may fuse, unrounded, with a
-        # difference that follows: a select comes between.
-        near = jnp.where(dead, 0, jnp.where(spread(flat), near * 0, near))  # NaN stays.
-        errors = jnp.where(spread(flat), 0, remainder + errors / divisor)
-        values = jnp.where(spread(cold) | dropped, -jnp.inf, values / divisor)
-        values = jnp.where(dead, values, near)
-        dropped = values == -jnp.inf
-    return Scores(values, near, lax.stop_gradient(errors), dead, dropped)
+    if temperature is None:
+        near, errors = two_difference(kept, spread(anchor))
+        return Scores(values, near, lax.stop_gradient(errors), dead, dropped)
+    flat = jnp.isinf(temperature)
+    divisor = jnp.where(cold | flat, 1, temperature)
+    values = jnp.where(spread(cold) | dropped, -jnp.inf, values / spread(divisor))
+    # In a unit in which no difference overflows and no rounding error is flushed to 0.
+    fine = 2.0 ** (2 * limits.nmant + 8)
+    unit = jnp.where(
+        divisor < 1 / fine, fine, jnp.where(temperature > highest / 2**12, 0.25, 1)
+    )
+    within = lambda x: jnp.clip(x, -highest, highest)
+    near, errors = two_difference(within(kept * spread(unit)), spread(within(anchor * unit)))
+    divisor = spread(jnp.where(flat, 1, divisor * unit))
+    near, remainder = two_quotient(near, divisor)
+    # A quotient by a row may be a product, which a compiler may fuse, unrounded, with a
+    # difference that follows: a select comes between.
+    near = jnp.where(dead, 0, jnp.where(spread(flat), near * 0, near))  # NaN stays.
+    errors = jnp.where(spread(flat), 0, remainder + errors / divisor)
+    values = jnp.where(dead, values, near)
+    return Scores(values, near, lax.stop_gradient(errors), dead, values == -jnp.inf)
 
 
 def centre_at(
@@ -202,19 +211,25 @@ def long_total(
 def _total(x: Array, axis: int, term: Callable[[Array], Array]) -> Array:
     add = functools.partial(jnp.sum, axis=axis, keepdims=True)
     in_two = lambda x: operator.add(*sum_in_two(x, add, lambda row: row))
-    if x.shape[axis] > FEW and x.size < SMALL:
+    length, is_last = x.shape[axis], axis == x.ndim - 1
+    if _exceeds(length, FEW) and _exceeds(SMALL, x.size):
         # (Of a batch of small arrays, which may be large, another choice is made.)
         small = jax.custom_batching.custom_vmap(lambda x: in_two(term(x)))
         small.def_vmap(lambda _, __, x: (_total(x, axis + 1, jax.vmap(term)), True))
         return small(x)
-    if _is_long(x, axis):
-        return in_two(_partial_sums(x, axis, term))
+    if _exceeds(length, LONG if is_last else FEW):
+        return in_two(_partial_sums(x, axis, term, BLOCK if is_last else FEW))
     return add(term(x))
 
 
 def _is_long(x: Array, axis: int) -> bool:
     """Whether XLA's own sum loses digits: the last axis it sums in a tree, others in a run."""
-    return x.shape[axis] > (LONG if axis == x.ndim - 1 else BLOCK)
+    return _exceeds(x.shape[axis], LONG if axis == x.ndim - 1 else BLOCK)
+
+
+def _exceeds(a: Any, b: Any) -> bool:
+    """Whether a > b; not if that is open, as the sizes of an export may be."""
+    return isinstance(a, int) and isinstance(b, int) and a > b
 
 
 def sum_in_two(
@@ -230,12 +245,14 @@ def sum_in_two(
     return total(leading), total(x - leading)
 
 
-def _partial_sums(x: Array, axis: int, term: Callable[[Array], Array] = lambda x: x) -> Array:
+def _partial_sums(
+    x: Array, axis: int, term: Callable[[Array], Array] = lambda x: x, block: int = BLOCK
+) -> Array:
     # Terms are formed block by block, or XLA would write them all out before it sums them.
     length = x.shape[axis]
-    whole = length - length % BLOCK
+    whole = length - length % block
     head = lax.slice_in_dim(x, 0, whole, axis=axis)
-    shape = (*x.shape[:axis], whole // BLOCK, BLOCK, *x.shape[axis + 1 :])
+    shape = (*x.shape[:axis], whole // block, block, *x.shape[axis + 1 :])
     sums = jnp.sum(term(head.reshape(shape)), axis + 1)
     if whole == length:
         return sums

@@ -180,6 +180,6 @@ def _one_minus_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
 
 
 def reciprocal(x: Array) -> Array:
-    """1 / x, and 0 where x is 0 or infinite: no derivative goes that way."""
-    usable = (x != 0) & jnp.isfinite(x)
+    """1 / x, and 0 where x is 0, subnormal or infinite: no derivative goes that way."""
+    usable = (jnp.abs(x) >= jnp.finfo(x.dtype).tiny) & jnp.isfinite(x)
     return jnp.where(usable, 1 / jnp.where(usable, x, 1), 0)

@@ -127,22 +127,47 @@ def test_dense_maps_of_a_hundred_thousand(dtype):
 @pytest.mark.parametrize("n", [9, 64, 1000, 4095])
 def test_one_slice_of_equal_scores_below_its_peak(n, axis, dtype):
     """A running sum of so many equal terms rounds most of them the same way."""
-    for margin in np.linspace(0.1, 87.3, 60):
+    mp = oracles.mp
+    for margin in np.linspace(0.1, 87.3, 20):
         logits = np.full((n, 1) if axis == 0 else (1, n), -margin).astype(dtype)
         logits[0, 0] = 0
-        others = (n - 1) * oracles.mp.exp(float(logits[-1, -1]))
-        log_probs = [
-            -oracles.mp.log1p(others),
-            -oracles.mp.log1p(others) + float(logits[-1, -1]),
-        ]
-        for name, want in (
-            ("log_softmax", log_probs),
-            ("softmax", map(oracles.mp.exp, log_probs)),
-        ):
+        score = float(logits[-1, -1])
+        threshold = mp.log1p((n - 1) * mp.exp(score))
+        log_probs = [-threshold, score - threshold]
+        for name, want in (("log_softmax", log_probs), ("softmax", map(mp.exp, log_probs))):
             got = np.asarray(getattr(sj, name)(jnp.asarray(logits), axis=axis)).reshape(-1)
             exact = np.array([np.longdouble(str(value)) for value in want])
             exact = np.repeat(exact, (1, n - 1))
             assert worst(got, exact, dtype) <= 4, (name, margin)
+
+
+def test_many_slices_of_equal_scores_below_their_peaks():
+    """Along the first axis XLA runs through the terms, however many columns there are."""
+    n, columns, mp = 65, 20000, oracles.mp
+    for margin in (0.7, 6.9, 9.703582170936475):
+        logits = np.full((n, columns), -margin)
+        logits[0] = 0
+        exact = -mp.log1p((n - 1) * mp.exp(-margin))
+        for name, want in (("log_softmax", exact), ("softmax", mp.exp(exact))):
+            got = np.asarray(getattr(sj, name)(jnp.asarray(logits), axis=0))[0]
+            assert ulp_error(got, np.longdouble(str(want))).max() <= 4
+
+
+@every_wide_dtype
+def test_temperatures_of_all_sizes(dtype):
+    """What rounding takes is not flushed to 0, and no difference overflows."""
+    info = finfo(dtype)
+    draws = np.random.default_rng(0).uniform(-1, 1, (40, 7))
+    for temperature in (1.1 * info.tiny, 1e8 * info.tiny, 1e-10, 1e10, 1e-2 * info.max):
+        for scale in (0.3, 3.0, 30.0):
+            logits = (np.longdouble(temperature) * scale * draws).astype(dtype)
+            logits = np.where(np.abs(logits) < info.tiny, 0, logits)
+            logits = np.where(np.isfinite(logits), logits, -info.max).astype(dtype)
+            rate = np.asarray(temperature, dtype)
+            for name in ("softmax", "log_softmax"):
+                exact = getattr(oracles, f"fast_{name}")(logits, temperature=float(rate))
+                got = getattr(sj, name)(jnp.asarray(logits), temperature=rate)
+                assert worst(got, exact, dtype) <= 4, (name, temperature, scale)
 
 
 every_size = pytest.mark.parametrize(

@@ -206,3 +206,12 @@ def test_a_nan_outlasts_an_infinite_temperature(name):
     keep = jnp.array([True, False, True])
     assert jnp.isnan(fn(logits)[0]).all()
     assert jnp.isfinite(fn(logits, where=keep)[0, ::2]).all()
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "sparsemax", "logsumexp"])
+def test_exports_for_any_number_of_slices(name):
+    fn = jax.jit(functools.partial(getattr(sj, name), axis=-1))
+    shape = jax.export.symbolic_shape("slices, 20")
+    exported = jax.export.export(fn)(jax.ShapeDtypeStruct(shape, jnp.float64))
+    logits = jnp.asarray(draw(0, (3, 20))[0])
+    assert_close(exported.call(logits), fn(logits), rtol=1e-14)

@@ -139,7 +139,7 @@ def test_dropped_places_do_not_leak(name):
 @every_map
 def test_a_kept_nan_is_seen(name):
     fn = MAPS[name]
-    for logits in ([NAN, 0.0, 1.0], [NAN, INF, 1.0], [NAN, NAN, NAN]):
+    for logits in ([NAN, 0.0, 1.0], [NAN, INF, 1.0], [NAN, NAN, NAN], [NAN, -1e5, 1e5]):
         assert jnp.isnan(fn(jnp.array(logits))).all(), logits
     # In its own slice only, and not in the dropped places of that slice.
     logits, keep = _arrays([[NAN, 0.0], [0.0, 0.0]], [[True, True], [True, True]])
@@ -186,6 +186,17 @@ def test_ends_of_the_temperature(name):
             for derivative in derivatives:
                 for part in jax.tree.leaves(derivative(logits, jnp.asarray(temperature))):
                     assert (part == 0).all()
+
+
+@pytest.mark.parametrize("name", [n for n in MAPS if n not in TOP_K])
+def test_a_difference_beyond_the_largest_number(name):
+    fn = MAPS[name]
+    logits = jnp.array([HUGE, -HUGE, -INF])
+    assert_close(fn(logits, temperature=INF), [0.5, 0.5, 0.0], rtol=1e-15)
+    expected = fn(jnp.array([1.0, 0.0, -INF]))
+    assert_close(fn(logits / 2, temperature=HUGE), expected, rtol=1e-15)
+    grad = jax.grad(lambda z: fn(z, temperature=HUGE)[0])(logits)
+    assert jnp.isfinite(grad).all()
 
 
 @pytest.mark.slow
