@@ -45,7 +45,8 @@ every_dtype = pytest.mark.parametrize(
 # They end in sums of products, which a compiler may fuse, or not, in its own way: their values
 # with and without differentiation may differ by a rounding.
 FUSED = ("entropy", "cross_entropy-options", "class_balanced_weights", "policy_entropy")
-FUSED += ("qk_norm", "scalable_queries")
+FUSED += ("qk_norm", "scalable_queries", "expected_value", "actor_critic_value")
+FUSED += ("clipped_surrogate_loss",)
 
 # Compiled apart, the same function may be fused, and so rounded, in another way.
 ROUNDINGS = {"rtol": 32 * eps("float64"), "atol": 32 * eps("float64")}
