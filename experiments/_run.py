@@ -134,6 +134,9 @@ def launch(experiment: Experiment[ConfigT], args: Sequence[str] | None = None) -
         description=experiment.question,
         args=args,
     )
+    if config.quick:
+        # XLA's optimizations would take longer than what they save in so short a run.
+        jax.config.update("jax_disable_most_optimizations", True)
     start = time.perf_counter()
     with _progress() as track:
         arrays = experiment.run(config, track)
