@@ -80,7 +80,10 @@ def worst(actual, exact, dtype):
 
 def thinned(n, dtype):
     """Every how many cases are taken: few of the long ones, fewer of those computed alike."""
-    return 1 if n <= 1000 else 3 if dtype in ("float32", "float64") else 11
+    if n < 1000:
+        return 1
+    every, half = (1, 5) if n == 1000 else (3, 11)
+    return every if dtype in ("float32", "float64") else half
 
 
 @functools.cache
