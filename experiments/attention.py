@@ -247,7 +247,7 @@ def _recall_sample(key: Array, count: int, config: Config, length: int) -> Any:
 
 def _whole(draws: Array, count: int) -> Array:
     """Whole numbers below `count` from uniform draws in [0, 1)."""
-    return jnp.minimum((draws * count).astype(jnp.int32), count - 1)
+    return jnp.minimum((draws * count).astype(int), count - 1)
 
 
 def _recall_apply(params: Params, tokens: Array, attend: Attend) -> Array:
