@@ -33,10 +33,9 @@ def in_blocks(search: Callable[..., Tree]) -> Callable[..., Tree]:
         shape = jax.tree.leaves(entries)[0].shape
         if not isinstance(slices, AlongAxes):
             return search(slices, entries, *rows)
-        size = math.prod(shape[i] for i in slices.axes)
-        if not isinstance(math.prod(shape), int):  # An export for any size.
-            return search(slices, entries, *rows)
-        if size == 0 or math.prod(shape) <= max(size, BLOCK) or is_spread(entries):
+        size, whole = math.prod(shape[i] for i in slices.axes), math.prod(shape)
+        is_open = not isinstance(whole, int)  # In an export for any size.
+        if is_open or size == 0 or whole <= max(size, BLOCK) or is_spread(entries):
             return search(slices, entries, *rows)
         return lax.platform_dependent(
             entries,

@@ -175,10 +175,6 @@ SCORES = {
 }
 
 
-def marked(cases, default):
-    return [pytest.param(c, marks=[] if c in default else [pytest.mark.slow]) for c in cases]
-
-
 def flex(mask, keep, shapes, score):
     args = (
         *draw("float32", (B, T, N, H), (B, S, K, H), (B, S, K, H)),
@@ -193,14 +189,14 @@ def flex(mask, keep, shapes, score):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", marked(MASKS, ("neighbours in a picture",)))
+@pytest.mark.parametrize("name", MASKS)
 def test_masks(name):
     flex(*MASKS[name], *NO_SCORE)
 
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", marked(SCORES, ("table of distances",)))
+@pytest.mark.parametrize("name", SCORES)
 def test_scores(name):
     flex(*EVERYWHERE, *SCORES[name])
 
