@@ -8,7 +8,7 @@ probabilities near 1 keep their distance from it.
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._exact import Scores, centre, log1p, two_quotient
+from softjax._exact import Scores, centre, log1p
 from softjax._slices import Slices
 from softjax._threshold import Family, Solution
 
@@ -29,22 +29,20 @@ def _solve(
     if sink is not None:
         peak = jnp.maximum(peak, lax.stop_gradient(sink))
     scores = centre(logits, peak, temperature, slices.spread)
-    scores_of_sink = None
+    marked, marked_sink = exponentials(scores), None
     if sink is not None:
-        scores_of_sink = centre(sink, peak, temperature, lambda row: row)
-    marked, marked_sink, num_peaks, others = exponentials(scores, slices, scores_of_sink)
+        marked_sink = exponentials(centre(sink, peak, temperature, lambda row: row))
+    num_peaks, others = split_at_peak(marked, slices, marked_sink)
     empty = peak == -jnp.inf
     total = jnp.where(empty, 1, num_peaks + others)
     others += jnp.where(empty, 0, num_peaks - 1)
-    threshold = jnp.where(empty, 0, log1p(others))
-    # XLA divides by a number a slice by multiplying with its rounded inverse; here the
-    # inverse comes with its error. (Behind the barrier, or it would be found once an entry.)
-    inverse, error = two_quotient(jnp.full_like(total, 1 / _UNIT), total)
-    error = lax.stop_gradient(error)
-    inverse, error, threshold = lax.optimization_barrier((inverse, error, threshold))
+    # (Behind the barrier, or it would be found once an entry.)
+    threshold = lax.optimization_barrier(jnp.where(empty, 0, log1p(others)))
     weights = _unmark_peaks(marked)
-    shares = weights * slices.spread(inverse) + weights * slices.spread(error)
-    probs = jnp.where(weights == 0, 0, shares)
+    vanish = weights == 0
+    # (Of a divisor that is one number a slice XLA would take the rounded inverse.)
+    divisor = jnp.where(vanish, 1, slices.spread(total * _UNIT))
+    probs = jnp.where(vanish, 0, weights / divisor)
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
     leak = None if marked_sink is None else _unmark_peaks(marked_sink) / _UNIT / total
@@ -57,17 +55,12 @@ _LIFT = 64
 _UNIT = 2.0**_LIFT
 
 
-def exponentials(
-    scores: Scores, slices: Slices, scores_of_sink: Scores | None = None
-) -> tuple[Array, Array | None, Array, Array]:
-    """Weights, times 2^64 and with peaks marked; how many peaks; the sum of all others."""
-    marked, marked_sink = mark_peaks(scores.exp(_LIFT), _UNIT), None
-    if scores_of_sink is not None:
-        marked_sink = mark_peaks(scores_of_sink.exp(_LIFT), _UNIT)
-    return marked, marked_sink, *split_at_peak(marked, slices, marked_sink, _UNIT)
+def exponentials(scores: Scores) -> Array:
+    """Weights times 2^64, with peaks marked."""
+    return mark_peaks(scores.exp(_LIFT))
 
 
-def mark_peaks(weights: Array, unit: float = 1.0) -> Array:
+def mark_peaks(weights: Array, unit: float = _UNIT) -> Array:
     """The weights, with -unit for those of peaks, which are the unit."""
     return jnp.where(weights == unit, weights - 2 * unit, weights)
 
@@ -77,9 +70,9 @@ def _unmark_peaks(marked: Array) -> Array:
 
 
 def split_at_peak(
-    marked: Array, slices: Slices, marked_sink: Array | None = None, unit: float = 1.0
+    marked: Array, slices: Slices, marked_sink: Array | None = None, unit: float = _UNIT
 ) -> tuple[Array, Array]:
-    """How many weights are that of the peak, and the sum of all others, in its unit."""
+    """How many weights are that of the peak, and the sum of all others in its unit."""
     # A running sum rounds every small weight that it adds to the peak's the same way, so
     # the peak is left out; a maximum is the cheapest way to do that.
     total, others = slices.sum(marked), slices.total(lax.stop_gradient(marked), _positive)

@@ -219,7 +219,7 @@ def _observe(plan: Plan, start: Array, block: Layer, labels: Array) -> _Seen:
     peak = lax.stop_gradient(jnp.max(scores, 1))
     below = _lower(scores, peak)
     weights = jnp.exp(below)
-    num_peaks, others = split_at_peak(mark_peaks(weights), AlongAxes((1,)))
+    num_peaks, others = split_at_peak(mark_peaks(weights, 1.0), AlongAxes((1,)), unit=1.0)
     rest = jnp.where(peak == -jnp.inf, 0, jnp.squeeze(others + (num_peaks - 1), 1))
     moment = jnp.zeros_like(peak)
     argmax = jnp.zeros(peak.shape, jnp.int32)

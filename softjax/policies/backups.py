@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._exact import centre, log1p, where_finite
-from softjax._exponential import SOFTMAX, exponentials
+from softjax._exponential import SOFTMAX, exponentials, split_at_peak
 from softjax._inputs import (
     NONNEGATIVE,
     PROBABILITY,
@@ -89,7 +89,7 @@ def _soft_maximum(axes: tuple[int, ...], x: Array, temperature: Array | None) ->
     slices = AlongAxes(axes)
     peak = jax.lax.stop_gradient(slices.max(x))
     scores = centre(x, peak, temperature, slices.spread)
-    _, _, num_peaks, others = exponentials(scores, slices)
+    num_peaks, others = split_at_peak(exponentials(scores), slices)
     extra = log1p(jnp.where(peak == -jnp.inf, 0, num_peaks - 1 + others))
     row = peak
     if temperature is not None:
