@@ -1,11 +1,15 @@
 """Every test runs in 64-bit, with strict promotion of dtypes and ranks, on four CPU devices.
 
-Compilation takes nearly all the time of the tests, so XLA leaves out most optimizations, but
-where a test is marked `optimized`: there it compiles what users have.
+Compilation takes most of the time of the tests, so XLA leaves out most optimizations, and
+takes the faster of its two emitters of code, but where a test is marked `optimized`: there it
+compiles what users have.
 """
+
+import functools
 
 import jax
 import pytest
+from jax._src import compiler
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -13,6 +17,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 4)  # For meshes; all else runs on the first.
 
 FEW = "jax_disable_most_optimizations"
+QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+
+# JAX takes such options from a caller of `jit` alone. (Where it no longer has this function,
+# the tests are slower, and nothing else.)
+if get_compile_options := getattr(compiler, "get_compile_options", None):
+
+    @functools.wraps(get_compile_options)
+    def with_quick_options(*args, env_options_overrides=None, **kwargs):
+        quick = QUICK if jax.config.values[FEW] else {}
+        overrides = quick | (env_options_overrides or {})
+        return get_compile_options(*args, env_options_overrides=overrides, **kwargs)
+
+    compiler.get_compile_options = with_quick_options
 
 
 @pytest.fixture(autouse=True)

@@ -47,7 +47,7 @@ def close(actual, desired, tolerance=1e-12):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("together", "block_size"),
-    [(4, 3), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((256, None), (1, 2)))],
+    [(4, 3), (256, None), (1, 2)],
 )
 def test_all_clusters_in_every_mode(together, block_size, monkeypatch):
     monkeypatch.setattr(adaptive, "_TOGETHER", together)

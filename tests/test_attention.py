@@ -346,9 +346,7 @@ def test_what_is_not_seen_reaches_nothing(way):
 
 @pytest.mark.slow
 @mostly_streamed
-@pytest.mark.parametrize(
-    "squashed", ["soft cap", pytest.param("score", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("squashed", ["soft cap", "score"])
 def test_a_bias_of_minus_inf_hides_what_stands_there(way, squashed):
     """Below a cap or a score function too: their derivatives there, and NaN in both tokens."""
     queries, keys, values = draw(16)
@@ -470,10 +468,7 @@ def test_large_scores(way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype",
-    ["bfloat16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "float32"))],
-)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_narrow_types_lose_no_more_than_the_naive_way(dtype):
     """The largest errors, of values and gradients, against those of plain code in that type."""
     shape = (1, 40, 40, 2, 1, 16, 16)
@@ -547,10 +542,7 @@ def test_vmap_over_all_and_over_some():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mode",
-    ["gradient", pytest.param("reverse over reverse", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("mode", ["gradient", "reverse over reverse"])
 def test_inside_a_scan_of_remat(mode):
     """Layers that share their weights; the second derivative too."""
     _, keys, values = draw(12, shape=(1, 4, 6, 2, 1, 3, 3))
@@ -656,7 +648,7 @@ def test_dropout():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["gradient", pytest.param("jvp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["gradient", "jvp"])
 def test_derivatives_under_dropout(mode):
     """Those of attention with the dropped weights fixed to 0."""
     arrays = draw(14, shape=(2, 16, 16, 2, 1, 3, 16))
@@ -746,9 +738,7 @@ def test_no_sink_and_nothing_seen(way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "normalizer", ["softmax", pytest.param("sparsemax", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])
 def test_gradient_of_vmap(normalizer):
     """The kinds of tiles are those of the whole batch, or no branch would have a transpose."""
     queries = jnp.asarray(np.random.default_rng(0).standard_normal((2, 12, 1, 4)))

@@ -44,10 +44,7 @@ def test_info_nce(symmetric):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "entries",
-    [pytest.param(n, marks=pytest.mark.slow) for n in (2**20, 1)] + [3 * PAIRS],
-)
+@pytest.mark.parametrize("entries", [2**20, 1, 3 * PAIRS])
 def test_siglip_loss(entries, monkeypatch):
     """All keys at once, three at a time with one left over, and one by one."""
     monkeypatch.setattr(contrastive, "ENTRIES", entries)

@@ -52,9 +52,7 @@ def close(actual, desired, tolerance=1e-12):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "block_size", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (None, 1))]
-)
+@pytest.mark.parametrize("block_size", [4, None, 1])
 def test_all_options_together(block_size):
     args = draw()
     ours = lambda args: sj.linear_distillation_loss(**args, block_size=block_size)
@@ -95,7 +93,7 @@ def heads():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("block_size", [4, None])
 def test_dropped_classes(block_size):
     args = heads()
     drop = jnp.zeros(CLASSES).at[3].set(-INF)
@@ -190,7 +188,7 @@ def test_what_does_not_count_may_hold_anything(block_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("block_size", [4, None])
 def test_the_limit_of_endless_temperature(block_size):
     """Half the variance of the difference of the logits, from far below the limit on."""
     full = {name: x.astype("float32") for name, x in draw().items() if "features" in name}

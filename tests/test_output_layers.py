@@ -79,17 +79,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("reduction", "block_size"),
-    [("mean", 4)]
-    + [
-        pytest.param(reduction, size, marks=SLOW)
-        for reduction, size in (
-            (None, None),
-            ("mean", None),
-            ("sum", 1),
-            ("sum", 23),
-            (None, 4),
-        )
-    ],
+    [("mean", 4), ("mean", None), ("sum", 1), ("sum", 23), (None, 4), (None, None)],
 )
 def test_all_options_together(reduction, block_size):
     features, weights, labels = draw()
@@ -112,7 +102,7 @@ def test_all_options_together(reduction, block_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block_size", [3, pytest.param(None, marks=SLOW)])
+@pytest.mark.parametrize("block_size", [3, None])
 def test_the_gradient_found_with_the_value(block_size):
     """Of all options together; only what is asked for; and the modes that it gives up."""
     features, weights, labels = draw()
@@ -181,7 +171,7 @@ def test_dropped_labels_and_weights_of_zero(block_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=SLOW) for seed in range(1, 8))])
+@pytest.mark.parametrize("seed", range(8))
 def test_sampled_combinations_of_options(seed):
     """Any of the options, against the definition: value, gradient, JVP and Hessian."""
     rng = np.random.default_rng(seed)
@@ -230,10 +220,9 @@ def test_each_option_alone(name):
     [
         (252, 13, 507, 64),
         (0, 4, 6, 2),
-        *(
-            pytest.param(*sizes, marks=SLOW)
-            for sizes in ((1, 1, 1, None), (1, 3, 2, 1), (3, 1, 17, 5))
-        ),
+        (1, 1, 1, None),
+        (1, 3, 2, 1),
+        (3, 1, 17, 5),
     ],
 )
 def test_odd_sizes(tokens, width, classes, block_size):
@@ -313,7 +302,7 @@ def test_any_shape_of_tokens(block_size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block_size", [5, pytest.param(23, marks=SLOW)])
+@pytest.mark.parametrize("block_size", [5, 23])
 def test_statistics(block_size):
     features, weights, labels = draw()
     rest = {k: options()[k] for k in ("bias", "temperature", "soft_cap")}
@@ -448,7 +437,7 @@ def test_a_soft_cap_of_infinity_bounds_nothing(block_size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("scale", [30.0, *(pytest.param(s, marks=SLOW) for s in (1.0, 1e3))])
+@pytest.mark.parametrize("scale", [30.0, 1.0, 1e3])
 def test_half_precision(dtype, scale):
     """The gradient's relative Frobenius error, against float64 at the same rounded inputs."""
     features, weights, labels = draw(tokens=64, width=64, classes=512, dtype="float32")
@@ -531,7 +520,7 @@ def spoil(array, place):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=SLOW)])
+@pytest.mark.parametrize("block_size", [4, None])
 def test_what_a_bias_drops_may_hold_anything(block_size):
     features, weights, labels = draw(classes=6)
     labels = jnp.where(labels == 4, 0, labels)

@@ -73,22 +73,8 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param(way, marks=[] if name == "streamed" else [pytest.mark.slow], id=name)
-        for name, way in WAYS.items()
-    ],
-)
-@pytest.mark.parametrize(
-    "axes",
-    [
-        ("rows", "heads"),
-        pytest.param(("rows", None), marks=pytest.mark.slow),
-        pytest.param((None, "heads"), marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("way", [pytest.param(way, id=name) for name, way in WAYS.items()])
+@pytest.mark.parametrize("axes", [("rows", "heads"), ("rows", None), (None, "heads")], ids=str)
 def test_sequences_and_heads_of_attention(way, axes):
     """Devices see other tiles than their neighbours, and share what the score captures."""
     rows, heads = axes

@@ -154,9 +154,7 @@ def test_tiles_without_weight_are_skipped():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["sparsemax", pytest.param("entmax15", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
 def test_edges(name):
     """Nothing seen gives 0; what is not seen reaches nothing; a NaN reaches who sees it."""
     queries, keys, values = draw(3)

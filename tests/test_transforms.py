@@ -281,18 +281,24 @@ def test_hessian_in_three_orders(entry):
     rng = np.random.default_rng(0)
     weights = jnp.asarray(rng.standard_normal(fn(vector).shape))
     direction = jnp.asarray(rng.standard_normal(vector.shape))
-    scalar = lambda v: jnp.vdot(weights, fn(v))
-    grad = jax.jit(jax.grad(scalar))
-    slope = lambda v: jax.jvp(scalar, (v,), (direction,))[1]
-    forward_over_reverse = jax.jit(lambda v: jax.jvp(grad, (v,), (direction,))[1])
-    reverse_over_forward = jax.jit(jax.grad(slope))
-    reverse_over_reverse = jax.jit(jax.grad(lambda v: jnp.vdot(grad(v), direction)))
-    first = forward_over_reverse(vector)
-    scale = 1 + float(jnp.abs(first).max())
-    for other in (reverse_over_forward, reverse_over_reverse):
-        assert_close(other(vector), first, rtol=0, atol=1e-12 * scale)
     step = 2.0**-14 * direction
-    expected = (grad(vector + step) - grad(vector - step)) * 2.0**13
+    scalar = lambda v: jnp.vdot(weights, fn(v))
+    grad = jax.grad(scalar)
+    slope = lambda v: jax.jvp(scalar, (v,), (direction,))[1]
+
+    @jax.jit
+    def products(v):
+        forward_over_reverse = jax.jvp(grad, (v,), (direction,))[1]
+        reverse_over_forward = jax.grad(slope)(v)
+        reverse_over_reverse = jax.grad(lambda v: jnp.vdot(grad(v), direction))(v)
+        ends = jax.lax.map(grad, jnp.stack([v + step, v - step]))
+        return forward_over_reverse, reverse_over_forward, reverse_over_reverse, ends
+
+    first, *others, ends = products(vector)
+    scale = 1 + float(jnp.abs(first).max())
+    for other in others:
+        assert_close(other, first, rtol=0, atol=1e-12 * scale)
+    expected = (ends[0] - ends[1]) * 2.0**13
     assert_close(first, expected, rtol=0, atol=1e-6 * scale)
 
 
