@@ -82,7 +82,7 @@ def thinned(n, dtype):
     """Every how many cases are taken: few of the long ones, fewer of those computed alike."""
     if n < 1000:
         return 1
-    every, half = (1, 5) if n == 1000 else (3, 11)
+    every, half = (1, 5) if n == 1000 else (7, 11)
     return every if dtype in ("float32", "float64") else half
 
 

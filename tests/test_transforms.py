@@ -244,26 +244,14 @@ def test_jacobian_is_that_of_the_definition(entry):
             difference = np.where(np.isfinite(ahead), ahead - behind, 0) / (2 * step)
             columns.append(difference.reshape(-1))
     expected = np.stack(columns, -1)
-    for mode in (jax.jacfwd, jax.jacrev):
-        assert_close(jax.jit(mode(fn))(vector), expected, rtol=1e-6, atol=1e-6)
+    forward, reverse = jax.jit(lambda v: (jax.jacfwd(fn)(v), jax.jacrev(fn)(v)))(vector)
+    assert_close(forward, expected, rtol=1e-6, atol=1e-6)
+    # Transposes of each other, to a few roundings.
+    scale = 1 + np.abs(expected).max()
+    assert_close(reverse, forward, rtol=0, atol=64 * eps("float64") * scale)
     sizes = np.cumsum([f.size for f in entry.arguments()[0]])[:-1]
     for block in np.split(expected, sizes, axis=-1):
         assert np.abs(block).max() > 1e-2  # A flat point would prove nothing.
-
-
-@every_entry
-def test_forward_and_reverse_are_transposes(entry):
-    fn, vector, _ = flat(entry)
-    rng = np.random.default_rng(0)
-    tangent = jnp.asarray(rng.standard_normal(vector.shape))
-    _, out_dot = jax.jit(lambda v: jax.jvp(fn, (v,), (tangent,)))(vector)
-    cotangent = jnp.asarray(rng.standard_normal(out_dot.shape))
-    (bar,) = jax.jit(lambda v: jax.vjp(fn, v)[1](cotangent))(vector)
-    scale = float(jnp.abs(bar) @ jnp.abs(tangent)) + 1
-    assert (
-        abs(jnp.vdot(cotangent, out_dot) - jnp.vdot(bar, tangent))
-        <= 64 * eps("float64") * scale
-    )
 
 
 @pytest.mark.slow
