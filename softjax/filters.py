@@ -44,7 +44,8 @@ def top_k_filter(logits: ArrayLike, k: ArrayLike, *, axis: Axis = -1) -> Array:
     Args:
         logits: scores z, `[*shape]`; differentiable where kept.
         k: how many to keep, one number or one a slice, traced or not; not differentiable.
-            More than there are keeps all; 0 keeps none.
+            A fraction counts as the next whole number; more than there are keeps all; 0
+            keeps none.
         axis: axis, axes, or None for all, along which a slice runs.
 
     Returns:

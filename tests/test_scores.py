@@ -126,6 +126,7 @@ def test_top_k_of_special_numbers():
         edge = np.sort(np.asarray(logits))[::-1][k - 1]
         expected = np.where(np.asarray(logits) >= edge, logits, -INF)
         np.testing.assert_array_equal(sj.top_k_filter(logits, k), expected)
+        np.testing.assert_array_equal(sj.top_k_filter(logits, k - 0.5), expected)
     for dtype in DTYPES:
         values = jnp.asarray(draw(7, (4, 100), scale=5.0, dtype=dtype)[0])
         out = sj.top_k_filter(values, 10)
