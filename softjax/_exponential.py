@@ -46,7 +46,7 @@ def _solve(
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
     leak = None if marked_sink is None else _unmark_peaks(marked_sink) / _UNIT / total
-    return Solution(probs, margins, threshold, others / total, leak)
+    return Solution(probs, margins, threshold, leak)
 
 
 # Weights are formed times 2^64: of the sum of the others, nothing is lost where XLA flushes
