@@ -1,8 +1,8 @@
 """Softmax as a threshold map: f = exp, whose threshold is the logarithm of the sum.
 
 Exact in the working precision. Rounding of logits - peak is put back to first order, and
-beside the full sum runs the sum over all but the peak, so that log-probabilities near 0 and
-probabilities near 1 keep their distance from it.
+beside the full sum runs the sum over all but the peak, so that log-probabilities near 0 keep
+their digits.
 """
 
 import jax.numpy as jnp
