@@ -1,8 +1,8 @@
 """Softmax as a threshold map: f = exp, whose threshold is the logarithm of the sum.
 
 Exact in the working precision. Rounding of logits - peak is put back to first order, and
-beside the full sum runs the sum over all but the peak, so that log-probabilities near 0 keep
-their digits.
+beside the full sum runs the sum over all but the peak, so that log-probabilities near 0 and
+probabilities near 1 keep their distance from it.
 """
 
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def _solve(
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
     leak = None if marked_sink is None else _unmark_peaks(marked_sink) / _UNIT / total
-    return Solution(probs, margins, threshold, leak)
+    return Solution(probs, margins, threshold, others / total, leak)
 
 
 # Weights are formed times 2^64: of the sum of the others, nothing is lost where XLA flushes

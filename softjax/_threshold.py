@@ -29,6 +29,7 @@ class Solution(NamedTuple):
     probs: Array  # f(s - tau), one an entry
     margins: Array  # s - tau, one an entry; -inf where dropped
     threshold: Array  # tau, one a slice
+    complement: Array | None = None  # 1 - q of the peak, where the subtraction would cancel
     leak: Array | None = None  # the weight of the sink, one a slice
 
 
@@ -69,9 +70,9 @@ def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, S
     # one array is enough to remember: each tangent is checkpointed upon its own output.
     slices, _, temperature, index, _, _ = primals
     solution = solve(family, *primals)
-    probs, margins, threshold, leak = solution
+    probs, margins, _, complement, leak = solution
     dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents[1:])
-    rows = (temperature, index, threshold, leak)
+    rows = (temperature, index, complement, leak)
     remember = functools.partial(jax.checkpoint, prevent_cse=False)
 
     @remember
@@ -108,7 +109,7 @@ def _tangents(
     dots: tuple[Any, ...],
 ) -> Solution:
     """The rule, for tangents `dots` of which those that are None vanish."""
-    temperature, index, threshold, leak = rows
+    temperature, index, complement, leak = rows
     logits_dot, temperature_dot, index_dot, budget_dot, sink_dot = dots
     spread = slices.spread
     rate = None if temperature is None else reciprocal(temperature)
@@ -128,10 +129,15 @@ def _tangents(
         # s' = -s T'/T; a shift of s is free, so the margins stand for the scores.
         scores_dot -= jnp.where(live, margins, 0) * spread(temperature_dot * rate)
 
-    # tau' in two steps. A shift of s' is free, and after the first step what has nearly all
-    # of q is nearly 0, as is the result there: the second step cancels nothing.
-    sink_score_dot: Any = None
-    start = slices.sum(q * scores_dot)
+    pulled = q * scores_dot
+    threshold_dot = slices.sum(pulled)
+    bend_dot = None
+    if index_dot is not None and family.bend is not None:
+        bend_dot = family.bend(probs, index) * spread(index_dot)
+        threshold_dot += slices.sum(bend_dot) * per_mass
+    if budget_dot is not None:
+        threshold_dot -= budget_dot * per_mass
+    leak_dot = None
     if leak is not None:
         sink_score_dot = jnp.zeros_like(leak)
         if sink_dot is not None:
@@ -140,32 +146,37 @@ def _tangents(
             sink_margin = jnp.log(jnp.where(leak > 0, leak, 1))
             sink_score_dot -= sink_margin * temperature_dot * rate
         sink_score_dot = jnp.where(leak > 0, sink_score_dot, 0)
-        start += leak * sink_score_dot
-    # (Selects by slice keep XLA's CPU backend from making one slow kernel of all this.)
-    bad = jnp.isnan(threshold)
-    start = jnp.where(bad, jnp.nan, start)
-    scores_dot -= spread(start)
-    step = slices.sum(q * jnp.where(live, scores_dot, 0))
-    leak_dot = None
-    if leak is not None:
-        sink_score_dot -= start
-        step += leak * sink_score_dot
-        leak_dot = leak * (sink_score_dot - step)
-    bend_dot = None
-    if index_dot is not None and family.bend is not None:
-        bend_dot = family.bend(probs, index) * spread(index_dot)
-        step += slices.sum(bend_dot) * per_mass
-    if budget_dot is not None:
-        step -= budget_dot * per_mass
-    step = jnp.where(bad, jnp.nan, step)
-    # For the transpose: the cotangent of a dropped entry, NaN perhaps, ends here. (And in it a
-    # select follows each product, so that no compiler contracts it with the sum that follows
-    # in one of two places: what the second step takes away must be what the first left.)
-    margins_dot = jnp.where(live, scores_dot - spread(step), 0)
+        threshold_dot += leak * sink_score_dot
+        leak_dot = leak * (sink_score_dot - threshold_dot)
+
+    # s' - tau' as (1 - q) s' - (tau' - q s'): nothing cancels where q is nearly 1.
+    rest = 1 - q
+    complement_dot = None
+    if complement is not None:
+        # (Selecting by slice also keeps XLA from fusing the sum with what comes after it.)
+        threshold_dot = jnp.where(jnp.isnan(complement), jnp.nan, threshold_dot)
+        rest = _one_minus(q, spread(complement))
+        complement_dot = jnp.zeros_like(complement)
+    margins_dot = rest * scores_dot - (spread(threshold_dot) - pulled)
     probs_dot = slopes * margins_dot
     if bend_dot is not None:
-        probs_dot += jnp.where(live, bend_dot, 0)
-    return Solution(probs_dot, margins_dot, start + step, leak_dot)
+        probs_dot += bend_dot
+    # For the transpose: the cotangent of a dropped entry, NaN perhaps, ends here.
+    probs_dot = jnp.where(live, probs_dot, 0)
+    margins_dot = jnp.where(live, margins_dot, 0)
+    return Solution(probs_dot, margins_dot, threshold_dot, complement_dot, leak_dot)
+
+
+@jax.custom_jvp
+def _one_minus(q: Array, complement: Array) -> Array:
+    """1 - q, read from `complement` where the subtraction would cancel."""
+    return jnp.where(q > 0.5, complement, 1 - q)
+
+
+@_one_minus.defjvp
+def _one_minus_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    # The complement is the same number, not another variable.
+    return _one_minus(*primals), -tangents[0]
 
 
 def reciprocal(x: Array) -> Array:
