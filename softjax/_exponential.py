@@ -8,7 +8,7 @@ probabilities near 1 keep their distance from it.
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._exact import Scores, centre, log1p
+from softjax._exact import Scores, centre, log1p_in_two
 from softjax._slices import Slices
 from softjax._threshold import Family, Solution
 
@@ -37,7 +37,7 @@ def _solve(
     total = jnp.where(empty, 1, num_peaks + others)
     others += jnp.where(empty, 0, num_peaks - 1)
     # (Behind the barrier, or it would be found once an entry.)
-    threshold = lax.optimization_barrier(jnp.where(empty, 0, log1p(others)))
+    threshold, lost = lax.optimization_barrier(log1p_in_two(jnp.where(empty, 0, others)))
     weights = _unmark_peaks(marked)
     vanish = weights == 0
     # (Of a divisor that is one number a slice XLA would take the rounded inverse.)
@@ -46,7 +46,7 @@ def _solve(
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
     leak = None if marked_sink is None else _unmark_peaks(marked_sink) / _UNIT / total
-    return Solution(probs, margins, threshold, others / total, leak)
+    return Solution(probs, margins, threshold, lost, others / total, leak)
 
 
 # Weights are formed times 2^64: of the sum of the others, nothing is lost where XLA flushes

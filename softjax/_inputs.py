@@ -145,11 +145,16 @@ def is_zero(option: ArrayLike | None) -> bool:
     return isinstance(option, float) and option == 0
 
 
-def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
-    """The array in its computing dtype, float32 or wider, and the dtype of the result."""
+def to_array(x: ArrayLike, *, name: str) -> Array:
+    """An array of what is one, or a number; lists are refused."""
     if not isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float)):
         raise TypeError(f"`{name}` must be an array or a number, got {type(x).__name__}.")
-    x = jnp.asarray(x)
+    return jnp.asarray(x)
+
+
+def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
+    """The array in its computing dtype, float32 or wider, and the dtype of the result."""
+    x = to_array(x, name=name)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"`{name}` must be real, got {x.dtype}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -192,7 +197,7 @@ def resolve_one_axis(axis: Axis, ndim: int) -> int:
 
 def mask(where: ArrayLike, shape: tuple[int, ...], *, name: str = "logits") -> Array:
     """`where` as a bool array of the given shape."""
-    where = jnp.asarray(where)
+    where = to_array(where, name="where")
     if where.dtype != jnp.bool_:
         raise TypeError(f"`where` must be bool (True keeps an entry), got {where.dtype}.")
     return broadcast(where, shape, name="where", target=name)
@@ -233,30 +238,18 @@ def one_number(x: ArrayLike, *, name: str) -> Array:
     return number
 
 
-def to_integers(x: ArrayLike, *, name: str) -> Array:
-    """The array, if it holds integers."""
-    x = jnp.asarray(x)
+def to_integers(x: ArrayLike, *, name: str, hint: str = "") -> Array:
+    """The array, if it holds integers, with at least 32 bits: a count does not wrap around."""
+    x = to_array(x, name=name)
     if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"`{name}` must hold integers, got {x.dtype}.")
-    return x
-
-
-def widen(integers: Array) -> Array:
-    """Integers of at least 32 bits, in which a count does not wrap around."""
-    return integers.astype(jnp.int32) if integers.dtype.itemsize < 4 else integers
+        raise TypeError(f"`{name}` must be integers, got {x.dtype}{hint}.")
+    return x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
 
 
 def check_labels(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     """Integer labels, one a slice along `axis` of an array of the given shape."""
-    if not isinstance(labels, (jax.Array, np.ndarray, np.generic, bool, int, float)):
-        raise TypeError(f"`labels` must be an array, got {type(labels).__name__}.")
-    labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(
-            f"`labels` must be integers, got {labels.dtype} (weights of all classes are for"
-            " `soft_cross_entropy`)."
-        )
-    labels = widen(labels)
+    hint = " (weights of all classes are for `soft_cross_entropy`)"
+    labels = to_integers(labels, name="labels", hint=hint)
     wanted = shape[:axis] + shape[axis + 1 :]
     if labels.shape != wanted:
         raise ValueError(

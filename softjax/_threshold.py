@@ -29,6 +29,7 @@ class Solution(NamedTuple):
     probs: Array  # f(s - tau), one an entry
     margins: Array  # s - tau, one an entry; -inf where dropped
     threshold: Array  # tau, one a slice
+    lost: Any = None  # what rounding took from tau
     complement: Array | None = None  # 1 - q of the peak, where the subtraction would cancel
     leak: Array | None = None  # the weight of the sink, one a slice
 
@@ -70,29 +71,32 @@ def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, S
     # one array is enough to remember: each tangent is checkpointed upon its own output.
     slices, _, temperature, index, _, _ = primals
     solution = solve(family, *primals)
-    probs, margins, _, complement, leak = solution
+    probs, margins, threshold, lost, complement, leak = solution
     dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents[1:])
-    rows = (temperature, index, complement, leak)
+    rows = (temperature, index, threshold, leak)
     remember = functools.partial(jax.checkpoint, prevent_cse=False)
 
     @remember
     def from_probs(
         slices: Slices, probs: Array, margins: Any, rows: Any, dots: Any
     ) -> Solution:
-        return _tangents(family, slices, probs, probs != 0, margins, rows, dots)
+        return _tangents(family, slices, probs, probs != 0, margins, None, rows, dots)
 
     @remember
     def from_margins(
-        slices: Slices, probs: Any, margins: Array, rows: Any, dots: Any
+        slices: Slices, probs: Any, margins: Array, complement: Any, rows: Any, dots: Any
     ) -> Solution:
         if probs is None:
             probs = jnp.exp(margins)
-        return _tangents(family, slices, probs, margins != -jnp.inf, margins, rows, dots)
+        live = margins != -jnp.inf
+        return _tangents(family, slices, probs, live, margins, complement, rows, dots)
 
     heated = None if dots[1] is None else margins
     moved = from_probs(slices, probs, heated, rows, dots)
     shape = None if family.slope is None else probs
-    margins_dot = from_margins(slices, shape, margins, rows, dots).margins
+    margins_dot = from_margins(slices, shape, margins, complement, rows, dots).margins
+    still = lambda row: None if row is None else jnp.zeros_like(row)
+    moved = moved._replace(lost=still(lost), complement=still(complement))
     return solution, moved._replace(margins=margins_dot)
 
 
@@ -105,11 +109,12 @@ def _tangents(
     probs: Array,
     live: Array,
     margins: Any,
+    complement: Array | None,
     rows: tuple[Any, ...],
     dots: tuple[Any, ...],
 ) -> Solution:
     """The rule, for tangents `dots` of which those that are None vanish."""
-    temperature, index, complement, leak = rows
+    temperature, index, threshold, leak = rows
     logits_dot, temperature_dot, index_dot, budget_dot, sink_dot = dots
     spread = slices.spread
     rate = None if temperature is None else reciprocal(temperature)
@@ -128,16 +133,7 @@ def _tangents(
     if temperature_dot is not None:
         # s' = -s T'/T; a shift of s is free, so the margins stand for the scores.
         scores_dot -= jnp.where(live, margins, 0) * spread(temperature_dot * rate)
-
-    pulled = q * scores_dot
-    threshold_dot = slices.sum(pulled)
-    bend_dot = None
-    if index_dot is not None and family.bend is not None:
-        bend_dot = family.bend(probs, index) * spread(index_dot)
-        threshold_dot += slices.sum(bend_dot) * per_mass
-    if budget_dot is not None:
-        threshold_dot -= budget_dot * per_mass
-    leak_dot = None
+    sink_score_dot: Any = None
     if leak is not None:
         sink_score_dot = jnp.zeros_like(leak)
         if sink_dot is not None:
@@ -146,25 +142,42 @@ def _tangents(
             sink_margin = jnp.log(jnp.where(leak > 0, leak, 1))
             sink_score_dot -= sink_margin * temperature_dot * rate
         sink_score_dot = jnp.where(leak > 0, sink_score_dot, 0)
-        threshold_dot += leak * sink_score_dot
-        leak_dot = leak * (sink_score_dot - threshold_dot)
 
-    # s' - tau' as (1 - q) s' - (tau' - q s'): nothing cancels where q is nearly 1.
-    rest = 1 - q
-    complement_dot = None
-    if complement is not None:
-        # (Selecting by slice also keeps XLA from fusing the sum with what comes after it.)
-        threshold_dot = jnp.where(jnp.isnan(complement), jnp.nan, threshold_dot)
+    # s' - tau' where q is nearly 1 and nearly nothing is left: either the mean is taken in two
+    # steps, of which the second finds what the first rounded away (a shift of s' is free), or,
+    # if q has the rounding of margins, 1 - q comes from its own sum.
+    # (Selects by slice keep XLA's CPU backend from making one slow kernel of all this; a select
+    # after each product keeps it from contracting the two in one of two places.)
+    invalid = jnp.isnan(threshold)
+    pulled = q * scores_dot
+    mean = slices.sum(pulled)
+    if leak is not None:
+        mean += leak * sink_score_dot
+    mean = jnp.where(invalid, jnp.nan, mean)
+    if complement is None:
+        margins_dot = scores_dot - spread(mean)
+        step = slices.sum(q * jnp.where(live, margins_dot, 0))
+        if leak is not None:
+            step += leak * (sink_score_dot - mean)
+    else:
         rest = _one_minus(q, spread(complement))
-        complement_dot = jnp.zeros_like(complement)
-    margins_dot = rest * scores_dot - (spread(threshold_dot) - pulled)
+        margins_dot = rest * scores_dot - (spread(mean) - pulled)
+        step = jnp.zeros_like(mean)
+    bend_dot = None
+    if index_dot is not None and family.bend is not None:
+        bend_dot = family.bend(probs, index) * spread(index_dot)
+        step += slices.sum(bend_dot) * per_mass
+    if budget_dot is not None:
+        step -= budget_dot * per_mass
+    step = jnp.where(invalid, jnp.nan, step)
+
+    # For the transpose: the cotangent of a dropped entry, NaN perhaps, ends here.
+    margins_dot = jnp.where(live, margins_dot - spread(step), 0)
     probs_dot = slopes * margins_dot
     if bend_dot is not None:
-        probs_dot += bend_dot
-    # For the transpose: the cotangent of a dropped entry, NaN perhaps, ends here.
-    probs_dot = jnp.where(live, probs_dot, 0)
-    margins_dot = jnp.where(live, margins_dot, 0)
-    return Solution(probs_dot, margins_dot, threshold_dot, complement_dot, leak_dot)
+        probs_dot += jnp.where(live, bend_dot, 0)
+    leak_dot = None if leak is None else leak * (sink_score_dot - mean - step)
+    return Solution(probs_dot, margins_dot, mean + step, leak=leak_dot)
 
 
 @jax.custom_jvp

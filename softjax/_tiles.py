@@ -241,9 +241,7 @@ def _integers(x: ArrayLike, name: str, *, limited: bool = True) -> Array:
     if isinstance(x, int) and not isinstance(x, bool):
         return jnp.asarray(max(-FARTHEST, min(FARTHEST, x)), jnp.int32)
     x = to_integers(x, name=name)
-    if x.dtype.itemsize >= 4:
-        if not limited:
-            return x
-        low = 0 if x.dtype.kind == "u" else -FARTHEST
-        x = jnp.clip(x, jnp.asarray(low, x.dtype), FARTHEST)
-    return x.astype(jnp.int32)
+    if not limited:
+        return x
+    low = 0 if x.dtype.kind == "u" else -FARTHEST
+    return jnp.clip(x, jnp.asarray(low, x.dtype), FARTHEST).astype(jnp.int32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._inputs import per_slice, prepare, public, resolve_one_axis, widen
+from softjax._inputs import per_slice, prepare, public, resolve_one_axis, to_integers
 
 __all__ = ["repetition_penalty"]
 
@@ -61,9 +61,7 @@ def repetition_penalty(
     """
     problem = prepare(logits)
     x, axis = problem.logits, resolve_one_axis(-1, problem.logits.ndim)
-    tokens = jnp.asarray(tokens)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"`tokens` must be integers, got {tokens.dtype}.")
+    tokens = to_integers(tokens, name="tokens")
     penalty, presence, frequency = (
         per_slice(value, x, (axis,), name=name)
         for name, value in (
@@ -90,7 +88,7 @@ def _count(tokens: Array, shape: tuple[int, ...]) -> Array:
         )
     length = tokens.shape[-1]
     try:
-        tokens = jnp.broadcast_to(widen(tokens), (*batch, length))
+        tokens = jnp.broadcast_to(tokens, (*batch, length))
     except ValueError:
         raise ValueError(
             f"`tokens` of shape {tokens.shape} does not broadcast to {(*batch, length)}, the"

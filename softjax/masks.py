@@ -20,6 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._hoist import hoist
+from softjax._inputs import to_array
 from softjax._tiles import (
     Grid,
     Tile,
@@ -245,7 +246,7 @@ class Dense(Mask):
     keep: Any
 
     def bind(self, grid: Grid) -> Dense:
-        keep = jnp.asarray(self.keep)
+        keep = to_array(self.keep, name="mask")
         if keep.dtype != jnp.bool_:
             raise TypeError(f"`mask` must be bool (True sees a key), got {keep.dtype}.")
         return Dense(per_score(keep, grid, "mask"))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import expm1_over, log1p_over, where_finite
+from softjax._exact import expm1_over, log1p_over, two_difference, where_finite
 from softjax._exponential import SOFTMAX
 from softjax._inputs import Axis, broadcast, per_slice, prepare, public, to_float
 from softjax._slices import AlongAxes
@@ -73,8 +73,10 @@ def log_sum(logits: Array, axes: tuple[int, ...]) -> Array:
     """`logsumexp` of what has been prepared, with the axes kept."""
     slices = AlongAxes(axes)
     peak = slices.max(jax.lax.stop_gradient(logits))
-    threshold = solve(SOFTMAX, slices, logits).threshold
-    return peak + threshold
+    solution = solve(SOFTMAX, slices, logits)
+    row, error = two_difference(peak, -solution.threshold)
+    error = jax.lax.stop_gradient(error + solution.lost)
+    return row + jnp.where(jnp.isfinite(row), error, 0)
 
 
 def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> Array:

@@ -12,7 +12,15 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._exponential import SOFTMAX
-from softjax._inputs import NONNEGATIVE, broadcast, is_one, prepare, public, widen
+from softjax._inputs import (
+    NONNEGATIVE,
+    broadcast,
+    is_one,
+    prepare,
+    public,
+    to_array,
+    to_integers,
+)
 from softjax._slices import BySegment
 from softjax._threshold import solve
 
@@ -60,18 +68,15 @@ def segment_softmax(
     """
     if not isinstance(num_segments, int) or num_segments < 0:
         raise ValueError(f"`num_segments` must be an int >= 0, got {num_segments!r}.")
-    if jnp.ndim(logits) == 0:
+    if to_array(logits, name="logits").ndim == 0:
         raise ValueError("`logits` must have at least one dimension, that of `segment_ids`.")
     problem = prepare(logits, axis=0, where=where)
-    ids = jnp.asarray(segment_ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"`segment_ids` must be integers, got {ids.dtype}.")
+    ids = to_integers(segment_ids, name="segment_ids")
     if ids.shape != problem.logits.shape[:1]:
         raise ValueError(
             f"`segment_ids` of shape {ids.shape} must have the shape"
             f" {problem.logits.shape[:1]}: one id for each of the rows of `logits`."
         )
-    ids = widen(ids)
     inside = (ids >= 0) & (ids < num_segments)
     shape = (-1,) + (1,) * (problem.logits.ndim - 1)
     kept = jnp.where(inside.reshape(shape), problem.logits, -jnp.inf)

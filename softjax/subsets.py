@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from softjax import _noise
 from softjax._exact import expm1_over
 from softjax._exponential import SOFTMAX
-from softjax._inputs import Axis, equal, prepare, public, resolve_one_axis, widen
+from softjax._inputs import Axis, equal, prepare, public, resolve_one_axis, to_integers
 from softjax._slices import AlongAxes
 from softjax._threshold import solve
 from softjax.reductions import log_sum
@@ -144,16 +144,14 @@ def ranking_log_prob(
     """
     x = prepare(logits, axis=axis, where=where).logits
     axis = resolve_one_axis(axis, x.ndim)
-    x, indices = jnp.moveaxis(x, axis, -1), jnp.asarray(indices)
-    if not jnp.issubdtype(indices.dtype, jnp.integer):
-        raise TypeError(f"`indices` must be integers, got {indices.dtype}.")
+    x, indices = jnp.moveaxis(x, axis, -1), to_integers(indices, name="indices")
     shape = indices.shape
     if len(shape) != x.ndim or shape[:axis] + shape[axis + 1 :] != x.shape[:-1]:
         raise ValueError(
             f"`indices` of shape {shape} must have the shape of `logits`"
             f" {jnp.shape(logits)}, with any size along the axis {axis}."
         )
-    log_probs = _log_probs(_noise.centred(x, -1), jnp.moveaxis(widen(indices), axis, -1))
+    log_probs = _log_probs(_noise.centred(x, -1), jnp.moveaxis(indices, axis, -1))
     return jnp.moveaxis(log_probs, -1, axis)
 
 

@@ -705,7 +705,7 @@ def test_derivatives_under_dropout(mode):
         ({"sink": jnp.ones(3)}, ValueError, "`sink` must be one number"),
         ({"score": lambda s, at: s[0]}, ValueError, "`score` must give scores of the shape"),
         ({"score": lambda s, at: s > 0}, TypeError, "`score` must give real scores"),
-        ({"positions": jnp.zeros(T)}, TypeError, "`positions` must hold integers"),
+        ({"positions": jnp.zeros(T)}, TypeError, "`positions` must be integers"),
         ({"positions": jnp.zeros(T, int)}, ValueError, r"`positions` must be .*\(2, 11\)"),
         ({"positions": (None,)}, ValueError, "`positions`"),
         ({"dropout_rate": 0.5}, ValueError, "needs a `dropout_key`"),

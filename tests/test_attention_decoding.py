@@ -147,7 +147,7 @@ def test_a_page_that_is_not_there_gives_nan():
     ("change", "error", "message"),
     [
         ({"key_pages": jnp.ones((2, 3, 4))}, ValueError, "`key_pages` must be"),
-        ({"page_table": np.ones((B, MOST))}, TypeError, "`page_table` must hold integers"),
+        ({"page_table": np.ones((B, MOST))}, TypeError, "`page_table` must be integers"),
         ({"page_table": np.ones((3, MOST), int)}, ValueError, "`page_table` must be"),
         ({"lengths": np.ones((B, 1), int)}, ValueError, "`lengths`"),
         ({"num_splits": 0}, ValueError, "`num_splits` must be at least 1"),

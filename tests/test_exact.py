@@ -107,6 +107,40 @@ def test_quotients_that_cancel(name, dtype):
 
 
 @every_wide_dtype
+@pytest.mark.parametrize("compiled", [False, True])
+def test_log1p_rounds_little_more_than_once(dtype, compiled):
+    rng = np.random.default_rng(4)
+    points = np.concatenate(
+        [
+            rng.uniform(-1, 3, 2000),
+            10.0 ** rng.uniform(-30, 30, 1000),
+            -(10.0 ** rng.uniform(-30, 0, 1000)),
+            1 / np.sqrt(2) - 1 + rng.standard_normal(100) * 1e-6,
+            2 * np.sqrt(2) - 1 + rng.standard_normal(100) * 1e-6,
+            [0.0, float(np.finfo(dtype).max), -1 + eps(dtype)],
+        ]
+    ).astype(dtype)
+    points = points[points > -1]
+    fn = jax.jit(_exact.log1p_in_two) if compiled else _exact.log1p_in_two
+    rounded, lost = map(np.asarray, fn(jnp.asarray(points)))
+    with mpmath.workdps(40):
+        for x, y, rest in zip(points, rounded, lost, strict=True):
+            true = mpmath.log1p(mpmath.mpf(float(x)))
+            unit = np.spacing(np.abs(y))
+            assert abs(mpmath.mpf(float(y)) - true) <= 0.75 * unit
+            left = abs(mpmath.mpf(float(y)) + mpmath.mpf(float(rest)) - true)
+            assert left <= (0.3 if abs(x) > 16 * eps(dtype) else 0.6) * unit
+
+
+def test_log1p_at_its_ends():
+    points = jnp.array([-1.0, -2.0, -jnp.inf, jnp.inf, jnp.nan, 0.0])
+    exact = [-np.inf, np.nan, np.nan, np.inf, np.nan, 0.0]
+    np.testing.assert_array_equal(_exact.log1p(points), exact)
+    slope = jax.grad(lambda x: jnp.sum(_exact.log1p(x)))(jnp.array([0.0, 1.0, 1e9, -0.75]))
+    assert_close(slope, [1.0, 0.5, 1 / (1 + 1e9), 4.0], rtol=8 * eps("float64"))
+
+
+@every_wide_dtype
 def test_exp_of_sum_rounds_little_more_than_once(dtype):
     lowest = float(np.log(np.finfo(dtype).tiny))
     rng = np.random.default_rng(3)

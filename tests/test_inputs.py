@@ -51,6 +51,21 @@ def test_where_that_does_not_fit(name):
 
 
 @pytest.mark.parametrize("name", WITH_AXIS)
+def test_lists_are_refused(name):
+    with pytest.raises(TypeError, match="must be an array or a number, got list"):
+        WITH_AXIS[name](Z.tolist())
+    with pytest.raises(TypeError, match="`where` must be an array or a number, got list"):
+        WITH_AXIS[name](Z, where=[True] * 4)
+
+
+def test_lists_of_integers_are_refused():
+    with pytest.raises(TypeError, match="`labels` must be an array"):
+        sj.log_prob(Z, [0, 1, 2])
+    with pytest.raises(TypeError, match="`segment_ids` must be an array"):
+        sj.segment_softmax(Z, [0, 1, 1], num_segments=2)
+
+
+@pytest.mark.parametrize("name", WITH_AXIS)
 def test_where_that_is_not_bool(name):
     for mask in (jnp.ones((3, 4)), jnp.ones((3, 4), int)):
         with pytest.raises(TypeError, match="where"):

@@ -167,11 +167,11 @@ def test_nothing_of_the_size_of_the_scores_is_built():
 @pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
-        (masks.Causal(1.5), TypeError, "`Causal.offset` must hold integers, got float64"),
+        (masks.Causal(1.5), TypeError, "`Causal.offset` must be integers, got float64"),
         (masks.Causal(np.zeros(2, int)), ValueError, r"one a sequence, \(3,\), got .*\(2,\)"),
         (masks.Window(np.zeros((3, 1), int)), ValueError, r"`Window.left`.*got .*\(3, 1\)"),
         (masks.Segments(np.zeros(T, int)), ValueError, r"`Segments.key_ids`.*\(3, 10\), got"),
-        (masks.Segments(np.zeros(T)), TypeError, "`Segments.query_ids` must hold integers"),
+        (masks.Segments(np.zeros(T)), TypeError, "`Segments.query_ids` must be integers"),
         (masks.Dense(np.ones((T, S))), TypeError, "`mask` must be bool"),
         (masks.Dense(np.ones((T, T), bool)), ValueError, r"\(7, 7\) does not broadcast to"),
         (masks.Function(lambda at: at.key), TypeError, "must give bools"),

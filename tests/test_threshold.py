@@ -97,6 +97,26 @@ def test_jacobian_in_float32_keeps_its_digits(name):
         assert_close(actual, exact, rtol=0, atol=16 * eps("float32"))
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("peak", [3.0, 10.0, 16.0, 20.0, 30.0])
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
+def test_the_derivative_at_a_confident_peak_keeps_its_digits(peak, mode):
+    """p_i (u_i - <p, u>) is p_i times the sum of p_j (u_i - u_j), in which nothing cancels."""
+    logits, weights = draw(12, (200, 7), dropped=0.0)[0], draw(13, (200, 7))[0]
+    logits[:, 2] = peak
+    logits, weights = logits.astype(np.float32), weights.astype(np.float32)
+    p = np.exp(logits.astype(np.float64) - peak)
+    p /= p.sum(-1, keepdims=True)
+    gaps = weights[:, :, None].astype(np.float64) - weights[:, None, :]
+    exact = p * np.einsum("rij,rj->ri", gaps, p)
+    missing = p @ (1 - np.eye(7))  # 1 - p
+    unit = eps("float32") * p * missing * np.abs(weights).max(-1, keepdims=True)
+    fn = mode(lambda z, u: jnp.vdot(u, sj.softmax(z)))
+    for got in (jax.vmap(fn)(logits, weights), jax.jit(jax.vmap(fn))(logits, weights)):
+        assert got.dtype == jnp.float32
+        assert (np.abs(np.asarray(got) - exact) <= 8 * unit).all()
+
+
 @pytest.mark.slow
 @every_map
 def test_a_long_slice_has_a_jacobian_that_annihilates_shifts(name):

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax import _online, masks
-from softjax._inputs import computing_dtype, public, to_float, to_integers, widen
+from softjax._inputs import computing_dtype, public, to_float, to_integers
 from softjax._varying import vary
 from softjax.attentions._prepare import per_head
 from softjax.attentions.attend import Argument, attention, with_sink
@@ -241,4 +241,4 @@ def _walk(
 
 
 def _integers(x: ArrayLike, name: str) -> Array:
-    return widen(to_integers(x, name=name)).astype(jnp.int32)
+    return to_integers(x, name=name).astype(jnp.int32)

@@ -30,7 +30,7 @@ from softjax._inputs import (
     prepare,
     public,
     resolve_one_axis,
-    widen,
+    to_integers,
 )
 from softjax._slices import AlongAxes
 from softjax._threshold import solve
@@ -277,11 +277,9 @@ def check_actions(
     actions: ArrayLike, shape: tuple[int, ...], axis: int, *, target: str = "values"
 ) -> Array:
     """Integer actions, one a slice along `axis` of an array of the given shape."""
-    actions = jnp.asarray(actions)
-    if not jnp.issubdtype(actions.dtype, jnp.integer):
-        raise TypeError(f"`actions` must be integers, got {actions.dtype}.")
+    actions = to_integers(actions, name="actions")
     wanted = shape[:axis] + shape[axis + 1 :]
-    return per_step(widen(actions), wanted, "actions", target)
+    return per_step(actions, wanted, "actions", target)
 
 
 def per_step(x: Array, shape: tuple[int, ...], name: str, target: str) -> Array:
