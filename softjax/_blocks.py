@@ -2,7 +2,8 @@
 
 `scan_blocks` cuts an axis into whole blocks and a tail. `in_blocks` takes a few slices at a
 time: on a CPU a search that reads its slices ten times should read them from memory once, and
-should not wait for the slowest slice of all. Accelerators take all slices at once.
+should not wait for the slowest slice of all. `by_one_thread` keeps a small array from being
+shared among threads. Accelerators take all slices at once.
 """
 
 import functools
@@ -18,6 +19,7 @@ from softjax._slices import AlongAxes, Slices
 from softjax._varying import is_spread
 
 BLOCK = 16384  # entries taken together: 64 KB in float32
+SHARED = 1536  # entries from which on XLA shares exponentials among threads
 Tree = TypeVar("Tree")
 
 
@@ -75,6 +77,55 @@ def _by_rows(
     )
     found = lax.map(lambda args: search(AlongAxes((0,)), *args), flat, batch_size=block)
     return jax.tree.map(restore, found)
+
+
+def by_one_thread(
+    form: Callable[..., Array], slices: Slices, x: Array, *rows: Array | None
+) -> Array:
+    """`form(x, *rows)`, entry by entry, of the dtype of `x`; `rows` are as in `in_blocks`.
+
+    XLA's CPU backend shares a loop over few exponentials among threads, although to wake one
+    takes as long as tens of thousands of them. A loop that updates an array in place it does
+    not: so each half of a small array is one.
+    """
+    whole = math.prod(x.shape)
+    is_open = not isinstance(whole, int)
+    if is_open or not SHARED <= whole <= BLOCK or not isinstance(slices, AlongAxes):
+        return form(x, *rows)
+    if is_spread(x):
+        return form(x, *rows)
+    axis = next(i for i, n in enumerate(x.shape) if n > 1)
+
+    def by_halves(x: Array, *rows: Array | None) -> Array:
+        out, half = x, x.shape[axis] // 2
+        for part in (slice(half), slice(half, None)):
+            place = (slice(None),) * axis + (part,)
+            cut = lambda a, place=place: a if a.shape[axis] == 1 else a[place]
+            formed = form(*jax.tree.map(cut, (x, *rows)))
+            out = lax.dynamic_update_slice_in_dim(out, formed, part.start or 0, axis)
+        return out
+
+    # Of a batch of small arrays, which may be large, threads share the work.
+    is_batch = _is_batch(lax.stop_gradient(x))
+    return lax.platform_dependent(
+        x,
+        *rows,
+        cpu=lambda *args: lax.cond(is_batch, form, by_halves, *args),
+        default=form,
+    )
+
+
+@jax.custom_batching.custom_vmap
+def _is_batch(x: Array) -> Array:
+    """Whether `vmap` has added an axis: a constant, by which XLA chooses a branch."""
+    del x
+    return jnp.array(False)
+
+
+@_is_batch.def_vmap
+def _(axis_size: int, in_batched: Any, x: Array) -> tuple[Array, bool]:
+    del axis_size, in_batched, x
+    return jnp.array(True), False
 
 
 def scan_blocks(

@@ -280,12 +280,14 @@ def log1p_in_two(x: Array) -> tuple[Array, Array]:
     y = jnp.where(usual, one + x, 1)
     lost = jnp.where(usual, x - (y - one), 0)
     bits = lax.bitcast_convert_type(lax.stop_gradient(y), integer)
-    k = bits >> limits.nmant
-    m = y / lax.bitcast_convert_type(k << limits.nmant, x.dtype)
+    # 2^-k in two factors, as one may be too small.
+    k = (bits >> limits.nmant) - (limits.maxexp - 1)
+    power = lambda k: lax.bitcast_convert_type((limits.maxexp - 1 - k) << limits.nmant, x.dtype)
+    first, second = power(k >> 1), power(k - (k >> 1))
+    m = y * first * second
     large = m > math.sqrt(2)
-    m = jnp.where(large, m / 2, m)
-    k = (k - (limits.maxexp - 1)).astype(x.dtype) + large.astype(x.dtype)
-    f = m - 1
+    half = jnp.where(large, jnp.array(0.5, x.dtype), 1)
+    f = m * half - 1
     s, half_square = f / (2 + f), f * f / 2
     series = functools.reduce(
         lambda tail, i: (tail + 2 / (2 * i + 1)) * s * s,
@@ -294,8 +296,11 @@ def log1p_in_two(x: Array) -> tuple[Array, Array]:
     )
     log_m = f - half_square
     rest = ((f - log_m) - half_square) + s * (half_square + series)
+    k = k.astype(x.dtype) + large.astype(x.dtype)
     leading, error = two_difference(k * _LOG2_HIGH, -log_m)
-    rest += error + (k * _LOG2_LOW + lost / y)
+    # What 1 + x lost, over 1 + x: (1 - s) / (1 + s) is 1 / (1 + f), to three digits here.
+    lost *= first * second * half * (1 - 2 * s * (1 - s * (1 - s * (1 - s))))
+    rest += error + (k * _LOG2_LOW + lost)
     rounded = leading + rest
     outside = jnp.where(x == -1, -jnp.inf, jnp.where(x == jnp.inf, x, jnp.nan))
     return jnp.where(usual, rounded, outside), rest - (rounded - leading)

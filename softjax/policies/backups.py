@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import centre, log1p, where_finite
+from softjax._exact import log1p, where_finite
 from softjax._exponential import SOFTMAX, exponentials, split_at_peak
 from softjax._inputs import (
     NONNEGATIVE,
@@ -88,8 +88,7 @@ def soft_value(
 def _soft_maximum(axes: tuple[int, ...], x: Array, temperature: Array | None) -> Array:
     slices = AlongAxes(axes)
     peak = jax.lax.stop_gradient(slices.max(x))
-    scores = centre(x, peak, temperature, slices.spread)
-    num_peaks, others = split_at_peak(exponentials(scores), slices)
+    num_peaks, others = split_at_peak(exponentials(slices, x, peak, temperature), slices)
     extra = log1p(jnp.where(peak == -jnp.inf, 0, num_peaks - 1 + others))
     row = peak
     if temperature is not None:
