@@ -40,6 +40,7 @@ class Family(NamedTuple):
     solve: Callable[..., Solution]  # of (slices, logits, temperature, index, budget, sink)
     slope: Callable[..., Array] | None = None  # f' from (probs, index); None if f' = f
     bend: Callable[..., Array] | None = None  # df/dindex at a fixed margin, likewise
+    is_even: bool = False  # whether f' is 0 or 1
 
 
 def weigh(
@@ -149,7 +150,8 @@ def _tangents(
 
     # s' - tau' where q is nearly 1 and nearly nothing is left: either the mean is taken in two
     # steps, of which the second finds what the first rounded away (a shift of s' is free), or,
-    # if q has the rounding of margins, 1 - q comes from its own sum.
+    # if q has the rounding of margins, 1 - q comes from its own sum. (Even shares are 1, or far
+    # from it.)
     # (Selects by slice keep XLA's CPU backend from making one slow kernel of all this; a select
     # after each product keeps it from contracting the two in one of two places.)
     pulled = q * scores_dot
@@ -158,15 +160,16 @@ def _tangents(
         mean += leak * sink_score_dot
     if complement is not None:
         mean = jnp.where(jnp.isnan(complement), jnp.nan, mean)
-    if exact or complement is None:
-        margins_dot = scores_dot - spread(mean)
-        step = slices.sum(q * jnp.where(live, margins_dot, 0))
-        if leak is not None:
-            step += leak * (sink_score_dot - mean)
-    else:
+    step = jnp.zeros_like(mean)
+    if complement is not None and not exact:
         rest = _one_minus(q, spread(complement))
         margins_dot = rest * scores_dot - (spread(mean) - pulled)
-        step = jnp.zeros_like(mean)
+    else:
+        margins_dot = scores_dot - spread(mean)
+        if not family.is_even:
+            step = slices.sum(q * jnp.where(live, margins_dot, 0))
+        if leak is not None:
+            step += leak * (sink_score_dot - mean)
     bend_dot = None
     if index_dot is not None and family.bend is not None:
         bend_dot = family.bend(probs, index) * spread(index_dot)

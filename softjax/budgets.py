@@ -98,6 +98,8 @@ def _budget_family(
     squash: Callable[[Array], Array],
     slope: Callable[[Array, None], Array],
     quantile: Callable[[Array], Array],
+    *,
+    is_even: bool = False,
 ) -> Family:
     """The family of an f that rises from 0 to 1, by its derivative f'(p) and its inverse."""
 
@@ -146,7 +148,7 @@ def _budget_family(
         probs = jnp.where(kept, probs, 0)
         return Solution(probs, margins, tau + shift)
 
-    return Family(solve_budget, slope=slope)
+    return Family(solve_budget, slope=slope, is_even=is_even)
 
 
 def _capped(t: Array) -> Array:
@@ -167,7 +169,7 @@ def _laplace_quantile(p: Array) -> Array:
 
 
 _TOP_K = {
-    "capped": _budget_family(_capped, _capped_slope, lambda share: share),
+    "capped": _budget_family(_capped, _capped_slope, lambda share: share, is_even=True),
     "sigmoid": _budget_family(
         jax.nn.sigmoid, lambda p, _: p * (1 - p), lambda share: jnp.log(share / (1 - share))
     ),

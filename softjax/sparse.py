@@ -99,7 +99,9 @@ def _solve_sparsemax(
     return Solution(probs, scores.minus(spread(tau + shift)), tau + shift)
 
 
-SPARSEMAX = Family(_solve_sparsemax, slope=lambda probs, _: (probs > 0).astype(probs.dtype))
+SPARSEMAX = Family(
+    _solve_sparsemax, slope=lambda probs, _: (probs > 0).astype(probs.dtype), is_even=True
+)
 
 
 @public("axis", temperature=NONNEGATIVE)
