@@ -208,9 +208,9 @@ def broadcast(x: Array, shape: tuple[int, ...], *, name: str, target: str = "log
     try:
         return jnp.broadcast_to(x, shape)
     except ValueError:
+        shown = f"`{target}`" if target.isidentifier() else target
         raise ValueError(
-            f"`{name}` of shape {x.shape} does not broadcast to the shape {shape} of"
-            f" `{target}`."
+            f"`{name}` of shape {x.shape} does not broadcast to the shape {shape} of {shown}."
         ) from None
 
 
@@ -223,10 +223,10 @@ def per_slice(value: ArrayLike, logits: Array, axes: tuple[int, ...], *, name: s
     for i in axes:
         if value.ndim <= logits.ndim and full[i] != 1:
             raise ValueError(
-                f"`{name}` of shape {value.shape} varies along the normalised axis {i} of"
-                f" `logits` {logits.shape}; give one value a slice, in the shape {wanted}."
+                f"`{name}` of shape {value.shape} varies along the axis {i} of slices"
+                f" of {logits.shape}; give one value a slice, in the shape {wanted}."
             )
-    broadcast(value, wanted, name=name, target=f"slices of logits {logits.shape}")
+    broadcast(value, wanted, name=name, target=f"slices of {logits.shape}")
     return value.reshape(full)
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._inputs import per_slice, prepare, public, resolve_one_axis, to_integers
+from softjax._inputs import POSITIVE, per_slice, prepare, public, resolve_one_axis, to_integers
 
 __all__ = ["repetition_penalty"]
 
 
-@public()
+@public(penalty=POSITIVE)
 def repetition_penalty(
     logits: ArrayLike,
     tokens: ArrayLike,
@@ -45,7 +45,8 @@ def repetition_penalty(
 
     Raises:
         TypeError: `logits` is not real, or `tokens` not integer.
-        ValueError: `tokens` or an option does not broadcast.
+        ValueError: `tokens` or an option does not broadcast, or `penalty` is a Python number
+            that is not positive.
 
     Example:
         >>> print(repetition_penalty(jnp.array([2.0, 1.0, -1.0]), jnp.array([0, 2, 2]), 2.0))

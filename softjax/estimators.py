@@ -20,6 +20,7 @@ from softjax import _noise
 from softjax._exponential import SOFTMAX
 from softjax._inputs import (
     NONNEGATIVE,
+    POSITIVE,
     prepare,
     public,
     resolve_one_axis,
@@ -108,7 +109,7 @@ def _fixed(value: Array, x: Array) -> Array:
     return jnp.where(kept, passed_on(jnp.where(kept, x, 0), lax.stop_gradient(value)), -jnp.inf)
 
 
-@public("axis", temperature=NONNEGATIVE)
+@public("axis", temperature=POSITIVE)
 def relaxed_log_density(
     logits: ArrayLike,
     log_samples: ArrayLike,
@@ -138,7 +139,7 @@ def relaxed_log_density(
     Raises:
         TypeError: an argument is not real, `where` not bool, or `axis` not one int.
         ValueError: shapes differ, `where` or `temperature` does not broadcast, `axis` is out
-            of range, or `temperature` is a negative Python number.
+            of range, or `temperature` is a Python number that is not positive.
 
     Example:
         >>> uniform = jnp.log(jnp.array([0.2, 0.8]))

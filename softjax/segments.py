@@ -85,7 +85,7 @@ def segment_softmax(
     if not is_one(temperature):
         rows = (num_segments, *problem.logits.shape[1:])
         row = jnp.asarray(temperature).astype(problem.logits.dtype)
-        row = broadcast(row, rows, name="temperature", target="segments")
+        row = broadcast(row, rows, name="temperature", target="one number a segment")
         row = jnp.concatenate([row, jnp.ones((1, *rows[1:]), row.dtype)])
         problem = problem._replace(temperature=row)
     solution = solve(SOFTMAX, slices, kept, problem.temperature)

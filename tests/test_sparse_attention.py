@@ -209,7 +209,9 @@ def test_dropout_and_score():
     [
         ({"normalizer": "entmax"}, ValueError, "`normalizer` must be"),
         ({"normalizer": jnp.exp}, TypeError, "a pair of a function and a number"),
-        ({"normalizer": (jnp.sum, 0.0)}, ValueError, "must keep shape and dtype"),
+        ({"normalizer": (lambda z: z[None], 1.0)}, ValueError, "must keep shape and dtype"),
+        ({"normalizer": (sj.sparsemax, 1.0)}, ValueError, "must be elementwise"),
+        ({"normalizer": (jnp.exp, 1.0)}, ValueError, "must be 1 at its number, 1.0, got 2.7"),
         ({"normalizer": "sparsemax", "return_lse": True}, ValueError, "`return_lse` needs"),
         ({"normalizer": "sparsemax", "sink": 0.0}, ValueError, "`sink` needs"),
     ],

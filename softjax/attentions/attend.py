@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -130,7 +131,7 @@ def attention(
     weigh: Callable[..., Array] | None = None
     reach: ArrayLike = 0.0
     if not isinstance(normalizer, str):
-        weigh, reach = _pair(normalizer)
+        weigh, reach = _pair(normalizer, queries)
     elif normalizer != "softmax":
         if normalizer not in MAPS:
             raise ValueError(
@@ -162,7 +163,7 @@ def attention(
     )
 
 
-def _pair(normalizer: Any) -> tuple[Callable[..., Array], ArrayLike]:
+def _pair(normalizer: Any, queries: ArrayLike) -> tuple[Callable[..., Array], ArrayLike]:
     pair = isinstance(normalizer, tuple) and len(normalizer) == 2 and callable(normalizer[0])
     if not pair:
         raise TypeError(
@@ -170,6 +171,22 @@ def _pair(normalizer: Any) -> tuple[Callable[..., Array], ArrayLike]:
             f" {normalizer!r}."
         )
     weigh, reach = normalizer
+    if isinstance(reach, jax.core.Tracer):
+        return weigh, reach
+    # A map of whole rows, as `softmax` is, would be taken for one of single scores.
+    number = jnp.asarray(reach, computing_dtype(jnp.result_type(queries)))
+    try:
+        with jax.ensure_compile_time_eval():
+            at_reach = weigh(number)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            "the function of `normalizer` must be elementwise: of one number it raises an error"
+        ) from error
+    known = not isinstance(at_reach, jax.core.Tracer)
+    if known and not np.allclose(at_reach, 1, atol=1e-3):
+        raise ValueError(
+            f"the function of `normalizer` must be 1 at its number, {reach}, got {at_reach}."
+        )
     return weigh, reach
 
 

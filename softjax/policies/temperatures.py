@@ -86,7 +86,7 @@ def exponential_temperature(
     return (final + (initial - final) * kept).astype(dtype)
 
 
-@public("axis")
+@public("axis", counts=NONNEGATIVE)
 def visit_count_temperature(
     values: ArrayLike,
     counts: ArrayLike,
@@ -111,7 +111,8 @@ def visit_count_temperature(
 
     Raises:
         TypeError: `values` or `counts` is not real, or `where` not bool.
-        ValueError: `where` or `counts` does not broadcast as above, or `axis` is out of range.
+        ValueError: `where` or `counts` does not broadcast as above, `counts` is a negative
+            Python number, or `axis` is out of range.
 
     Example:
         >>> import softjax as sj
