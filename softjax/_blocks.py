@@ -92,7 +92,7 @@ def by_one_thread(
     is_open = not isinstance(whole, int)
     if is_open or not SHARED <= whole <= BLOCK or not isinstance(slices, AlongAxes):
         return form(x, *rows)
-    if is_spread(x):
+    if is_spread((x, rows)):
         return form(x, *rows)
     axis = next(i for i, n in enumerate(x.shape) if n > 1)
 

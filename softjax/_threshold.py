@@ -148,28 +148,23 @@ def _tangents(
             sink_score_dot -= sink_margin * temperature_dot * rate
         sink_score_dot = jnp.where(leak > 0, sink_score_dot, 0)
 
-    # s' - tau' where q is nearly 1 and nearly nothing is left: either the mean is taken in two
-    # steps, of which the second finds what the first rounded away (a shift of s' is free), or,
-    # if q has the rounding of margins, 1 - q comes from its own sum. (Even shares are 1, or far
-    # from it.)
-    # (Selects by slice keep XLA's CPU backend from making one slow kernel of all this; a select
-    # after each product keeps it from contracting the two in one of two places.)
+    # In two steps, as a shift of s' is free: where q is nearly 1 and nearly nothing is left, the
+    # second finds what the first rounded away. The transpose takes the same two. If q has the
+    # rounding of margins, 1 - q comes from its own sum; even shares need one step.
+    # (Selects by slice keep XLA's CPU backend from making one slow kernel of all this.)
     pulled = q * scores_dot
-    mean = slices.sum(pulled)
+    mean = jnp.zeros_like(slices.max(probs))
+    if not family.is_even:
+        mean = slices.sum(pulled)
     if leak is not None:
         mean += leak * sink_score_dot
     if complement is not None:
         mean = jnp.where(jnp.isnan(complement), jnp.nan, mean)
-    step = jnp.zeros_like(mean)
-    if complement is not None and not exact:
-        rest = _one_minus(q, spread(complement))
-        margins_dot = rest * scores_dot - (spread(mean) - pulled)
-    else:
-        margins_dot = scores_dot - spread(mean)
-        if not family.is_even:
-            step = slices.sum(q * jnp.where(live, margins_dot, 0))
-        if leak is not None:
-            step += leak * (sink_score_dot - mean)
+    moved = jnp.where(live, scores_dot - spread(mean), 0)
+    probs_dot = slopes * moved
+    step = slices.sum(probs_dot) * per_mass
+    if leak is not None:
+        step += leak * (sink_score_dot - mean)
     bend_dot = None
     if index_dot is not None and family.bend is not None:
         bend_dot = family.bend(probs, index) * spread(index_dot)
@@ -178,13 +173,18 @@ def _tangents(
         step -= budget_dot * per_mass
     if complement is not None:
         step = jnp.where(jnp.isnan(complement), jnp.nan, step)
+    probs_dot -= slopes * spread(step)
+    if bend_dot is not None:
+        probs_dot += bend_dot
+    margins_dot = moved - spread(step)
+    if complement is not None and not exact:
+        rest = _one_minus(q, spread(complement))
+        margins_dot = rest * scores_dot - (spread(mean) - pulled)
+    leak_dot = None if leak is None else leak * (sink_score_dot - mean - step)
 
     # For the transpose: the cotangent of a dropped entry, NaN perhaps, ends here.
-    margins_dot = jnp.where(live, margins_dot - spread(step), 0)
-    probs_dot = slopes * margins_dot
-    if bend_dot is not None:
-        probs_dot += jnp.where(live, bend_dot, 0)
-    leak_dot = None if leak is None else leak * (sink_score_dot - mean - step)
+    probs_dot = jnp.where(live, probs_dot, 0)
+    margins_dot = jnp.where(live, margins_dot, 0)
     return Solution(probs_dot, margins_dot, mean + step, leak=leak_dot)
 
 
