@@ -148,9 +148,9 @@ def _tangents(
             sink_score_dot -= sink_margin * temperature_dot * rate
         sink_score_dot = jnp.where(leak > 0, sink_score_dot, 0)
 
-    # In two steps, as a shift of s' is free: where q is nearly 1 and nearly nothing is left, the
-    # second finds what the first rounded away. The transpose takes the same two. If q has the
-    # rounding of margins, 1 - q comes from its own sum; even shares need one step.
+    # In two steps, as a shift of s' is free: where q is nearly 1 and nearly nothing is left,
+    # the second finds what the first rounded away. The transpose takes the same two. If q has
+    # the rounding of margins, 1 - q comes from its own sum; even shares need one step.
     # (Selects by slice keep XLA's CPU backend from making one slow kernel of all this.)
     pulled = q * scores_dot
     mean = jnp.zeros_like(slices.max(probs))

@@ -1,6 +1,7 @@
 """Arrays a part at a time: the parts make up the whole, however they are taken."""
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest

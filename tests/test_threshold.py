@@ -117,6 +117,24 @@ def test_the_derivative_at_a_confident_peak_keeps_its_digits(peak, mode):
         assert (np.abs(np.asarray(got) - exact) <= 8 * unit).all()
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("mode", [jax.jvp, jax.vjp], ids=lambda mode: mode.__name__)
+def test_derivatives_of_weights_forget_an_offset(mode):
+    """Rewards near 10000 that differ by 1: what is the same in all does not count."""
+    logits, weights = draw(14, (200, 5), dropped=0.0)[0], draw(15, (200, 5))[0]
+    logits, weights = logits.astype(np.float32), (1e4 + weights).astype(np.float32)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    gaps = weights[:, :, None].astype(np.float64) - weights[:, None, :]
+    exact = p * np.einsum("rij,rj->ri", gaps, p)
+    if mode is jax.jvp:
+        got = jax.jvp(sj.softmax, (logits,), (weights,))[1]
+    else:
+        (got,) = jax.vjp(sj.softmax, logits)[1](weights)
+    unit = eps("float32") * p * np.einsum("rij,rj->ri", np.abs(gaps), p)
+    assert (np.abs(np.asarray(got) - exact) <= 8 * unit).all()
+
+
 @pytest.mark.slow
 @every_map
 def test_a_long_slice_has_a_jacobian_that_annihilates_shifts(name):

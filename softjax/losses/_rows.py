@@ -88,5 +88,6 @@ def times_nats(factor: Array, nats: Array) -> Array:
     """Factor * nats, where a factor of 0 counts nothing, and infinitely many are constant."""
     infinite = nats == jnp.inf
     constant = jnp.where(factor == 0, 0, jnp.sign(factor) * jnp.inf)
+    constant *= jnp.ones_like(nats)  # So that it is spread over a mesh as they are.
     product = factor * jnp.where(infinite, 0, nats)
     return jnp.where(infinite, jax.lax.stop_gradient(constant), product)

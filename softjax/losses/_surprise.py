@@ -9,6 +9,7 @@ where not, the result is at least log 2. The derivative in z_y, -S / (S + w_y), 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -133,7 +134,8 @@ def _share_by_blocks(axis: int, logits: Array, labels: Array) -> _Shares:
     # (XLA's CPU backend is slow where it sums as it forms the terms, and fast where it writes
     # them first. By a mask in arithmetic it writes nothing as large as the logits.)
     fused = functools.partial(_share, axis, _distance)
-    if axis != logits.ndim - 1 or logits.size == 0 or is_spread((logits, labels)):
+    is_open = not isinstance(math.prod(logits.shape), int)  # In an export for any size.
+    if is_open or axis != logits.ndim - 1 or 0 in logits.shape or is_spread((logits, labels)):
         return fused(logits, labels)._replace(others=None)
 
     def visit(_: None, first: Array, rows: Any) -> tuple[None, _Shares]:
