@@ -82,6 +82,35 @@ def test_threads_share_large_arrays_alone(fn):
     assert is_shared(jax.vmap(along), 1000, 64, 128)
 
 
+def test_rows_that_are_spread_over_an_explicit_mesh():
+    explicit = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    z, temperature = jnp.asarray(draw(5, (32, 64))[0]), jnp.full((32, 1), 0.5)
+    labels = jnp.arange(32)
+    wanted = (
+        sj.softmax(z, temperature=temperature),
+        sj.cross_entropy(z, labels),
+        sj.cross_entropy(z, labels, label_smoothing=0.1),
+    )
+    with jax.set_mesh(explicit):
+        put = lambda x, *axes: jax.device_put(x, NamedSharding(explicit, PartitionSpec(*axes)))
+        rows, labels = put(temperature, "rows"), put(labels, "rows")
+        got = (
+            sj.softmax(put(z), temperature=rows),
+            sj.cross_entropy(put(z), labels),
+            sj.cross_entropy(put(z, "rows"), labels, label_smoothing=0.1),
+        )
+    for one, other in zip(got, wanted, strict=True):
+        assert_close(np.asarray(one), np.asarray(other), rtol=8 * eps("float64"))
+
+
+def test_a_loss_of_labels_is_exported_for_any_batch():
+    (batch,) = jax.export.symbolic_shape("b")
+    loss = jax.jit(lambda z: sj.cross_entropy(z, jnp.zeros(z.shape[0], int)))
+    exported = jax.export.export(loss)(jax.ShapeDtypeStruct((batch, 64), jnp.float32))
+    z = jnp.asarray(draw(6, (30, 64), dtype="float32")[0])
+    assert_close(exported.call(z), loss(z), rtol=8 * eps("float32"))
+
+
 def test_reverse_over_reverse_through_a_scan():
     """Where JAX before 0.12 forgets the rule, what is left differentiates rightly."""
     z = jnp.asarray(draw(4, (12, 150))[0])
