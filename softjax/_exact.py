@@ -302,7 +302,7 @@ def log1p_in_two(x: Array) -> tuple[Array, Array]:
     lost *= first * second * half * (1 - 2 * s * (1 - s * (1 - s * (1 - s))))
     rest += error + (k * _LOG2_LOW + lost)
     rounded = leading + rest
-    outside = jnp.where(x == -1, -jnp.inf, jnp.where(x == jnp.inf, x, jnp.nan))
+    outside = jnp.log(jnp.where(usual, 1, 1 + x))
     return jnp.where(usual, rounded, outside), rest - (rounded - leading)
 
 
