@@ -288,7 +288,8 @@ def log1p_in_two(x: Array) -> tuple[Array, Array]:
     large = m > math.sqrt(2)
     half = jnp.where(large, jnp.array(0.5, x.dtype), 1)
     f = m * half - 1
-    s, half_square = f / (2 + f), f * f / 2
+    # (A select, or a compiler may contract the product with one of the differences alone.)
+    s, half_square = f / (2 + f), jnp.where(usual, f * f / 2, 0)
     series = functools.reduce(
         lambda tail, i: (tail + 2 / (2 * i + 1)) * s * s,
         reversed(range(1, num_terms)),
