@@ -129,7 +129,7 @@ def test_log1p_rounds_little_more_than_once(dtype, compiled):
             unit = np.spacing(np.abs(y))
             assert abs(mpmath.mpf(float(y)) - true) <= 0.9 * unit
             if compiled:
-                continue  # Kernels of their own may round the two apart, where it is near a tie.
+                continue  # Kernels of their own may round the two apart, near a tie.
             left = abs(mpmath.mpf(float(y)) + mpmath.mpf(float(rest)) - true)
             assert left <= (0.35 if abs(x) > 16 * eps(dtype) else 0.6) * unit
 
