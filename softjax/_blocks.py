@@ -89,10 +89,8 @@ def by_one_thread(
     not: so each half of a small array is one.
     """
     whole = math.prod(x.shape)
-    is_open = not isinstance(whole, int)
-    if is_open or not SHARED <= whole <= BLOCK or not isinstance(slices, AlongAxes):
-        return form(x, *rows)
-    if is_spread((x, rows)):
+    is_small = isinstance(whole, int) and SHARED <= whole <= BLOCK
+    if not is_small or not isinstance(slices, AlongAxes) or is_spread((x, rows)):
         return form(x, *rows)
     axis = next(i for i, n in enumerate(x.shape) if n > 1)
 

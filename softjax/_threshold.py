@@ -153,9 +153,7 @@ def _tangents(
     # the rounding of margins, 1 - q comes from its own sum; even shares need one step.
     # (Selects by slice keep XLA's CPU backend from making one slow kernel of all this.)
     pulled = q * scores_dot
-    mean = jnp.zeros_like(slices.max(probs))
-    if not family.is_even:
-        mean = slices.sum(pulled)
+    mean = jnp.zeros_like(per_mass) if family.is_even else slices.sum(pulled)
     if leak is not None:
         mean += leak * sink_score_dot
     if complement is not None:

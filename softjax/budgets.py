@@ -13,20 +13,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._blocks import in_blocks
 from softjax._exact import centre_at
-from softjax._inputs import (
-    NONNEGATIVE,
-    Axis,
-    per_slice,
-    prepare,
-    public,
-    resolve_axes,
-    to_array,
-)
+from softjax._inputs import NONNEGATIVE, Axis, per_slice, prepare, public, resolve_axes
 from softjax._search import bracketed_newton, from_ordered, largest_threshold, ordered
 from softjax._slices import Slices
 from softjax._threshold import Family, Solution, reciprocal, weigh
@@ -35,7 +28,7 @@ __all__ = ["soft_top_k"]
 
 
 def _refuse_large_k(given: dict[str, Any]) -> None:
-    k, shape = given.get("k"), to_array(given.get("logits", 0), name="logits").shape
+    k, shape = given.get("k"), np.shape(given.get("logits", 0))
     size = math.prod(shape[i] for i in resolve_axes(given.get("axis", -1), len(shape)))
     if isinstance(k, (int, float)) and k > size:
         raise ValueError(f"`k` must be at most the size of a slice, {size}, got {k}.")
