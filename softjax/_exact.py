@@ -266,6 +266,7 @@ def log1p(x: Array) -> Array:
     return log1p_in_two(x)[0]
 
 
+@jax.jit
 def log1p_in_two(x: Array) -> tuple[Array, Array]:
     """log(1 + x), and most of what rounding took from it.
 

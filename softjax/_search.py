@@ -18,18 +18,19 @@ Step = Callable[[Array], tuple[Array, Array]]  # tau -> (excess, -slope), one a 
 Bracket = tuple[Array, Array, Array, Array, Array, Array]  # low, high, tau, last, moving, count
 
 
-def climb(step: Step, start: Array) -> Array:
+def climb(step: Step, start: Array, close: float = 0.0) -> Array:
     """Newton's method from the left of the root of a decreasing convex function.
 
-    There it only ever moves right, so it stops when rounding stops it: for a piecewise
-    linear function, after finitely many steps, at the root itself.
+    There it only ever moves right, so it stops when rounding stops it (for a piecewise
+    linear function, after finitely many steps, at the root itself), or when all steps are
+    at most `close`.
     """
 
     def move(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         tau, _, count = state
         excess, slope = step(tau)
         target = tau + jnp.where(excess > 0, excess / jnp.where(slope > 0, slope, 1), 0)
-        return target, jnp.any(target > tau), count + 1
+        return target, jnp.any(target - tau > close), count + 1
 
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
         return state[1] & (state[2] < 64)

@@ -63,7 +63,13 @@ def solve(
     sink: Array | None = None,
 ) -> Solution:
     """Finds the threshold. Each argument after `logits` is one number a slice, or None."""
-    return family.solve(slices, logits, temperature, index, budget, sink)
+    return _traced_once(family, slices, logits, temperature, index, budget, sink)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _traced_once(family: Family, *args: Any) -> Solution:
+    # A derivative needs the value's trace again: this one is remembered.
+    return family.solve(*args)
 
 
 def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, Solution]:

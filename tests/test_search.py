@@ -1,5 +1,6 @@
 """Searches for a threshold, against a sort."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -83,3 +84,22 @@ def test_bracketed_newton_where_newton_alone_diverges():
     flat = lambda tau: (jnp.where(tau < 1, 1.0, jnp.where(tau > 2, -1.0, 0.0)), 0 * tau)
     tau = _search.bracketed_newton(flat, low, high, low)
     assert ((tau >= 1) & (tau <= 2)).all()
+
+
+def test_climb_ends_at_the_root_or_after_a_short_step():
+    """x^2 = 2 from the left of its larger root, which Newton's steps approach like 1, 2, 4."""
+    seen = []
+
+    def step(tau):
+        jax.debug.callback(seen.append, tau, ordered=True)
+        return tau * tau - 2, -2 * tau
+
+    start = jnp.full((1,), -4.0)
+    root = _search.climb(step, start)
+    assert_close(root, [-np.sqrt(2)], rtol=2 * eps("float64"))
+    jax.effects_barrier()
+    patient = len(seen)
+    near = _search.climb(step, start, 1e-4)
+    jax.effects_barrier()
+    assert len(seen) - patient < patient
+    assert_close(near, [-np.sqrt(2)], rtol=1e-8)

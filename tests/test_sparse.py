@@ -26,6 +26,19 @@ def test_against_the_definitions(axis, dtype):
             np.testing.assert_array_equal(actual > 0, expected > 0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("width", [1e-6, 1e-3, 0.1])
+def test_a_crowd_at_the_edge_of_the_support_of_entmax15(width, dtype):
+    """There the sum bends most, and Newton's method is slowest."""
+    crowd = draw(1, (3, 999), dropped=0.0)[0]
+    edges = np.array([[-2.0], [-1.99], [-1.5]])
+    logits = np.minimum(np.pad(edges + width * crowd, [(0, 0), (1, 0)]), 0).astype(dtype)
+    expected = oracles.fast_entmax(logits, 1.5)
+    actual = np.asarray(sj.entmax15(jnp.asarray(logits)))
+    assert_close(actual, expected, rtol=0, atol=4 * eps(dtype))
+    np.testing.assert_array_equal(actual > 0, expected > 0)
+
+
 def sensitivity(probs, alpha):
     """1 + the largest change of a weight for a change of the scores by one part of them.
 
