@@ -18,8 +18,10 @@ from jax import Array, lax
 from softjax._slices import AlongAxes, Slices
 from softjax._varying import is_spread
 
-BLOCK = 16384  # entries taken together: 64 KB in float32
+BLOCK = 2**18  # entries of slices taken together: 1 MB in float32
+ROWS = 2048  # slices taken together: all wait for the slowest
 SHARED = 1536  # entries from which on XLA shares exponentials among threads
+ALONE = 16384  # entries up to which one thread is as fast
 Tree = TypeVar("Tree")
 
 
@@ -37,12 +39,15 @@ def in_blocks(search: Callable[..., Tree]) -> Callable[..., Tree]:
             return search(slices, entries, *rows)
         size, whole = math.prod(shape[i] for i in slices.axes), math.prod(shape)
         is_open = not isinstance(whole, int)  # In an export for any size.
-        if is_open or size == 0 or whole <= max(size, BLOCK) or is_spread(entries):
+        if is_open or size == 0 or is_spread(entries):
+            return search(slices, entries, *rows)
+        block = max(1, min(ROWS, BLOCK // size))
+        if whole <= max(ALONE, block * size):
             return search(slices, entries, *rows)
         return lax.platform_dependent(
             entries,
             *rows,
-            cpu=lambda *args: _by_rows(search, slices, shape, max(1, BLOCK // size), *args),
+            cpu=lambda *args: _by_rows(search, slices, shape, block, *args),
             default=lambda *args: search(slices, *args),
         )
 
@@ -89,7 +94,7 @@ def by_one_thread(
     not: so each half of a small array is one.
     """
     whole = math.prod(x.shape)
-    is_small = isinstance(whole, int) and SHARED <= whole <= BLOCK
+    is_small = isinstance(whole, int) and SHARED <= whole <= ALONE
     if not is_small or not isinstance(slices, AlongAxes) or is_spread((x, rows)):
         return form(x, *rows)
     axis = next(i for i, n in enumerate(x.shape) if n > 1)

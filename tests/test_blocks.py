@@ -1,5 +1,7 @@
 """Arrays a part at a time: the parts make up the whole, however they are taken."""
 
+import math
+
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -127,6 +129,32 @@ def test_reverse_over_reverse_through_a_scan():
 
     twice = lambda fn: jax.grad(lambda z: jnp.sum(jnp.sin(jax.grad(fn)(z))))(z)
     assert_close(twice(loss), twice(plain), rtol=1e-9, atol=1e-9)
+
+
+# Several blocks and a tail, by rows and by entries; slices along one axis, the first, and two.
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((5000, 4), -1), ((9, 2300), 0), ((3, 2100, 4), (0, 2)), ((7, 100_000), -1)],
+)
+@pytest.mark.parametrize("fn", [sj.sparsemax, sj.entmax15], ids=lambda fn: fn.__name__)
+def test_slices_a_few_at_a_time_are_as_each_alone(fn, shape, axis):
+    axes = (axis,) if isinstance(axis, int) else axis
+    size = math.prod(shape[i] for i in axes)
+    assert math.prod(shape) > _blocks.ALONE
+    assert math.prod(shape) > size * min(_blocks.ROWS, _blocks.BLOCK // size)
+    z, keep = draw(3, shape, scale=2.0)
+    counts = [1 if i in {a % len(shape) for a in axes} else n for i, n in enumerate(shape)]
+    temperature = np.random.default_rng(4).uniform(0.3, 3, counts)
+    call = lambda z, keep, t, axis=-1: fn(z, axis=axis, where=keep, temperature=t)
+    last = range(-len(axes), 0)
+    flat = lambda x: jnp.moveaxis(jnp.asarray(x), axes, last).reshape(-1, size)
+    each = jax.lax.map(
+        lambda args: call(*args),
+        (flat(z), flat(keep), flat(np.broadcast_to(temperature, shape))[:, :1]),
+    )
+    got = jax.jit(lambda *args: call(*args, axis=axis))(z, keep, jnp.asarray(temperature))
+    assert_close(flat(got), each, rtol=0, atol=4 * eps("float64"))
+    np.testing.assert_array_equal(flat(got) > 0, each > 0)
 
 
 def test_blocks_and_a_tail_make_up_the_whole():
