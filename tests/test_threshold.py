@@ -97,42 +97,46 @@ def test_jacobian_in_float32_keeps_its_digits(name):
         assert_close(actual, exact, rtol=0, atol=16 * eps("float32"))
 
 
+def rows_of(seed, shape, peak=None, offset=0.0):
+    """float32 logits and tangents u; p, and the gaps u_i - u_j, in float64."""
+    logits, tangents = draw(seed, shape, dropped=0.0)[0], draw(seed + 1, shape)[0]
+    if peak is not None:
+        logits[:, 2] = peak
+    logits, tangents = logits.astype(np.float32), (offset + tangents).astype(np.float32)
+    p = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    gaps = tangents[:, :, None].astype(np.float64) - tangents[:, None, :]
+    return logits, tangents, p / p.sum(-1, keepdims=True), gaps
+
+
+def pushed(p, gaps):
+    """p_i (u_i - <p, u>), as p_i times the sum of p_j (u_i - u_j), in which nothing cancels."""
+    return p * np.einsum("rij,rj->ri", gaps, p)
+
+
 @pytest.mark.optimized
 @pytest.mark.parametrize("peak", [3.0, 10.0, 16.0, 20.0, 30.0])
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
 def test_the_derivative_at_a_confident_peak_keeps_its_digits(peak, mode):
-    """p_i (u_i - <p, u>) is p_i times the sum of p_j (u_i - u_j), in which nothing cancels."""
-    logits, weights = draw(12, (200, 7), dropped=0.0)[0], draw(13, (200, 7))[0]
-    logits[:, 2] = peak
-    logits, weights = logits.astype(np.float32), weights.astype(np.float32)
-    p = np.exp(logits.astype(np.float64) - peak)
-    p /= p.sum(-1, keepdims=True)
-    gaps = weights[:, :, None].astype(np.float64) - weights[:, None, :]
-    exact = p * np.einsum("rij,rj->ri", gaps, p)
+    logits, weights, p, gaps = rows_of(12, (200, 7), peak)
     missing = p @ (1 - np.eye(7))  # 1 - p
     unit = eps("float32") * p * missing * np.abs(weights).max(-1, keepdims=True)
     fn = mode(lambda z, u: jnp.vdot(u, sj.softmax(z)))
     for got in (jax.vmap(fn)(logits, weights), jax.jit(jax.vmap(fn))(logits, weights)):
         assert got.dtype == jnp.float32
-        assert (np.abs(np.asarray(got) - exact) <= 8 * unit).all()
+        assert (np.abs(np.asarray(got) - pushed(p, gaps)) <= 8 * unit).all()
 
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("mode", [jax.jvp, jax.vjp], ids=lambda mode: mode.__name__)
 def test_derivatives_of_weights_forget_an_offset(mode):
     """Rewards near 10000 that differ by 1: what is the same in all does not count."""
-    logits, weights = draw(14, (200, 5), dropped=0.0)[0], draw(15, (200, 5))[0]
-    logits, weights = logits.astype(np.float32), (1e4 + weights).astype(np.float32)
-    p = np.exp(logits.astype(np.float64))
-    p /= p.sum(-1, keepdims=True)
-    gaps = weights[:, :, None].astype(np.float64) - weights[:, None, :]
-    exact = p * np.einsum("rij,rj->ri", gaps, p)
+    logits, weights, p, gaps = rows_of(14, (200, 5), offset=1e4)
     if mode is jax.jvp:
         got = jax.jvp(sj.softmax, (logits,), (weights,))[1]
     else:
         (got,) = jax.vjp(sj.softmax, logits)[1](weights)
-    unit = eps("float32") * p * np.einsum("rij,rj->ri", np.abs(gaps), p)
-    assert (np.abs(np.asarray(got) - exact) <= 8 * unit).all()
+    unit = eps("float32") * pushed(p, np.abs(gaps))
+    assert (np.abs(np.asarray(got) - pushed(p, gaps)) <= 8 * unit).all()
 
 
 @pytest.mark.slow
