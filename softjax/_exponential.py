@@ -45,9 +45,10 @@ def _solve(
     threshold /= jnp.where(empty, 2, 1)
     weights = _unmark_peaks(marked)
     vanish = weights == 0
-    # (Of a divisor that is one number a slice XLA would take the rounded inverse.)
-    divisor = jnp.where(vanish, 1, slices.spread(total * _UNIT))
-    probs = jnp.where(vanish, 0, weights / divisor)
+    # (Of a divisor that is one number a slice XLA would take the rounded inverse. In the unit
+    # of the weights its square, which plain differentiation divides by, would be inf.)
+    divisor = jnp.where(vanish, 1, slices.spread(total))
+    probs = jnp.where(vanish, 0, weights / _UNIT / divisor)
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
     leak = None if marked_sink is None else _unmark_peaks(marked_sink) / _UNIT / total
