@@ -80,8 +80,16 @@ def _by_rows(
         jax.tree.map(flatten, entries),
         *(jax.tree.map(lambda row: flatten(jnp.broadcast_to(row, kept)), row) for row in rows),
     )
+    # In equal blocks, with the first slices once more at the end: a tail would be a second
+    # search, and where XLA runs both at once on sharded slices, they may wait for each other.
+    total = math.prod(batch)
+    num_blocks = -(-total // block)
+    block = -(-total // num_blocks)
+    spare = num_blocks * block - total
+    if spare:
+        flat = jax.tree.map(lambda x: jnp.concatenate([x, x[:spare]]), flat)
     found = lax.map(lambda args: search(AlongAxes((0,)), *args), flat, batch_size=block)
-    return jax.tree.map(restore, found)
+    return jax.tree.map(lambda x: restore(x[:total]), found)
 
 
 def by_one_thread(
