@@ -134,7 +134,7 @@ def test_a_scan_in_reverse_is_differentiated_again(outer, dtype):
     assert_close(twice(loss), twice(plain), rtol=atol, atol=atol)
 
 
-# Several blocks and a tail, by rows and by entries; slices along one axis, the first, and two.
+# Several blocks and slices over, by rows and by entries; along one axis, the first, and two.
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [((5000, 4), -1), ((9, 2300), 0), ((3, 2100, 4), (0, 2)), ((7, 100_000), -1)],
