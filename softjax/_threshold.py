@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+from softjax._blocks import by_one_thread
+from softjax._exact import FAR, exp_of_sum
 from softjax._inputs import Problem
 from softjax._slices import AlongAxes, Slices
 
@@ -95,7 +97,9 @@ def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, S
     ) -> Solution:
         exact = probs is not None
         if not exact:
-            probs = jnp.exp(margins)
+            # (In this order: XLA's CPU backend lets a NaN through as the second operand.)
+            weigh = lambda margins: exp_of_sum(jnp.maximum(-FAR, margins))
+            probs = by_one_thread(weigh, slices, margins)
         live = margins != -jnp.inf
         return _tangents(family, slices, probs, live, margins, exact, rows, dots)
 
@@ -164,7 +168,7 @@ def _tangents(
         mean += leak * sink_score_dot
     if complement is not None:
         mean = jnp.where(jnp.isnan(complement), jnp.nan, mean)
-    moved = jnp.where(live, scores_dot - spread(mean), 0)
+    moved = scores_dot - spread(mean)
     probs_dot = slopes * moved
     step = slices.sum(probs_dot) * per_mass
     if leak is not None:
