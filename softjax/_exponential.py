@@ -7,13 +7,14 @@ probabilities near 1 keep their distance from it.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from softjax._blocks import by_one_thread
-from softjax._exact import centre, log1p_in_two
-from softjax._slices import Slices
+from softjax._exact import centre, log1p_in_two, sum_in_pairs
+from softjax._slices import Slices, join_parts
 from softjax._threshold import Family, Solution
 
 
@@ -33,25 +34,28 @@ def _solve(
     if sink is not None:
         peak = jnp.maximum(peak, lax.stop_gradient(sink))
     scores = centre(logits, peak, temperature, slices.spread)
-    marked, marked_sink = exponentials(slices, logits, peak, temperature), None
+    weights = weigh(slices, logits, peak, temperature)
+    num_peaks, others, leak = weights.num_peaks, weights.others, None
     if sink is not None:
-        marked_sink = _weigh(lambda row: row, sink, peak, temperature)
-    num_peaks, others = split_at_peak(marked, slices, marked_sink)
+        leak = exponentials(sink, peak, temperature)
+        num_peaks += (leak == _UNIT).astype(leak.dtype)
+        others += _beside_peak(leak, leak == _UNIT) / _UNIT
     empty = peak == -jnp.inf
     total = jnp.where(empty, 1, num_peaks + others)
     others += jnp.where(empty, 0, num_peaks - 1)
     threshold, lost = log1p_in_two(jnp.where(empty, 0, others))
-    # (By a quotient, which XLA takes once a slice; cheaper ends it would repeat once an entry.)
+    # (By quotients, which XLA takes once a slice; cheaper ends it would repeat once an entry.)
     threshold /= jnp.where(empty, 2, 1)
-    weights = _unmark_peaks(marked)
-    vanish = weights == 0
+    total /= jnp.where(empty, 2, 1)
+    entries = weights.entries()
+    vanish = entries == 0
     # (Of a divisor that is one number a slice XLA would take the rounded inverse. In the unit
     # of the weights its square, which plain differentiation divides by, would be inf.)
     divisor = jnp.where(vanish, 1, slices.spread(total))
-    probs = jnp.where(vanish, 0, weights / _UNIT / divisor)
+    probs = jnp.where(vanish, 0, entries / _UNIT / divisor)
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
-    leak = None if marked_sink is None else _unmark_peaks(marked_sink) / _UNIT / total
+    leak = None if leak is None else leak / _UNIT / total
     return Solution(probs, margins, threshold, lost, others / total, leak)
 
 
@@ -59,18 +63,71 @@ def _solve(
 # numbers below the least normal one to 0.
 _LIFT = 64
 _UNIT = 2.0**_LIFT
+PARTS = 16
 
 
-def exponentials(slices: Slices, x: Array, peak: Array, temperature: Array | None) -> Array:
-    """The weights of x below the peak of its slice, times 2^64, with peaks marked."""
-    weigh = functools.partial(_weigh, slices.spread)
-    return by_one_thread(weigh, slices, x, peak, temperature)
+class Weights(NamedTuple):
+    """Exponentials of slices below their peaks."""
+
+    num_peaks: Array  # how many of them are left out of `others`, one number a slice
+    others: Array  # the sum of all the rest
+    entries: Callable[[], Array]  # all of them, times 2^64
 
 
-def _weigh(
-    spread: Callable[[Array], Array], x: Array, peak: Array, temperature: Array | None
+def weigh(slices: Slices, x: Array, peak: Array, temperature: Array | None) -> Weights:
+    """The weights of x, whose slices have these peaks."""
+    args = (x, peak, temperature)
+    form = functools.partial(exponentials, spread=slices.spread)
+    if slices.parts(x, PARTS) is None:
+        marked = by_one_thread(lambda *args: mark_peaks(form(*args)), slices, *args)
+        return Weights(*split_at_peak(marked, slices), lambda: _unmark_peaks(marked))
+    num_peaks, others = lax.platform_dependent(
+        *args,
+        cpu=functools.partial(_split_in_parts, slices),
+        default=lambda *args: split_at_peak(mark_peaks(form(*args)), slices),
+    )
+    # To form them again takes no longer than to have written them out and read them.
+    return Weights(num_peaks, others, lambda: form(*args))
+
+
+def _split_in_parts(
+    slices: Slices, x: Array, peak: Array, temperature: Array | None
+) -> tuple[Array, Array]:
+    """`split_at_peak` of entries that are not written out."""
+    groups = slices.parts(x, PARTS) or []
+    sums = join_parts([_add_up(parts, peak, temperature) for parts in groups])
+    num_peaks = slices.sum(_positive(-jnp.sign(lax.stop_gradient(sums))))
+    return num_peaks, slices.total(sums, jnp.abs) / _UNIT
+
+
+def exponentials(
+    x: Array,
+    peak: Array,
+    temperature: Array | None,
+    *,
+    spread: Callable[[Array], Array] = lambda row: row,
 ) -> Array:
-    return mark_peaks(centre(x, peak, temperature, spread).exp(_LIFT))
+    """The weights of x, times 2^64."""
+    return centre(x, peak, temperature, spread).exp(_LIFT)
+
+
+def _add_up(parts: list[Array], peak: Array, temperature: Array | None) -> Array:
+    """The sum of parts of slices, but of one peak each, and negative where that was there."""
+    found: Array = jnp.zeros((), jnp.bool_)
+    terms = []
+    for x in parts:
+        weights = exponentials(x, peak, temperature)
+        is_peak = weights == _UNIT
+        terms.append(_beside_peak(weights, is_peak & ~found))
+        found |= is_peak
+    total = sum_in_pairs(terms)
+    # (0 has no sign: the least normal number is nothing beside other weights.)
+    return jnp.where(found, -total - float(jnp.finfo(total.dtype).tiny), total)
+
+
+def _beside_peak(weights: Array, is_peak: Array) -> Array:
+    """The weights, with 0 for a peak, but for its derivative."""
+    return jnp.where(is_peak, weights - _UNIT, weights)
 
 
 def mark_peaks(weights: Array, unit: float = _UNIT) -> Array:
@@ -82,16 +139,11 @@ def _unmark_peaks(marked: Array) -> Array:
     return jnp.where(marked < 0, marked + 2 * _UNIT, marked)
 
 
-def split_at_peak(
-    marked: Array, slices: Slices, marked_sink: Array | None = None, unit: float = _UNIT
-) -> tuple[Array, Array]:
+def split_at_peak(marked: Array, slices: Slices, unit: float = _UNIT) -> tuple[Array, Array]:
     """How many weights are that of the peak, and the sum of all others in its unit."""
     # A running sum rounds every small weight that it adds to the peak's the same way, so
     # the peak is left out; a maximum is the cheapest way to do that.
     total, others = slices.sum(marked), slices.total(lax.stop_gradient(marked), _positive)
-    if marked_sink is not None:
-        total += marked_sink
-        others += _positive(lax.stop_gradient(marked_sink))
     total, others = total / unit, others / unit
     num_peaks = lax.stop_gradient(jnp.round(others - total))
     return num_peaks, others + (total - lax.stop_gradient(total))

@@ -12,10 +12,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from softjax._exact import long_sum, long_total
+from softjax._exact import long_sum, long_total, sum_in_pairs
+from softjax._varying import is_spread
 
+FOLDED = 32768  # entries from which on terms are added up part by part
+WIDTH = 16  # entries of a part that fill a processor's registers
 Term = Callable[[Array], Array]
 
 
@@ -37,6 +40,27 @@ class AlongAxes:
 
     def spread(self, row: Array) -> Array:
         return row  # Broadcasts by itself.
+
+    def parts(self, x: Array, num: int) -> list[list[Array]] | None:
+        """Slices along the last axis cut into `num` parts of equal length, and a rest.
+
+        Added up part by part, the terms of a sum are one loop for XLA's CPU backend, which
+        would write all of them out before it sums along an axis; others add as they form them.
+        Slices of fewer than 2 num entries are cut into these. None if nothing is gained.
+        """
+        whole, last = math.prod(x.shape), x.ndim - 1
+        is_open = not isinstance(whole, int)  # In an export for any size.
+        if is_open or last not in self.axes or whole < FOLDED or is_spread(x) or many_cpus():
+            return None
+        length = x.shape[last]
+        if 2 * num <= length < num * WIDTH:
+            return None
+        num = length if length < 2 * num else num
+        size = length // num
+        cut = lambda first, size: lax.slice_in_dim(x, first, first + size, axis=last)
+        parts = [cut(i * size, size) for i in range(num)]
+        rest = length - num * size
+        return [parts, [cut(length - rest, rest)]] if rest else [parts]
 
 
 @jax.tree_util.register_dataclass
@@ -63,5 +87,28 @@ class BySegment:
     def spread(self, row: Array) -> Array:
         return row[self.ids]
 
+    def parts(self, x: Array, num: int) -> None:
+        del x, num
+
 
 Slices = AlongAxes | BySegment
+
+
+def many_cpus() -> bool:
+    """Whether a compiler may have spread slices over CPU devices: their parts are elsewhere."""
+    try:
+        return jax.device_count("cpu") > 1
+    except RuntimeError:  # There is none.
+        return False
+
+
+def join_parts(sums: list[Array]) -> Array:
+    """One array of what became of each group of parts."""
+    return sums[0] if len(sums) == 1 else jnp.concatenate(sums, -1)
+
+
+def add_parts(groups: list[list[Array]]) -> Array:
+    """The sum of the parts of each group, joined."""
+    sums = join_parts([sum_in_pairs(parts) for parts in groups])
+    # (The select keeps XLA's CPU backend from joining these sums to one along an axis.)
+    return jnp.where(sums == 0, 0, sums)

@@ -11,6 +11,8 @@ import jax
 import pytest
 from jax._src import compiler
 
+from softjax import _slices
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -42,6 +44,12 @@ if get_compile_options := getattr(compiler, "get_compile_options", None):
         return get_compile_options(*args, env_options_overrides=overrides, **kwargs)
 
     compiler.get_compile_options = with_quick_options
+
+
+@pytest.fixture(autouse=True)
+def parts_of_slices(monkeypatch):
+    """As on one device, which is what users have: there are four for the tests of meshes."""
+    monkeypatch.setattr(_slices, "many_cpus", lambda: False)
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._exact import log1p, where_finite
-from softjax._exponential import SOFTMAX, exponentials, split_at_peak
+from softjax._exponential import SOFTMAX, weigh
 from softjax._inputs import (
     NONNEGATIVE,
     PROBABILITY,
@@ -88,8 +88,8 @@ def soft_value(
 def _soft_maximum(axes: tuple[int, ...], x: Array, temperature: Array | None) -> Array:
     slices = AlongAxes(axes)
     peak = jax.lax.stop_gradient(slices.max(x))
-    num_peaks, others = split_at_peak(exponentials(slices, x, peak, temperature), slices)
-    extra = log1p(jnp.where(peak == -jnp.inf, 0, num_peaks - 1 + others))
+    weights = weigh(slices, x, peak, temperature)
+    extra = log1p(jnp.where(peak == -jnp.inf, 0, weights.num_peaks - 1 + weights.others))
     row = peak
     if temperature is not None:
         unlimited = jnp.isinf(temperature)

@@ -1,0 +1,174 @@
+"""Sums whose terms are added up part by part: the same as those of whole slices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+import softjax as sj
+from softjax import _slices
+from softjax._slices import AlongAxes
+from tests import oracles
+from tests.helpers import INF, NAN, assert_close, assert_same, draw, eps, ulp, wide
+from tests.test_sharding import mesh
+
+# Entry by entry; parts with a rest, and without; slices along two axes.
+LARGE = [(4096, 10), (1100, 31), (70, 1003), (40, 2048), (2, 50257), (30, 20, 300)]
+SMALL = [(5,), (3, 31), (2, 70), (2, 2, 35)]
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Cuts small arrays as large ones are."""
+    monkeypatch.setattr(_slices, "FOLDED", 0)
+    monkeypatch.setattr(_slices, "WIDTH", 1)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def axes_of(shape):
+    return (1, 2) if len(shape) == 3 else (len(shape) - 1,)
+
+
+def special(shape, dtype):
+    """Logits with ties in one part and in two, confident rows, and all that may be dropped."""
+    z = draw(0, shape, scale=3.0, dtype=dtype)[0]
+    rows = z.reshape(shape[0], -1)
+    length = rows.shape[1]
+    rows[0, : length // 2] = -INF
+    rows[1, [0, 1, length - 1]] = rows[1].max() + 1
+    rows[2 % shape[0]] = np.minimum(rows[2 % shape[0]], -40)
+    rows[2 % shape[0], length // 3] = 20
+    return rows.reshape(shape)
+
+
+@pytest.mark.parametrize("shape", LARGE)
+def test_how_slices_are_cut(shape):
+    z = jnp.arange(np.prod(shape)).reshape(shape)
+    groups = AlongAxes(axes_of(shape)).parts(z, 16)
+    assert_same(jnp.concatenate([x for parts in groups for x in parts], -1), z)
+    assert len({x.shape for x in groups[0]}) == 1
+    assert AlongAxes((0,)).parts(z, 16) is None
+    assert AlongAxes(axes_of(shape)).parts(z[:1, ..., :100], 16) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", LARGE)
+def test_value(shape, dtype):
+    z, axes = special(shape, dtype), axes_of(shape)
+    flat = z.reshape(shape[0], -1)
+    probs = oracles.fast_softmax(flat).reshape(shape)
+    row = np.asarray(oracles.fast_logsumexp(flat)).reshape(shape[:1] + (1,) * len(axes))
+    kept = z != -INF
+    got = sj.softmax(z, axis=axes)
+    assert got.dtype == dtype
+    assert_close(np.where(kept, got, 0), np.where(kept, probs, 0), rtol=4 * eps(dtype))
+    log_probs = np.asarray(sj.log_softmax(z, axis=axes))
+    # The oracle's own difference of two is off where a row is confident: the third is.
+    usual = np.arange(shape[0]) != 2 % shape[0]
+    wanted = np.where(kept, wide(z) - row, -INF)[usual]
+    assert_close(log_probs[usual], wanted, rtol=4 * eps(dtype), atol=8 * float(ulp(4, dtype)))
+    total = np.asarray(sj.logsumexp(z, axis=axes, keepdims=True))
+    assert np.max(np.abs(wide(total) - row) / ulp(np.maximum(abs(row), 8), dtype)) <= 2
+
+
+@pytest.mark.parametrize("shape", [(4096, 10), (70, 1003)])
+def test_a_confident_row_keeps_its_digits(shape):
+    z = np.full(shape, -30.0, np.float32)
+    z[:, 3] = 20
+    got = sj.log_softmax(z)[:, 3]
+    wanted = -np.log1p((shape[1] - 1) * np.exp(np.float64(-50)))
+    assert_close(got, np.full(shape[0], wanted), rtol=4 * eps("float32"))
+
+
+@pytest.mark.parametrize("shape", [(4096, 10), (70, 1003)])
+def test_edges(shape):
+    """Each kind of row, among others, is what it is alone."""
+    z, keep = draw(1, shape)
+    z[0], keep[1] = -INF, False
+    z[2, 4], z[3, 4], keep[3, 4] = NAN, NAN, False
+    z[4, [2, 7]] = INF
+    z[5, 5], z[6] = -INF, 0.25
+    for fn in (sj.softmax, sj.log_softmax):
+        got = fn(z, where=keep)
+        for i in range(8):
+            alone = fn(z[i : i + 1], where=keep[i : i + 1])[0]
+            assert_close(got[i], alone, rtol=4 * eps("float64"), atol=4 * eps("float64"))
+
+
+@pytest.mark.parametrize("shape", [(4096, 10), (70, 1003)])
+def test_equal_entries_share_the_mass(shape):
+    z = jnp.full(shape, 0.7, jnp.float32)
+    assert_same(sj.softmax(z), jnp.full(shape, np.float32(1) / np.float32(shape[1])))
+    assert_close(
+        sj.logsumexp(z, axis=-1),
+        np.full(shape[:1], np.float32(0.7) + np.log(shape[1])),
+        rtol=2 * eps("float32"),
+    )
+
+
+@pytest.mark.parametrize("shape", SMALL)
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+@pytest.mark.usefixtures("small_parts")
+def test_derivatives(name, shape):
+    z, keep = draw(2, shape)
+    z[..., 1] = z.max()  # Ties in other parts too, at which nothing is kinked.
+    z[..., -1] = z.max()
+    assert AlongAxes(axes_of(shape)).parts(jnp.asarray(z), 16) is not None
+    fn = lambda z, t: jnp.where(
+        keep, getattr(sj, name)(z, axis=axes_of(shape), where=keep, temperature=t), 0
+    )
+    args = jnp.asarray(z), jnp.asarray(0.7)
+    check_grads(fn, args, order=2, modes=["fwd", "rev"], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SMALL)
+@pytest.mark.usefixtures("small_parts")
+def test_plain_differentiation(shape):
+    """Where JAX forgets the rule, in the reverse of a scan that is differentiated again."""
+    z = jnp.asarray(draw(3, shape)[0])
+    z = z.at[..., 0].set(z.max()).at[..., -1].set(z.max())
+    loss = lambda z: jnp.sum(jnp.sin(3 * sj.log_softmax(z, axis=axes_of(shape))))
+    scanned = lambda z: jax.lax.scan(lambda c, _: (c + loss(z), None), 0.0, length=1)[0]
+    wanted = jax.jacrev(jax.grad(loss))(z)
+    assert_close(jax.jacrev(jax.grad(scanned))(z), wanted, rtol=1e-10, atol=1e-12)
+    assert_close(jax.jacfwd(jax.grad(scanned))(z), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("way", ["vmap", "jvp", "transpose"])
+@pytest.mark.usefixtures("small_parts")
+def test_transformed(way):
+    z, bar = draw(4, (3, 40))[0], draw(5, (3, 40))[0]
+    probs = np.asarray(oracles.fast_softmax(z), np.float64)
+    slope = probs * (bar - np.sum(probs * bar, -1, keepdims=True))
+    z, bar = jnp.asarray(z), jnp.asarray(bar)
+    got, wanted = {
+        "vmap": lambda: (jax.vmap(sj.softmax)(z), probs),
+        "jvp": lambda: (jax.jvp(sj.softmax, (z,), (bar,))[1], slope),
+        "transpose": lambda: (jax.vjp(sj.softmax, z)[1](bar)[0], slope),
+    }[way]()
+    assert_close(got, wanted, rtol=1e-13, atol=1e-15)
+
+
+def test_classes_that_a_compiler_spreads(monkeypatch):
+    """On several CPU devices slices stay whole: parts would be sent from one to another."""
+    monkeypatch.undo()
+    assert _slices.many_cpus()
+    z = jnp.asarray(draw(6, (64, 1024))[0])
+    spread = jax.device_put(z, NamedSharding(mesh(classes=4), PartitionSpec(None, "classes")))
+    for fn in (sj.softmax, jax.grad(lambda z: jnp.sum(sj.log_softmax(z)[:, 0]))):
+        assert "collective-permute" not in jax.jit(fn).lower(spread).compile().as_text()
+        assert_close(jax.jit(fn)(spread), fn(z), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("shape", [(4096, 1024), (65536, 10)])
+def test_terms_are_not_written_out(shape):
+    z = jnp.zeros(shape, jnp.float32)
+    total = jax.jit(lambda z: sj.logsumexp(z, axis=-1)).lower(z).compile()
+    plan = total.memory_analysis()
+    # A sixteenth, or a few numbers a slice.
+    assert plan.temp_size_in_bytes <= max(z.nbytes / 12, 6 * z.nbytes / shape[1])
