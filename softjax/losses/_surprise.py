@@ -9,6 +9,7 @@ where not, the result is at least log 2. The derivative in z_y, -S / (S + w_y), 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,13 +19,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from softjax._blocks import by_one_thread, scan_blocks
-from softjax._exact import FAR, log1p, two_difference, where_finite
-from softjax._slices import AlongAxes
+from softjax._blocks import by_one_thread
+from softjax._exact import FAR, exp_of_sum, log1p, two_difference, where_finite
+from softjax._slices import AlongAxes, add_parts
 from softjax._varying import is_spread
 from softjax.entropies import pick
-
-BLOCK = 2**18  # weights that are formed at once for the value: 1 MB in float32
 
 
 class Statistics(NamedTuple):
@@ -45,7 +44,7 @@ def statistics(
     axis: int, logits: Array, labels: Array, class_weights: Array | None = None
 ) -> Statistics:
     """The statistics of rows of prepared logits; `class_weights` broadcast against them."""
-    shares = _share_by_blocks(axis, logits, labels)
+    shares = _share_unwritten(axis, logits, labels)
     return _conclude(axis, shares, logits, labels, class_weights)
 
 
@@ -129,45 +128,41 @@ class _Shares(NamedTuple):
     peak: Array
 
 
-def _share_by_blocks(axis: int, logits: Array, labels: Array) -> _Shares:
-    """The shares without the weights, of which a few rows stand in cache at a time."""
-    # (XLA's CPU backend is slow where it sums as it forms the terms, and fast where it writes
-    # them first. By a mask in arithmetic it writes nothing as large as the logits.)
-    fused = functools.partial(_share, axis, _distance)
+def _share_unwritten(axis: int, logits: Array, labels: Array) -> _Shares:
+    """The shares without the weights, none of which is written out."""
+    # (XLA's CPU backend is slow where it sums along an axis as it forms the terms. If they are
+    # not added up part by part, a mask in arithmetic keeps it from writing them.)
+    is_small = AlongAxes((axis,)).parts(logits, _num_parts(logits, axis)) is None
     is_open = not isinstance(math.prod(logits.shape), int)  # In an export for any size.
-    if is_open or axis != logits.ndim - 1 or 0 in logits.shape or is_spread((logits, labels)):
-        return fused(logits, labels)._replace(others=None)
-
-    def visit(_: None, first: Array, rows: Any) -> tuple[None, _Shares]:
-        return None, _share(1, _differs, *rows)._replace(others=None)
-
-    def by_blocks(logits: Array, labels: Array) -> _Shares:
-        num_classes = logits.shape[-1]
-        rows = logits.reshape(-1, num_classes), labels.reshape(-1)
-        shares = scan_blocks(visit, None, rows, max(1, BLOCK // num_classes))[1]
-        return jax.tree.map(lambda row: row.reshape(labels.shape), shares)
-
-    shares: _Shares = lax.platform_dependent(
-        logits,
-        labels,
-        cpu=by_blocks,
-        default=lambda *rows: fused(*rows)._replace(others=None),
-    )
-    return shares
+    mask = _differs
+    if is_small and (is_open or axis != logits.ndim - 1 or is_spread((logits, labels))):
+        mask = _distance
+    return _share(axis, mask, logits, labels, written=False)._replace(others=None)
 
 
-def _share(axis: int, mask: Callable[..., Array], logits: Array, labels: Array) -> _Shares:
+def _share(
+    axis: int,
+    mask: Callable[..., Array],
+    logits: Array,
+    labels: Array,
+    written: bool = True,
+) -> _Shares:
     peak = jnp.max(lax.stop_gradient(logits), axis, initial=-jnp.inf)
-    others, rest, own = _weigh(axis, mask, logits, labels, peak)
+    others, rest, own = _weigh(axis, mask, written, logits, labels, peak)
     empty = peak == -jnp.inf
     total = jnp.where(empty, 1, rest + own)
     log_total = jnp.where(empty, 0, log1p(rest + (own - 1)))
     return _Shares(others, rest, own, total, log_total, peak)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def _weigh(
-    axis: int, mask: Callable[..., Array], logits: Array, labels: Array, peak: Array
+    axis: int,
+    mask: Callable[..., Array],
+    written: bool,
+    logits: Array,
+    labels: Array,
+    peak: Array,
 ) -> tuple[Array, Array, Array]:
     # Dead and infinite entries are clipped, not selected, and numbers so large that a
     # difference might overflow are halved: all that differ there are far apart.
@@ -181,25 +176,48 @@ def _weigh(
         # (In this order: XLA's CPU backend lets a NaN through as the second operand.)
         near = jnp.minimum(limits.max, jnp.maximum(floor, z * scale))
         below, error = two_difference(near, anchor)
+        if mask is _differs:
+            return exp_of_sum(jnp.maximum(-FAR, below), lax.stop_gradient(error))
         weights = jnp.exp(below)
         return weights + weights * lax.stop_gradient(error)
 
-    slices = AlongAxes((axis,))
+    slices, rows = AlongAxes((axis,)), tuple(map(by_row, (scale, anchor, floor)))
+    cut: Callable[[Array], Any] = lambda x: slices.parts(x, _num_parts(x, axis))
     others = by_one_thread(
         lambda z, counts, *rows: weights(z, *rows) * counts,
         slices,
         logits,
         mask(logits, labels, axis),
-        *map(by_row, (scale, anchor, floor)),
+        *rows,
     )
-    rest = jnp.squeeze(slices.sum(others), axis)
-    return others, rest, weights(pick(logits, labels, axis), scale, anchor, floor)
+
+    def rest_in_parts(logits: Array, labels: Array, others: Array) -> Array:
+        # Of what is written out anyway, or the same sum of terms that are not.
+        if written:
+            return slices.sum(add_parts(cut(others)))
+        groups = cut(logits)
+        sizes = (z.shape[-1] for parts in groups for z in parts)
+        places = itertools.accumulate(sizes, initial=0)
+        masked = lambda z: weights(z, *rows) * mask(z, labels - next(places), axis)
+        return slices.sum(add_parts([list(map(masked, parts)) for parts in groups]))
+
+    if cut(logits) is None:
+        rest = slices.sum(others)
+    else:
+        whole = lambda logits, labels, others: slices.sum(others)
+        rest = lax.platform_dependent(logits, labels, others, cpu=rest_in_parts, default=whole)
+    # (By a quotient, which XLA takes once a row.)
+    rest /= jnp.where(rest == jnp.inf, 2, 1)
+    own = weights(pick(logits, labels, axis), scale, anchor, floor)
+    return others, jnp.squeeze(rest, axis), own
 
 
 @_weigh.defjvp
-def _weigh_jvp(axis: int, mask: Callable[..., Array], primals: Any, tangents: Any) -> Any:
+def _weigh_jvp(
+    axis: int, mask: Callable[..., Array], written: bool, primals: Any, tangents: Any
+) -> Any:
     # A rule, for what stands where entries are dropped; the peak is a constant.
-    others, rest, own = _weigh(axis, mask, *primals)
+    others, rest, own = _weigh(axis, mask, written, *primals)
     logits_dot, labels = tangents[0], primals[1]
     others_dot = jnp.where(others != 0, others * logits_dot, 0)
     rest_dot = jnp.squeeze(AlongAxes((axis,)).sum(others_dot), axis)
@@ -233,6 +251,13 @@ def below_peak(peak: Array, logits: Array) -> Array:
 
 def _count(kept: Array, axis: int, dtype: jnp.dtype) -> Array:
     return jnp.maximum(jnp.sum(kept, axis, dtype=dtype), 1)
+
+
+def _num_parts(logits: Array, axis: int) -> int:
+    """Parts of 16 entries and more, or as many as the entries of a short slice."""
+    length = logits.shape[axis]
+    is_short = not isinstance(length, int) or length < 32
+    return 16 if is_short else max(2, min(16, length // 16))
 
 
 def _places(logits: Array, labels: Array, axis: int) -> Array:
