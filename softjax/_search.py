@@ -80,14 +80,19 @@ def largest_threshold(
     kept where the amount is nearly all. If all weigh less than the amount, v is the least.
     Keys are compared, and v is given, as `ordered` integers.
     """
-    weights = jnp.ones(keys.shape, amount.dtype) if weights is None else weights
-    spare = slices.sum(weights) - amount
+    entries = (keys,) if weights is None else (keys, weights)
+
+    def below(key: Array, *weight_and_limit: Array) -> Array:
+        weight = jnp.ones((), amount.dtype) if weights is None else weight_and_limit[0]
+        return jnp.where(key < weight_and_limit[-1], weight, 0)
+
+    everything = jnp.ones(keys.shape, amount.dtype) if weights is None else weights
+    spare = slices.sum(everything) - amount
 
     def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = state  # The answer is in [low, high).
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        below = slices.sum(jnp.where(keys < slices.spread(middle), weights, 0))
-        enough = below <= spare
+        enough = slices.sum_of(below, entries, middle) <= spare
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     limits = jnp.array([-jnp.inf, jnp.nan], amount.dtype)

@@ -9,6 +9,7 @@ above is written in these words alone.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,25 @@ class AlongAxes:
     def spread(self, row: Array) -> Array:
         return row  # Broadcasts by itself.
 
-    def parts(self, x: Array, num: int) -> list[list[Array]] | None:
+    def sum_of(
+        self, term: Callable[..., Array], entries: tuple[Array, ...], *rows: Array
+    ) -> Array:
+        """The sum of term(*entries, *rows), in one of many passes over the entries."""
+        cut: Callable[[Array], Any] = lambda x: self.parts(x, 16, least=0)
+
+        def whole(entries: tuple[Array, ...], *rows: Array) -> Array:
+            return self.sum(term(*entries, *rows))
+
+        def in_parts(entries: tuple[Array, ...], *rows: Array) -> Array:
+            groups = zip(*map(cut, entries), strict=True)
+            terms = [[term(*xs, *rows) for xs in zip(*g, strict=True)] for g in groups]
+            return self.sum(add_parts(terms))
+
+        if cut(entries[0]) is None:
+            return whole(entries, *rows)
+        return lax.platform_dependent(entries, *rows, cpu=in_parts, default=whole)
+
+    def parts(self, x: Array, num: int, least: int | None = None) -> list[list[Array]] | None:
         """Slices along the last axis cut into `num` parts of equal length, and a rest.
 
         Added up part by part, the terms of a sum are one loop for XLA's CPU backend, which
@@ -49,8 +68,9 @@ class AlongAxes:
         Slices of fewer than 2 num entries are cut into these. None if nothing is gained.
         """
         whole, last = math.prod(x.shape), x.ndim - 1
+        least = FOLDED if least is None else least
         is_open = not isinstance(whole, int)  # In an export for any size.
-        if is_open or last not in self.axes or whole < FOLDED or is_spread(x) or many_cpus():
+        if is_open or last not in self.axes or whole < least or is_spread(x) or many_cpus():
             return None
         length = x.shape[last]
         if 2 * num <= length < num * WIDTH:
@@ -86,6 +106,11 @@ class BySegment:
 
     def spread(self, row: Array) -> Array:
         return row[self.ids]
+
+    def sum_of(
+        self, term: Callable[..., Array], entries: tuple[Array, ...], *rows: Array
+    ) -> Array:
+        return self.sum(term(*entries, *map(self.spread, rows)))
 
     def parts(self, x: Array, num: int) -> None:
         del x, num

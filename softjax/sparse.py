@@ -86,8 +86,9 @@ def _solve_sparsemax(
     spread = slices.spread
 
     def step(tau: Array) -> tuple[Array, Array]:
-        above = jnp.maximum(scores.values - spread(tau), 0)
-        return slices.sum(above) - 1, slices.sum(jnp.sign(above))
+        above = slices.sum_of(lambda x, tau: jnp.maximum(x - tau, 0), (scores.values,), tau)
+        count = lambda x, tau: (x > tau).astype(tau.dtype)
+        return above - 1, slices.sum_of(count, (scores.values,), tau)
 
     tau = climb(step, jnp.full_like(peak, -1)) + scores.poison(slices.sum)
     margins, lost = _margins(scores.near, scores.errors, spread(tau))
@@ -157,9 +158,9 @@ def _solve_entmax15(
 
     def step(tau: Array) -> tuple[Array, Array]:
         # Of sqrt(sum) - 1, which is convex too, and straighter than the sum.
-        above = jnp.maximum(halves - spread(tau), 0)
-        square = slices.sum(above * above)
-        return square - jnp.sqrt(square), slices.sum(above)
+        above = lambda x, tau: jnp.maximum(x - tau, 0)
+        square = slices.sum_of(lambda x, tau: above(x, tau) ** 2, (halves,), tau)
+        return square - jnp.sqrt(square), slices.sum_of(above, (halves,), tau)
 
     tau = climb(step, jnp.full_like(peak, -1), _close(halves, peak))
     tau += scores.poison(slices.sum)
