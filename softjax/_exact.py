@@ -16,7 +16,8 @@ from jax import Array, lax
 
 FAR = 1000.0  # this far below the peak a score has no weight: exp is 0 in float64 too
 BLOCK = 64  # terms that one running sum takes
-LONG = 32768  # terms that XLA's sum of the last axis takes
+LONG = 32768  # terms that XLA's sum of the last axis takes,
+MANY = 1024  # or adds up within a rounding or so
 SMALL = 4096  # entries below which XLA sums an array term by term
 FEW = 4  # terms that lose nothing to speak of in a running sum
 
@@ -220,7 +221,7 @@ def _total(x: Array, axis: int, term: Callable[[Array], Array]) -> Array:
         small.def_vmap(lambda _, __, x: (_total(x, axis + 1, jax.vmap(term)), True))
         plain = add(term(x))
         return small(lax.stop_gradient(x)) + (plain - lax.stop_gradient(plain))
-    if _exceeds(length, LONG if is_last else FEW):
+    if _exceeds(length, MANY if is_last else FEW):
         return in_two(_partial_sums(x, axis, term, BLOCK if is_last else FEW))
     return add(term(x))
 

@@ -53,9 +53,10 @@ def logsumexp(
         11.16
 
     Note:
-        O(n) time, no temporary array beside the exponentials. Where the peak and the
-        logarithm of the sum cancel, the error is that of the larger of the two. The
-        derivative is `softmax`; it is 0 for a slice that keeps nothing. Both modes, any order.
+        O(n) time. Along the last axis of a large array a sixteenth of it as temporary memory,
+        or a number a slice of up to 31; else one array of exponentials. Where the peak and the
+        logarithm of the sum cancel, the error is that of the larger of the two. The derivative
+        is `softmax`; it is 0 for a slice that keeps nothing. Both modes, any order.
 
     Reference:
         Blanchard, Higham and Higham (2021), Accurately computing the log-sum-exp and softmax

@@ -83,11 +83,11 @@ def cross_entropy(
         [6.9314718e-01 1.9287499e-22]
 
     Note:
-        O(n) time; for the value 1 MB of temporary memory or one row (along the last axis), one
-        array for the gradient with whatever options, and no one-hot array. Computed as
-        (max - z_y) + log1p(sum over the others), of relative error about 2e-7 in float32 at
-        every size of the loss; the label's derivative is minus the sum of the other
-        probabilities, not p - 1. Both modes, any order.
+        O(n) time; for the value a sixteenth of the logits as temporary memory, where they are
+        large (along the last axis), one array for the gradient with whatever options, and no
+        one-hot array. Computed as (max - z_y) + log1p(sum over the others), of relative error
+        about 2e-7 in float32 at every size of the loss; the label's derivative is minus the sum
+        of the other probabilities, not p - 1. Both modes, any order.
 
     Reference:
         Szegedy et al. (2016), Rethinking the inception architecture, for the smoothing;

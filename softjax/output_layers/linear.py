@@ -89,8 +89,8 @@ def linear_cross_entropy(
             holds where the logits would otherwise be small enough to be kept.
         forward_gradient: whether differentiation finds the gradient along with the value, from
             the same logits: three matrix products in place of four. It gives up forward mode
-            (JAX raises a TypeError), second derivatives and `reduction=None`; `block_size` is
-            then that of the tokens taken at once.
+            (JAX raises a TypeError; gradients can be differentiated in both modes) and
+            `reduction=None`; `block_size` is then that of the tokens taken at once.
 
     Returns:
         One number, or one loss a token with `reduction=None`; float32 or wider.
