@@ -61,8 +61,8 @@ def _solve(
 
 # Weights are formed times 2^64: of the sum of the others, nothing is lost where XLA flushes
 # numbers below the least normal one to 0.
-_LIFT = 64
-_UNIT = 2.0**_LIFT
+LIFT = 64
+_UNIT = 2.0**LIFT
 PARTS = 16
 
 
@@ -108,7 +108,7 @@ def exponentials(
     spread: Callable[[Array], Array] = lambda row: row,
 ) -> Array:
     """The weights of x, times 2^64."""
-    return centre(x, peak, temperature, spread).exp(_LIFT)
+    return centre(x, peak, temperature, spread).exp(LIFT)
 
 
 def _add_up(parts: list[Array], peak: Array, temperature: Array | None) -> Array:

@@ -43,15 +43,15 @@ class AlongAxes:
         return row  # Broadcasts by itself.
 
     def sum_of(
-        self, term: Callable[..., Array], entries: tuple[Array, ...], *rows: Array
+        self, term: Callable[..., Array], entries: tuple[Array, ...], *rows: Array | None
     ) -> Array:
         """The sum of term(*entries, *rows), in one of many passes over the entries."""
         cut: Callable[[Array], Any] = lambda x: self.parts(x, 16, least=0)
 
-        def whole(entries: tuple[Array, ...], *rows: Array) -> Array:
+        def whole(entries: tuple[Array, ...], *rows: Array | None) -> Array:
             return self.sum(term(*entries, *rows))
 
-        def in_parts(entries: tuple[Array, ...], *rows: Array) -> Array:
+        def in_parts(entries: tuple[Array, ...], *rows: Array | None) -> Array:
             groups = zip(*map(cut, entries), strict=True)
             terms = [[term(*xs, *rows) for xs in zip(*g, strict=True)] for g in groups]
             return self.sum(add_parts(terms))
@@ -73,7 +73,7 @@ class AlongAxes:
         if is_open or last not in self.axes or whole < least or is_spread(x) or many_cpus():
             return None
         length = x.shape[last]
-        if 2 * num <= length < num * WIDTH:
+        if length == 0 or 2 * num <= length < num * WIDTH:
             return None
         num = length if length < 2 * num else num
         size = length // num
@@ -108,9 +108,10 @@ class BySegment:
         return row[self.ids]
 
     def sum_of(
-        self, term: Callable[..., Array], entries: tuple[Array, ...], *rows: Array
+        self, term: Callable[..., Array], entries: tuple[Array, ...], *rows: Array | None
     ) -> Array:
-        return self.sum(term(*entries, *map(self.spread, rows)))
+        wide = (None if row is None else self.spread(row) for row in rows)
+        return self.sum(term(*entries, *wide))
 
     def parts(self, x: Array, num: int) -> None:
         del x, num

@@ -6,13 +6,16 @@ Dropped entries (masked by `where`, or equal to -inf) have probability 0 and cou
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import expm1_over_twice, log1p
-from softjax._exponential import SOFTMAX
+from softjax._exact import centre, expm1_over_twice, log1p
+from softjax._exponential import LIFT, SOFTMAX, weigh
 from softjax._inputs import Axis, Problem, check_labels, prepare, public, resolve_one_axis
 from softjax._slices import AlongAxes
 from softjax._threshold import Solution, solve
@@ -48,10 +51,46 @@ def entropy(logits: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = Non
         entropy. Both modes, any order.
     """
     problem = prepare(logits, axis=axis, where=where)
-    slices = AlongAxes(problem.axes)
-    solution = solve(SOFTMAX, slices, problem.logits)
-    row = slices.sum(solution.probs * -_finite_margins(solution))
+    row = softmax_entropy(problem.axes, problem.logits, None)
     return jnp.squeeze(row, problem.axes).astype(problem.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def softmax_entropy(axes: tuple[int, ...], x: Array, temperature: Array | None) -> Array:
+    """The entropy of softmax(x / temperature), with the axes kept.
+
+    With scores s <= 0 below the peak, log(sum(exp(s))) + <p, -s>: no term is below 0.
+    """
+    slices = AlongAxes(axes)
+    peak = jax.lax.stop_gradient(slices.max(x))
+
+    def moment(x: Array, peak: Array, temperature: Array | None) -> Array:
+        scores = centre(x, peak, temperature, lambda row: row)
+        return -scores.near * scores.exp(LIFT)
+
+    weights = weigh(slices, x, peak, temperature)
+    empty = peak == -jnp.inf
+    others = jnp.where(empty, 0, weights.others + (weights.num_peaks - 1))
+    mean = slices.sum_of(moment, (x,), peak, temperature) / 2.0**LIFT / (1 + others)
+    return jnp.where(empty, 0, log1p(others) + mean)
+
+
+@softmax_entropy.defjvp
+def _softmax_entropy_jvp(
+    axes: tuple[int, ...], primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    # By -<p', s>, in which s may be shifted: <p, s'> + (log sum)' is 0, and would be the
+    # rounding errors of two large terms where the entropy is nearly constant.
+    slices = AlongAxes(axes)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def tangent(primals: Any, tangents: Any) -> Array:
+        peak = jax.lax.stop_gradient(slices.max(primals[0]))
+        probs = lambda *args: solve(SOFTMAX, slices, *args).probs
+        scores = centre(primals[0], peak, primals[1], slices.spread)
+        return -slices.sum(jax.jvp(probs, primals, tangents)[1] * scores.near)
+
+    return softmax_entropy(axes, *primals), tangent(primals, tangents)
 
 
 @public("axis")
@@ -191,11 +230,6 @@ def log_prob(
     labels = check_labels(labels, problem.logits.shape, axis)
     solution = solve(SOFTMAX, AlongAxes((axis,)), problem.logits)
     return pick(solution.margins, labels, axis).astype(problem.dtype)
-
-
-def _finite_margins(solution: Solution) -> Array:
-    """Log-probabilities, 0 where dropped."""
-    return jnp.where(solution.margins == -jnp.inf, 0, solution.margins)
 
 
 def pick(x: Array, labels: Array, axis: int) -> Array:

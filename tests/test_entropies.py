@@ -7,7 +7,7 @@ import pytest
 
 import softjax as sj
 from tests import oracles
-from tests.helpers import DTYPES, INF, NAN, assert_close, assert_same, draw, eps
+from tests.helpers import DTYPES, INF, NAN, assert_close, assert_same, draw, eps, finfo, wide
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -176,3 +176,24 @@ def test_log_prob_derivatives():
     with jax.debug_nans(True):
         grad = jax.grad(lambda z: sj.log_prob(z, jnp.asarray(1)))(dropped)
     assert jnp.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["entropy", "policy_entropy"])
+def test_gradient_where_the_entropy_is_nearly_constant(name, dtype):
+    """Confident rows and nearly even ones: -p (z - <p, z>), to the last digits."""
+    rows = [
+        [20, 0, 1],
+        [0, 1e-4, 0],
+        [-60, 3, -1e4],
+        [5, 5 + 1e-3, 5 - 1e-3],
+        [1e4, 1e4 - 8, 0],
+    ]
+    z = np.asarray(rows, dtype)
+    p = oracles.fast_softmax(z)
+    scores = wide(z) - wide(z).max(-1, keepdims=True)
+    wanted = -p * (scores - np.sum(p * scores, -1, keepdims=True))
+    # Each component within a few roundings of what it is a sum of, or flushed.
+    spread = p * np.sum(p[:, None] * np.abs(scores[:, None] - scores[..., None]), -1)
+    got = jax.grad(lambda z: jnp.sum(getattr(sj, name)(z)))(jnp.asarray(z))
+    assert np.all(np.abs(wide(got) - wanted) <= 4 * eps(dtype) * spread + finfo(dtype).tiny)

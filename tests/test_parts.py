@@ -84,6 +84,21 @@ def test_a_confident_row_keeps_its_digits(shape):
     assert_close(got, np.full(shape[0], wanted), rtol=4 * eps("float32"))
 
 
+def test_many_parts_of_a_confident_row():
+    """Thousands of sums of parts, all rounded the same way, are not a running sum."""
+    z = np.full((1, 200000), -90.0)
+    z[:, -1] = 0
+    wanted = np.log1p((z.size - 1) * np.exp(np.longdouble(-90)))
+    assert_close(sj.logsumexp(z, axis=-1), [wanted], rtol=1.5 * eps("float64"))
+
+
+@pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (100000, 0)])
+def test_slices_without_entries(name, shape):
+    assert getattr(sj, name)(jnp.zeros(shape)).shape == shape
+    assert sj.top_k_filter(jnp.zeros(shape), 1).shape == shape
+
+
 @pytest.mark.parametrize("shape", [(4096, 10), (70, 1003)])
 def test_edges(shape):
     """Each kind of row, among others, is what it is alone."""

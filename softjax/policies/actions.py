@@ -34,7 +34,7 @@ from softjax._inputs import (
 )
 from softjax._slices import AlongAxes
 from softjax._threshold import solve
-from softjax.entropies import pick
+from softjax.entropies import pick, softmax_entropy
 from softjax.sampling import sample
 
 __all__ = ["policy_entropy", "policy_log_prob", "policy_probs", "select_action"]
@@ -228,9 +228,12 @@ class Mixture(NamedTuple):
 
     probs: Array  # [*shape]
     log_probs: Array  # [*shape]; -inf where illegal
+    unmixed: Array | None  # the entropy, if nothing is mixed in; one a slice
 
     def entropy(self, slices: AlongAxes) -> Array:
         """Its entropy, one number a slice."""
+        if self.unmixed is not None:
+            return jnp.squeeze(self.unmixed, slices.axes)
         logs = jnp.where(self.log_probs == -jnp.inf, 0, self.log_probs)
         return jnp.squeeze(slices.sum(self.probs * -logs), slices.axes)
 
@@ -240,7 +243,8 @@ def mixture(problem: Problem, epsilon: ArrayLike) -> Mixture:
     slices = AlongAxes(problem.axes)
     solution = solve(SOFTMAX, slices, problem.logits, problem.temperature)
     if is_zero(epsilon):
-        return Mixture(solution.probs, solution.margins)
+        row = softmax_entropy(problem.axes, problem.logits, problem.temperature)
+        return Mixture(solution.probs, solution.margins, row)
     legal = problem.logits != -jnp.inf
     count = jnp.sum(legal, problem.axes, dtype=problem.logits.dtype, keepdims=True)
     epsilon = per_slice(epsilon, problem.logits, problem.axes, name="epsilon")
@@ -249,7 +253,7 @@ def mixture(problem: Problem, epsilon: ArrayLike) -> Mixture:
     count = jnp.maximum(count, 1)
     probs = jnp.where(legal, (1 - epsilon) * solution.probs + epsilon / count, 0)
     log_probs = _log_mixture(solution.probs, solution.margins, epsilon, count)
-    return Mixture(probs, jnp.where(legal, log_probs, -jnp.inf))
+    return Mixture(probs, jnp.where(legal, log_probs, -jnp.inf), None)
 
 
 def _log_mixture(probs: Array, log_probs: Array, epsilon: Array, count: Array) -> Array:
