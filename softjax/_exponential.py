@@ -2,7 +2,8 @@
 
 Exact in the working precision. Rounding of logits - peak is put back to first order, and
 beside the full sum runs the sum over all but the peak, so that log-probabilities near 0 and
-probabilities near 1 keep their distance from it.
+probabilities near 1 keep their distance from it. In small arrays the weights are written out
+and summed, in large ones added up as they are formed.
 """
 
 import functools
@@ -63,7 +64,6 @@ def _solve(
 # numbers below the least normal one to 0.
 LIFT = 64
 _UNIT = 2.0**LIFT
-PARTS = 16
 
 
 class Weights(NamedTuple):
@@ -78,7 +78,7 @@ def weigh(slices: Slices, x: Array, peak: Array, temperature: Array | None) -> W
     """The weights of x, whose slices have these peaks."""
     args = (x, peak, temperature)
     form = functools.partial(exponentials, spread=slices.spread)
-    if slices.parts(x, PARTS) is None:
+    if slices.parts(x) is None:
         marked = by_one_thread(lambda *args: mark_peaks(form(*args)), slices, *args)
         return Weights(*split_at_peak(marked, slices), lambda: _unmark_peaks(marked))
     num_peaks, others = lax.platform_dependent(
@@ -94,7 +94,7 @@ def _split_in_parts(
     slices: Slices, x: Array, peak: Array, temperature: Array | None
 ) -> tuple[Array, Array]:
     """`split_at_peak` of entries that are not written out."""
-    groups = slices.parts(x, PARTS) or []
+    groups = slices.parts(x) or []
     sums = join_parts([_add_up(parts, peak, temperature) for parts in groups])
     num_peaks = slices.sum(_positive(-jnp.sign(lax.stop_gradient(sums))))
     return num_peaks, slices.total(sums, jnp.abs) / _UNIT

@@ -18,7 +18,8 @@ from jax import Array, lax
 from softjax._exact import long_sum, long_total, sum_in_pairs
 from softjax._varying import is_spread
 
-FOLDED = 32768  # entries from which on terms are added up part by part
+FOLDED = 32768  # entries from which on terms are added up part by part,
+PARTS = 16  # of so many parts
 WIDTH = 16  # entries of a part that fill a processor's registers
 Term = Callable[[Array], Array]
 
@@ -46,7 +47,7 @@ class AlongAxes:
         self, term: Callable[..., Array], entries: tuple[Array, ...], *rows: Array | None
     ) -> Array:
         """The sum of term(*entries, *rows), in one of many passes over the entries."""
-        cut: Callable[[Array], Any] = lambda x: self.parts(x, 16, least=0)
+        cut: Callable[[Array], Any] = lambda x: self.parts(x, least=0)
 
         def whole(entries: tuple[Array, ...], *rows: Array | None) -> Array:
             return self.sum(term(*entries, *rows))
@@ -60,12 +61,15 @@ class AlongAxes:
             return whole(entries, *rows)
         return lax.platform_dependent(entries, *rows, cpu=in_parts, default=whole)
 
-    def parts(self, x: Array, num: int, least: int | None = None) -> list[list[Array]] | None:
+    def parts(
+        self, x: Array, num: int = PARTS, least: int | None = None
+    ) -> list[list[Array]] | None:
         """Slices along the last axis cut into `num` parts of equal length, and a rest.
 
         Added up part by part, the terms of a sum are one loop for XLA's CPU backend, which
         would write all of them out before it sums along an axis; others add as they form them.
-        Slices of fewer than 2 num entries are cut into these. None if nothing is gained.
+        Slices of fewer than 2 num entries are cut into these. None if nothing is gained, as in
+        an array of fewer than `least` entries.
         """
         whole, last = math.prod(x.shape), x.ndim - 1
         least = FOLDED if least is None else least
@@ -113,8 +117,8 @@ class BySegment:
         wide = (None if row is None else self.spread(row) for row in rows)
         return self.sum(term(*entries, *wide))
 
-    def parts(self, x: Array, num: int) -> None:
-        del x, num
+    def parts(self, x: Array) -> None:
+        del x
 
 
 Slices = AlongAxes | BySegment

@@ -48,11 +48,11 @@ def special(shape, dtype):
 @pytest.mark.parametrize("shape", LARGE)
 def test_how_slices_are_cut(shape):
     z = jnp.arange(np.prod(shape)).reshape(shape)
-    groups = AlongAxes(axes_of(shape)).parts(z, 16)
+    groups = AlongAxes(axes_of(shape)).parts(z)
     assert_same(jnp.concatenate([x for parts in groups for x in parts], -1), z)
     assert len({x.shape for x in groups[0]}) == 1
-    assert AlongAxes((0,)).parts(z, 16) is None
-    assert AlongAxes(axes_of(shape)).parts(z[:1, ..., :100], 16) is None
+    assert AlongAxes((0,)).parts(z) is None
+    assert AlongAxes(axes_of(shape)).parts(z[:1, ..., :100]) is None
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -132,7 +132,7 @@ def test_derivatives(name, shape):
     z, keep = draw(2, shape)
     z[..., 1] = z.max()  # Ties in other parts too, at which nothing is kinked.
     z[..., -1] = z.max()
-    assert AlongAxes(axes_of(shape)).parts(jnp.asarray(z), 16) is not None
+    assert AlongAxes(axes_of(shape)).parts(jnp.asarray(z)) is not None
     fn = lambda z, t: jnp.where(
         keep, getattr(sj, name)(z, axis=axes_of(shape), where=keep, temperature=t), 0
     )

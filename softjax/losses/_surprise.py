@@ -21,7 +21,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from softjax._blocks import by_one_thread
 from softjax._exact import FAR, exp_of_sum, log1p, two_difference, where_finite
-from softjax._slices import AlongAxes, add_parts
+from softjax._slices import FOLDED, PARTS, AlongAxes, add_parts
 from softjax._varying import is_spread
 from softjax.entropies import pick
 
@@ -129,14 +129,14 @@ class _Shares(NamedTuple):
 
 
 def _share_unwritten(axis: int, logits: Array, labels: Array) -> _Shares:
-    """The shares without the weights, none of which is written out."""
+    """The shares without the weights, none of which is written out if they are many."""
     # (XLA's CPU backend is slow where it sums along an axis as it forms the terms. If they are
     # not added up part by part, a mask in arithmetic keeps it from writing them.)
-    is_small = AlongAxes((axis,)).parts(logits, _num_parts(logits, axis)) is None
-    is_open = not isinstance(math.prod(logits.shape), int)  # In an export for any size.
-    mask = _differs
-    if is_small and (is_open or axis != logits.ndim - 1 or is_spread((logits, labels))):
-        mask = _distance
+    whole = math.prod(logits.shape)  # It may be open, in an export for any size.
+    is_usual = isinstance(whole, int) and axis == logits.ndim - 1
+    is_small = is_usual and whole < FOLDED and not is_spread((logits, labels))
+    in_parts = AlongAxes((axis,)).parts(logits, _num_parts(logits, axis)) is not None
+    mask = _differs if is_small or in_parts else _distance
     return _share(axis, mask, logits, labels, written=False)._replace(others=None)
 
 
@@ -256,8 +256,8 @@ def _count(kept: Array, axis: int, dtype: jnp.dtype) -> Array:
 def _num_parts(logits: Array, axis: int) -> int:
     """Parts of 16 entries and more, or as many as the entries of a short slice."""
     length = logits.shape[axis]
-    is_short = not isinstance(length, int) or length < 32
-    return 16 if is_short else max(2, min(16, length // 16))
+    is_short = not isinstance(length, int) or length < 2 * PARTS
+    return PARTS if is_short else max(2, min(PARTS, length // 16))
 
 
 def _places(logits: Array, labels: Array, axis: int) -> Array:
