@@ -36,11 +36,12 @@ def _solve(
         peak = jnp.maximum(peak, lax.stop_gradient(sink))
     scores = centre(logits, peak, temperature, slices.spread)
     weights = weigh(slices, logits, peak, temperature)
-    num_peaks, others, leak = weights.num_peaks, weights.others, None
+    num_peaks, others, sink_weight = weights.num_peaks, weights.others, None
     if sink is not None:
-        leak = exponentials(sink, peak, temperature)
-        num_peaks += (leak == _UNIT).astype(leak.dtype)
-        others += _beside_peak(leak, leak == _UNIT) / _UNIT
+        sink_weight = exponentials(sink, peak, temperature)
+        is_peak = sink_weight == UNIT
+        num_peaks += is_peak.astype(sink.dtype)
+        others += _beside_peak(sink_weight, is_peak) / UNIT
     empty = peak == -jnp.inf
     total = jnp.where(empty, 1, num_peaks + others)
     others += jnp.where(empty, 0, num_peaks - 1)
@@ -53,17 +54,17 @@ def _solve(
     # (Of a divisor that is one number a slice XLA would take the rounded inverse. In the unit
     # of the weights its square, which plain differentiation divides by, would be inf.)
     divisor = jnp.where(vanish, 1, slices.spread(total))
-    probs = jnp.where(vanish, 0, entries / _UNIT / divisor)
+    probs = jnp.where(vanish, 0, entries / UNIT / divisor)
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
-    leak = None if leak is None else leak / _UNIT / total
+    leak = None if sink_weight is None else sink_weight / UNIT / total
     return Solution(probs, margins, threshold, lost, others / total, leak)
 
 
 # Weights are formed times 2^64: of the sum of the others, nothing is lost where XLA flushes
 # numbers below the least normal one to 0.
 LIFT = 64
-_UNIT = 2.0**LIFT
+UNIT = 2.0**LIFT
 
 
 class Weights(NamedTuple):
@@ -97,7 +98,7 @@ def _split_in_parts(
     groups = slices.parts(x) or []
     sums = join_parts([_add_up(parts, peak, temperature) for parts in groups])
     num_peaks = slices.sum(_positive(-jnp.sign(lax.stop_gradient(sums))))
-    return num_peaks, slices.total(sums, jnp.abs) / _UNIT
+    return num_peaks, slices.total(sums, jnp.abs) / UNIT
 
 
 def exponentials(
@@ -117,7 +118,7 @@ def _add_up(parts: list[Array], peak: Array, temperature: Array | None) -> Array
     terms = []
     for x in parts:
         weights = exponentials(x, peak, temperature)
-        is_peak = weights == _UNIT
+        is_peak = weights == UNIT
         terms.append(_beside_peak(weights, is_peak & ~found))
         found |= is_peak
     total = sum_in_pairs(terms)
@@ -127,19 +128,19 @@ def _add_up(parts: list[Array], peak: Array, temperature: Array | None) -> Array
 
 def _beside_peak(weights: Array, is_peak: Array) -> Array:
     """The weights, with 0 for a peak, but for its derivative."""
-    return jnp.where(is_peak, weights - _UNIT, weights)
+    return jnp.where(is_peak, weights - UNIT, weights)
 
 
-def mark_peaks(weights: Array, unit: float = _UNIT) -> Array:
+def mark_peaks(weights: Array, unit: float = UNIT) -> Array:
     """The weights, with -unit for those of peaks, which are the unit."""
     return jnp.where(weights == unit, weights - 2 * unit, weights)
 
 
 def _unmark_peaks(marked: Array) -> Array:
-    return jnp.where(marked < 0, marked + 2 * _UNIT, marked)
+    return jnp.where(marked < 0, marked + 2 * UNIT, marked)
 
 
-def split_at_peak(marked: Array, slices: Slices, unit: float = _UNIT) -> tuple[Array, Array]:
+def split_at_peak(marked: Array, slices: Slices, unit: float = UNIT) -> tuple[Array, Array]:
     """How many weights are that of the peak, and the sum of all others in its unit."""
     # A running sum rounds every small weight that it adds to the peak's the same way, so
     # the peak is left out; a maximum is the cheapest way to do that.

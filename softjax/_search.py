@@ -80,13 +80,13 @@ def largest_threshold(
     kept where the amount is nearly all. If all weigh less than the amount, v is the least.
     Keys are compared, and v is given, as `ordered` integers.
     """
-    entries = (keys,) if weights is None else (keys, weights)
-
-    def below(key: Array, *weight_and_limit: Array) -> Array:
-        weight = jnp.ones((), amount.dtype) if weights is None else weight_and_limit[0]
-        return jnp.where(key < weight_and_limit[-1], weight, 0)
-
-    everything = jnp.ones(keys.shape, amount.dtype) if weights is None else weights
+    if weights is None:
+        everything = jnp.ones(keys.shape, amount.dtype)
+        entries: tuple[Array, ...] = (keys,)
+        below: Callable[..., Array] = lambda key, limit: (key < limit).astype(amount.dtype)
+    else:
+        everything, entries = weights, (keys, weights)
+        below = lambda key, weight, limit: jnp.where(key < limit, weight, 0)
     spare = slices.sum(everything) - amount
 
     def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._exact import centre, expm1_over_twice, log1p
-from softjax._exponential import LIFT, SOFTMAX, weigh
+from softjax._exponential import LIFT, SOFTMAX, UNIT, weigh
 from softjax._inputs import Axis, Problem, check_labels, prepare, public, resolve_one_axis
 from softjax._slices import AlongAxes
 from softjax._threshold import Solution, solve
@@ -71,7 +71,7 @@ def softmax_entropy(axes: tuple[int, ...], x: Array, temperature: Array | None) 
     weights = weigh(slices, x, peak, temperature)
     empty = peak == -jnp.inf
     others = jnp.where(empty, 0, weights.others + (weights.num_peaks - 1))
-    mean = slices.sum_of(moment, (x,), peak, temperature) / 2.0**LIFT / (1 + others)
+    mean = slices.sum_of(moment, (x,), peak, temperature) / UNIT / (1 + others)
     return jnp.where(empty, 0, log1p(others) + mean)
 
 
