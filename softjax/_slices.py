@@ -53,6 +53,8 @@ class AlongAxes:
             return self.sum(term(*entries, *rows))
 
         def in_parts(entries: tuple[Array, ...], *rows: Array | None) -> Array:
+            # (Or XLA would share what another pass forms of these, and write it out.)
+            rows = lax.optimization_barrier(rows)
             groups = zip(*map(cut, entries), strict=True)
             terms = [[term(*xs, *rows) for xs in zip(*g, strict=True)] for g in groups]
             return self.sum(add_parts(terms))

@@ -11,14 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
-from softjax._exact import centre, expm1_over_twice, log1p
-from softjax._exponential import LIFT, SOFTMAX, UNIT, weigh
+from softjax._exact import centre, expm1_over_twice_near, log1p
+from softjax._exponential import LIFT, SOFTMAX, UNIT, exponentials, weigh
 from softjax._inputs import Axis, Problem, check_labels, prepare, public, resolve_one_axis
 from softjax._slices import AlongAxes
-from softjax._threshold import Solution, solve
+from softjax._threshold import reciprocal, solve
 
 __all__ = ["entropy", "kl_divergence", "log_prob"]
 
@@ -62,17 +62,15 @@ def softmax_entropy(axes: tuple[int, ...], x: Array, temperature: Array | None) 
     With scores s <= 0 below the peak, log(sum(exp(s))) + <p, -s>: no term is below 0.
     """
     slices = AlongAxes(axes)
-    peak = jax.lax.stop_gradient(slices.max(x))
+    peak = lax.stop_gradient(slices.max(x))
 
     def moment(x: Array, peak: Array, temperature: Array | None) -> Array:
         scores = centre(x, peak, temperature, lambda row: row)
         return -scores.near * scores.exp(LIFT)
 
-    weights = weigh(slices, x, peak, temperature)
-    empty = peak == -jnp.inf
-    others = jnp.where(empty, 0, weights.others + (weights.num_peaks - 1))
-    mean = slices.sum_of(moment, (x,), peak, temperature) / UNIT / (1 + others)
-    return jnp.where(empty, 0, log1p(others) + mean)
+    scale, log_total = _normaliser(slices, x, peak, temperature)
+    mean = slices.sum_of(moment, (x,), peak, temperature) * scale
+    return jnp.where(peak == -jnp.inf, 0, log_total + mean)
 
 
 @softmax_entropy.defjvp
@@ -85,12 +83,23 @@ def _softmax_entropy_jvp(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tangent(primals: Any, tangents: Any) -> Array:
-        peak = jax.lax.stop_gradient(slices.max(primals[0]))
+        peak = lax.stop_gradient(slices.max(primals[0]))
         probs = lambda *args: solve(SOFTMAX, slices, *args).probs
         scores = centre(primals[0], peak, primals[1], slices.spread)
         return -slices.sum(jax.jvp(probs, primals, tangents)[1] * scores.near)
 
     return softmax_entropy(axes, *primals), tangent(primals, tangents)
+
+
+def _normaliser(
+    slices: AlongAxes, x: Array, peak: Array, temperature: Array | None
+) -> tuple[Array, Array]:
+    """What makes probabilities of `exponentials`, and the logarithm of the sum of weights."""
+    weights = weigh(slices, x, peak, temperature)
+    empty = peak == -jnp.inf
+    others = jnp.where(empty, 0, weights.others + (weights.num_peaks - 1))
+    # (By quotients, as in `_exponential`.)
+    return 1 / (1 + others) / UNIT, log1p(others) / jnp.where(empty, 2, 1)
 
 
 @public("axis")
@@ -125,8 +134,11 @@ def kl_divergence(
         0.6931472
 
     Note:
-        O(n). Summed as p log(p/q) + q - p, whose terms are never negative, so that close
-        distributions keep the digits of their small divergence. Both modes, any order.
+        O(n) time. Summed as p log(p/q) + q - p, whose terms are never negative, and log(p/q)
+        from the logits themselves: close distributions keep the digits of their small
+        divergence, and of its gradient, however far apart the logits are as a whole. Large
+        arrays take a fifth of one as temporary memory, and one for the gradient, for which both
+        logits are kept. Both modes, any order.
     """
     p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits")
     q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits")
@@ -142,52 +154,115 @@ def divergence(p_problem: Problem, q_problem: Problem, *, name: str, target: str
             f"`{name}` of shape {q_problem.logits.shape} must have the shape"
             f" {p_problem.logits.shape} of `{target}`."
         )
-    slices = AlongAxes(p_problem.axes)
     dtype = jnp.promote_types(p_problem.logits.dtype, q_problem.logits.dtype)
-    p_logits, q_logits = p_problem.logits.astype(dtype), q_problem.logits.astype(dtype)
+    logits = [problem.logits.astype(dtype) for problem in (p_problem, q_problem)]
     temperature = p_problem.temperature
     temperature = None if temperature is None else temperature.astype(dtype)
-    p = solve(SOFTMAX, slices, p_logits, temperature)
-    q = solve(SOFTMAX, slices, q_logits, temperature)
-    ratio = _log_ratio(p_logits, q_logits, temperature, p, q, slices)
-    # Bregman's form, p log(p/q) + q - p, has terms that are never negative, and keeps its
-    # digits where p and q are close; over a slice it adds up to the same.
-    near = jnp.abs(ratio) < 1
-    close = jnp.where(near, ratio, 0)
-    # (Where p keeps what q drops the divergence is infinite, and constant.)
-    apart = jnp.isinf(ratio) & (p.probs > 0)
-    known = jnp.where(near | apart | (p.probs == 0), 0, ratio)
-    terms = jnp.where(
-        near,
-        p.probs * close * close * expm1_over_twice(-close),
-        p.probs * known + (q.probs - p.probs),
-    )
-    row = jnp.where(slices.max(apart.astype(dtype)) > 0, jnp.inf, slices.sum(terms))
-    return jnp.where(p.threshold == -jnp.inf, 0, row)
+    return softmax_divergence(p_problem.axes, *logits, temperature)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def softmax_divergence(
+    axes: tuple[int, ...], x: Array, y: Array, temperature: Array | None
+) -> Array:
+    """D(softmax(x / temperature) || softmax(y / temperature)), with the axes kept.
+
+    Summed in Bregman's form, p log(p/q) + q - p, whose terms are never negative. It adds up
+    to the same, whatever error of first order the log(p/q) of a slice have in common.
+    """
+    return _divergence(axes, x, y, temperature)[0]
+
+
+@softmax_divergence.defjvp
+def _softmax_divergence_jvp(
+    axes: tuple[int, ...], primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    # <p', log(p/q)> + <q - p, y'>, in either of which a shift is free.
+    slices = AlongAxes(axes)
+    row, shift = _divergence(axes, *primals)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def tangent(primals: Any, tangents: Any, row: Array, shift: Array) -> Array:
+        x, y, temperature = primals
+        x_dot, y_dot, temperature_dot = tangents
+        x_peak, y_peak = (lax.stop_gradient(slices.max(z)) for z in (x, y))
+        probs = lambda *args: solve(SOFTMAX, slices, *args).probs
+        p, p_dot = jax.jvp(probs, (x, temperature), (x_dot, temperature_dot))
+        q = solve(SOFTMAX, slices, y, temperature)
+        # An infinite divergence is constant, as is that of nothing.
+        varies = (row != jnp.inf) & (x_peak != -jnp.inf)
+        ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
+        ratio = jnp.where(varies & (p != 0), ratio, 0)
+        kept = q.margins != -jnp.inf
+        if temperature is not None:
+            y_dot -= jnp.where(kept, q.margins, 0) * temperature_dot
+            y_dot *= reciprocal(temperature)
+        gain = _gain(p, q.probs, ratio) * jnp.where(varies & kept, y_dot, 0)
+        return slices.sum(p_dot * ratio + gain)
+
+    return row, tangent(primals, tangents, row, shift)
+
+
+def _divergence(
+    axes: tuple[int, ...], x: Array, y: Array, temperature: Array | None
+) -> tuple[Array, Array]:
+    """The divergence, and by how much scores below their peaks differ where p is q."""
+    slices = AlongAxes(axes)
+    x_peak, y_peak = (lax.stop_gradient(slices.max(z)) for z in (x, y))
+    p_scale, p_log = _normaliser(slices, x, x_peak, temperature)
+    q_scale, q_log = _normaliser(slices, y, y_peak, temperature)
+    rows = (x_peak, y_peak, temperature, p_scale, q_scale)
+
+    def found(x: Array, y: Array, *rows: Array) -> tuple[Array, Array, Array]:
+        x_peak, y_peak, temperature, p_scale, q_scale, shift = rows
+        p = exponentials(x, x_peak, temperature) * p_scale
+        q = exponentials(y, y_peak, temperature) * q_scale
+        ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
+        return p, q, jnp.where(p == 0, 0, ratio)
+
+    # Rounded logarithms are too coarse for distributions that are closer. What they lack shows
+    # in the sum of q - p.
+    shift = p_log - q_log
+    gain = slices.sum_of(lambda *args: _gain(*found(*args)), (x, y), *rows, shift)
+    shift -= log1p(jnp.where(jnp.abs(gain) < 0.5, gain, 0))
+    row = slices.sum_of(lambda *args: _nats(*found(*args)), (x, y), *rows, shift)
+    return jnp.where(x_peak == -jnp.inf, 0, row), shift
 
 
 def _log_ratio(
-    p_logits: Array,
-    q_logits: Array,
-    temperature: Array | None,
-    p: Solution,
-    q: Solution,
-    slices: AlongAxes,
+    x: Array, y: Array, x_peak: Array, y_peak: Array, temperature: Array | None, shift: Array
 ) -> Array:
-    """log(p / q), where neither is dropped to many digits also where they are close."""
-    both = (p_logits != -jnp.inf) & (q_logits != -jnp.inf)
-    usual = both & jnp.isfinite(p_logits) & jnp.isfinite(q_logits)
-    apart = jnp.where(usual, p_logits, 0) - jnp.where(usual, q_logits, 0)
-    apart -= jax.lax.stop_gradient(slices.sum(p.probs * apart))
-    if temperature is not None:
-        apart /= temperature
-    close = slices.max(jnp.where(p_logits == q_logits, 0, jnp.abs(apart))) < 1
-    differ = (p_logits == -jnp.inf) != (q_logits == -jnp.inf)
-    close &= slices.max(differ.astype(p_logits.dtype)) < 1
-    shift = log1p(slices.sum(q.probs * jnp.expm1(jnp.where(close, apart, 0))))
-    far = jnp.where(both, p.margins, 0) - jnp.where(both, q.margins, 0)
-    far = jnp.where(both, far, jnp.where(q_logits == -jnp.inf, jnp.inf, -jnp.inf))
-    return jnp.where(close, apart - shift, far)
+    """log(p / q) where p has weight: inf where q is dropped."""
+    p, q = (
+        centre(z, peak, temperature, lambda row: row) for z, peak in ((x, x_peak), (y, y_peak))
+    )
+    far = jnp.where(q.dead, q.values, q.near)
+    return ((p.near - far) - shift) + (p.errors - jnp.where(q.dead, 0, q.errors))
+
+
+def _nats(p: Array, q: Array, ratio: Array) -> Array:
+    """The terms p log(p / q) + q - p."""
+    near, _, curve = _expand(ratio)
+    return jnp.where(near & (p != 0), p * curve, p * ratio + (q - p))
+
+
+@jax.custom_jvp
+def _gain(p: Array, q: Array, ratio: Array) -> Array:
+    """The difference q - p, to full precision where the two are close."""
+    near, close, curve = _expand(ratio)
+    return jnp.where(near & (p != 0), p * (curve - close), q - p)
+
+
+@_gain.defjvp
+def _gain_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _gain(*primals), tangents[1] - tangents[0]
+
+
+def _expand(ratio: Array) -> tuple[Array, Array, Array]:
+    """Where r = log(p / q) is small, r, and q / p - 1 + r."""
+    near = jnp.abs(ratio) < 1
+    close = jnp.where(near, ratio, 0)
+    return near, close, close * close * expm1_over_twice_near(-close)
 
 
 @public("axis")

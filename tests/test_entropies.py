@@ -101,6 +101,36 @@ def test_kl_divergence_of_close_distributions_keeps_its_digits():
     assert_close(actual, expected, rtol=0, atol=64e-6 * eps("float64"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_kl_divergence_is_relatively_exact(offset, dtype):
+    """Whatever the size of the divergence, and of a shift, which is free."""
+    rng = np.random.default_rng(12)
+    for n, scale, step in [(3, 1.0, 1e-3), (50, 1e-2, 1e-4), (50, 10.0, 0.1), (300, 3.0, 5.0)]:
+        z = rng.standard_normal((4, n)) * scale
+        moved = z + rng.standard_normal((4, n)) * step + offset
+        z, moved = (x.astype(dtype) for x in (z, moved))
+        z[0, 0] = moved[0, 0] = -INF
+        actual = sj.kl_divergence(jnp.asarray(z), jnp.asarray(moved))
+        expected = oracles.kl_divergence(z, moved)
+        assert_close(actual, expected, rtol=16 * eps(dtype))
+
+
+def test_kl_divergence_gradient_of_close_distributions():
+    """In q it is q - p, with the digits of the difference."""
+    p_logits = draw(13, (2, 40), scale=3.0)[0]
+    q_logits = p_logits + 1e-6 * draw(14, (2, 40))[0]
+    p, q = map(oracles.fast_softmax, (p_logits, q_logits))
+    loss = lambda q: jnp.sum(sj.kl_divergence(jnp.asarray(p_logits), q))
+    got = jax.grad(loss)(jnp.asarray(q_logits))
+    # The reference has 64 bits: the rounded p and q would be off by up to 1e-16.
+    assert_close(got, q - p, rtol=0, atol=1e-19)
+    # A weight that is 0 beside p counts for nothing; its logit's derivative does not.
+    far = jnp.array([0.0, -800.0])
+    grad = jax.grad(lambda q: sj.kl_divergence(jnp.zeros(2), q))(far)
+    assert_close(grad, [0.5, -0.5], rtol=1e-15)
+
+
 @pytest.mark.slow
 def test_kl_divergence_at_the_edges():
     cases = [
@@ -110,6 +140,9 @@ def test_kl_divergence_at_the_edges():
         ([0.0, NAN], [0.0, INF], [True, False], 0.0),
         ([1.0, 2.0], [2.0, 1.0], [False, False], 0.0),
         ([-INF, -INF], [0.0, 0.0], [True, True], 0.0),
+        ([INF, INF], [INF, INF], [True, True], 0.0),
+        ([INF, 1.0], [0.0, 0.0], [True, True], np.log(2)),
+        ([INF, -INF], [INF, INF], [True, True], np.log(2)),
     ]
     p, q, keep, expected = (jnp.array(column) for column in zip(*cases, strict=True))
     fn = lambda p, q, w: sj.kl_divergence(p, q, where=w)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._exponential import SOFTMAX
@@ -11,7 +13,6 @@ from softjax._inputs import (
     NONNEGATIVE,
     PROBABILITY,
     Axis,
-    Problem,
     broadcast,
     is_zero,
     prepare,
@@ -212,23 +213,26 @@ def distillation_loss(
     row = divergence(
         teacher._replace(temperature=usual), student._replace(temperature=usual), **names
     )
-    limit = jnp.where(
-        cold, jnp.where(row == jnp.inf, jnp.inf, 0), _half_variance(teacher, student)
-    )
+    # (Which is seldom asked for, and takes longer than the rest.)
+    logits = teacher.logits, student.logits
+    nothing = lambda *logits: jnp.zeros_like(row)
+    variance = functools.partial(_half_variance, student.axes)
+    limit = lax.cond(jnp.any(hot), variance, nothing, *logits)
+    limit = jnp.where(cold, jnp.where(row == jnp.inf, jnp.inf, 0), limit)
     return jnp.squeeze(jnp.where(cold | hot, limit, row * usual * usual), student.axes)
 
 
-def _half_variance(teacher: Problem, student: Problem) -> Array:
+def _half_variance(axes: tuple[int, ...], teacher: Array, student: Array) -> Array:
     """Half the variance of the logits' difference: the distillation loss of endless heat."""
-    kept, slices = teacher.logits != -jnp.inf, AlongAxes(student.axes)
-    both = kept & (student.logits != -jnp.inf)
-    dtype = jnp.promote_types(teacher.logits.dtype, student.logits.dtype)
-    apart = [jnp.where(both, x.logits, 0).astype(dtype) for x in (teacher, student)]
+    slices, dtype = AlongAxes(axes), jnp.promote_types(teacher.dtype, student.dtype)
+    kept = [logits != -jnp.inf for logits in (teacher, student)]
+    both = kept[0] & kept[1]
+    apart = [jnp.where(both, logits, 0).astype(dtype) for logits in (teacher, student)]
     count = jnp.maximum(slices.sum(both.astype(dtype)), 1)
     mean = slices.sum(apart[0] - apart[1]) / count
     rest = jnp.where(both, apart[0] - apart[1] - mean, 0)
-    differ = slices.max((kept != (student.logits != -jnp.inf)).astype(dtype)) > 0
-    some = slices.max(kept.astype(dtype)) > 0
+    differ = slices.max((kept[0] != kept[1]).astype(dtype)) > 0
+    some = slices.max(kept[0].astype(dtype)) > 0
     return jnp.where(some & differ, jnp.inf, slices.sum(rest * rest) / (2 * count))
 
 
