@@ -9,6 +9,8 @@ makes its slice NaN.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -21,7 +23,6 @@ from softjax._exact import (
     expm1_over_twice,
     high_half,
     log1p_over,
-    sum_in_two,
     two_difference,
 )
 from softjax._inputs import NONNEGATIVE, Axis, per_slice, prepare, public
@@ -91,12 +92,17 @@ def _solve_sparsemax(
         return above - 1, slices.sum_of(count, (scores.values,), tau)
 
     tau = climb(step, jnp.full_like(peak, -1)) + scores.poison(slices.sum)
-    margins, lost = _margins(scores.near, scores.errors, spread(tau))
-    inside = (margins > 0) & ~scores.dead
-    high, low = sum_in_two(jnp.where(inside, margins, 0), slices.sum, spread)
-    excess = (high - 1) + (low + slices.sum(jnp.where(inside, lost, 0)))
-    count = slices.sum(inside.astype(logits.dtype))
+
+    def split(*args: Any) -> tuple[list[Array], Array]:
+        roots, lost = _roots(1, *args)
+        return [roots], jnp.where(roots > 0, lost, 0)
+
+    rows = (peak, temperature, tau)
+    inside = lambda *args: (_roots(1, *args)[0] > 0).astype(logits.dtype)
+    count = slices.sum_of(inside, (logits,), *rows)
+    excess = _excess(slices, split, [1], logits, *rows)
     shift = jnp.where(peak == -jnp.inf, 0, excess / jnp.maximum(count, 1))
+    margins, lost = _margins(scores.near, scores.errors, spread(tau))
     margins = (margins - spread(shift)) + lost
     probs = jnp.where(scores.dead | (margins < _unseen(margins)), 0, margins)
     return Solution(probs, scores.minus(spread(tau + shift)), tau + shift)
@@ -164,22 +170,70 @@ def _solve_entmax15(
 
     tau = climb(step, jnp.full_like(peak, -1), _close(halves, peak))
     tau += scores.poison(slices.sum)
-    roots, lost = _margins(scores.near / 2, scores.errors / 2, spread(tau))
-    inside = (roots > 0) & ~scores.dead
-    kept = jnp.where(inside, roots, 0)
-    # On a known support the sum of squares is quadratic in tau, and is solved at once. Its
-    # excess over 1 is small: the squares of leading halves are summed without rounding.
-    lead = high_half(kept)
-    rest = kept - lead
-    high, low = sum_in_two(lead * lead, slices.sum, spread)
-    excess = (high - 1) + (low + slices.sum(rest * (lead + kept) + 2 * kept * lost))
-    count, first = slices.sum(inside.astype(logits.dtype)), slices.sum(kept)
+
+    def split(*args: Any) -> tuple[list[Array], Array]:
+        # With a leading half, all products are exact but the smallest.
+        roots, lost = _roots(2, *args)
+        lead = high_half(roots)
+        rest = roots - lead
+        return [lead * lead, 2 * lead * rest], rest * rest + 2 * roots * lost
+
+    rows, half = (peak, temperature, tau), float(jnp.finfo(logits.dtype).eps) ** 0.5
+    total = lambda term: slices.sum_of(term, (logits,), *rows)
+    first = total(lambda *args: _roots(2, *args)[0])
+    count = total(lambda *args: (_roots(2, *args)[0] > 0).astype(logits.dtype))
+    # On a known support the sum of squares is quadratic in tau, and is solved at once.
+    excess = _excess(slices, split, [1, 4 * half], logits, *rows)
     bent = jnp.sqrt(jnp.maximum(first * first - count * excess, 0))
     shift = excess / jnp.where(peak == -jnp.inf, 1, first + bent)
+    roots, lost = _margins(scores.near / 2, scores.errors / 2, spread(tau))
     roots = (roots - spread(shift)) + lost
-    probs = jnp.where(scores.dead | (roots < _unseen(roots)), 0, roots * roots)
+    # The excess is known to the rounding of its smallest part, in proportion to the count.
+    unseen = _unseen(roots) * jnp.maximum(1, count / jnp.maximum(first, 1))
+    probs = jnp.where(scores.dead | (roots < spread(unseen)), 0, roots * roots)
     threshold = 2 * (tau + shift)
     return Solution(probs, scores.minus(spread(threshold)), threshold)
+
+
+def _roots(
+    divisor: int, x: Array, peak: Array, temperature: Array | None, tau: Array
+) -> tuple[Array, Array]:
+    """Scores over the divisor above tau, 0 where they are not, and what rounding took."""
+    scores = centre(x, peak, temperature, lambda row: row)
+    margins, lost = _margins(scores.near / divisor, scores.errors / divisor, tau)
+    return jnp.where((margins > 0) & ~scores.dead, margins, 0), lost
+
+
+def _excess(
+    slices: Slices,
+    split: Callable[..., tuple[list[Array], Array]],
+    bounds: list[float],
+    logits: Array,
+    peak: Array,
+    *rows: Array | None,
+) -> Array:
+    """By how much the weights of a slice sum to more than 1, which is by rounding alone.
+
+    `split` gives a weight in exact parts, the sums of which the bounds bound, and a rest. Each
+    part is cut into a multiple of a unit in which its sum needs no more digits than there
+    are, and what is left (Rump, Ogita and Oishi, 2008).
+    """
+    # (A literal unit XLA would take away from itself.)
+    one = jnp.where(peak == -jnp.inf, 2, jnp.ones_like(peak))
+
+    def cut(*args: Any) -> tuple[list[Array], Array]:
+        parts, rest = split(*args[:-1])
+        units = [4 * bound * args[-1] for bound in bounds]
+        coarse = [(part + unit) - unit for part, unit in zip(parts, units, strict=True)]
+        for part, lead in zip(parts, coarse, strict=True):
+            rest += part - lead
+        return coarse, rest
+
+    total = lambda term: slices.sum_of(term, (logits,), peak, *rows, one)
+    excess = total(lambda *args: cut(*args)[0][0]) - 1
+    for i in range(1, len(bounds)):  # In this order nothing is rounded that cancels.
+        excess += total(lambda *args, i=i: cut(*args)[0][i])
+    return excess + total(lambda *args: cut(*args)[1])
 
 
 def _close(entries: Array, rows: Array) -> float:

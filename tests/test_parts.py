@@ -191,7 +191,7 @@ def test_terms_are_not_written_out(shape):
 
 @pytest.mark.optimized
 def test_passes_share_nothing_that_is_written_out():
-    """Each forms its terms anew: a divergence takes a fraction of an array, its gradient one."""
+    """Each forms its terms anew: a divergence takes a fraction of an array, a gradient one."""
     z = jnp.zeros((4096, 1024), jnp.float32)
     loss = lambda p, q: jnp.sum(sj.kl_divergence(p, q))
     for fn, arrays in ((sj.kl_divergence, 0.25), (jax.grad(loss, (0, 1)), 1.25)):

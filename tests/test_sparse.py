@@ -27,6 +27,25 @@ def test_against_the_definitions(axis, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("name", "num_peaks", "margin"),
+    [
+        ("entmax15", 25, 8.0),
+        ("entmax15", 100, 4.0),
+        ("sparsemax", 5, 4.0),
+        ("sparsemax", 10, 2.0),
+    ],
+)
+def test_ties_exactly_at_a_threshold_that_rounds(name, num_peaks, margin, dtype):
+    """At T = 20 the threshold is -0.1, say, which no number is, and so are the ties."""
+    for num_ties in (1, 7, 106):
+        logits = np.repeat([8, 8 - margin, -8], [num_peaks, num_ties, 60]).astype(dtype)
+        probs = getattr(sj, name)(jnp.asarray(logits), temperature=20.0)
+        assert_close(probs[:num_peaks], [1 / num_peaks] * num_peaks, rtol=2 * eps(dtype))
+        assert np.all(probs[num_peaks:] == 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("width", [1e-6, 1e-3, 0.1])
 def test_a_crowd_at_the_edge_of_the_support_of_entmax15(width, dtype):
     """There the sum bends most, and Newton's method is slowest."""
