@@ -158,6 +158,14 @@ def test_kl_divergence_at_the_edges():
     assert jnp.isnan(sj.kl_divergence(jnp.zeros(2), jnp.array([NAN, 0.0])))
 
 
+def test_an_infinite_divergence_is_constant_to_every_derivative():
+    p, q = jnp.array([0.3, 0.2, 0.0]), jnp.array([1.0, -INF, 0.0])
+    fn = lambda p: sj.kl_divergence(p, q)
+    assert_same(jax.hessian(lambda p: jnp.exp(-fn(p)))(p), jnp.zeros((3, 3)))
+    primal = lambda p: jax.jvp(fn, (p,), (p,))[0]
+    assert_same(jax.grad(primal)(p), jnp.zeros(3))
+
+
 def test_kl_divergence_gradients():
     """In q it is q - p; in p it is p (log p - log q - KL)."""
     p_logits, q_logits = (jnp.asarray(draw(s, (6,))[0]) for s in (7, 8))

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 from jax.test_util import check_grads
+from mpmath import mp
 
 import softjax as sj
 from tests import oracles
@@ -934,6 +935,23 @@ def test_soft_cross_entropy_at_the_edges():
     assert_close(loss, [2 * np.log(2)] * 2, rtol=1e-15)
     assert sj.soft_cross_entropy(jnp.zeros((0, 3)), jnp.ones(3)).shape == (0,)
     assert_close(sj.soft_cross_entropy(jnp.zeros((2, 0)), jnp.ones((2, 0))), [0, 0], rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_derivative_of_a_distillation_loss_in_its_temperature(dtype):
+    """2 T D + T^2 D' cancels: at T = 1e6 to a millionth."""
+    s, t = np.array([1.0, 2.0, -0.5], dtype), np.array([0.0, 0.7, 3.0], dtype)
+
+    def loss(heat):
+        p, q = ([mp.exp(mp.mpf(float(z)) / heat) for z in row] for row in (t, s))
+        p, q = ([w / mp.fsum(row) for w in row] for row in (p, q))
+        return heat**2 * mp.fsum(a * mp.log(a / b) for a, b in zip(p, q, strict=True))
+
+    slope = jax.grad(lambda heat: sj.distillation_loss(s, t, temperature=heat))
+    for heat in (0.3, 1.0, 100.0, 1e6):
+        with mp.workdps(80):
+            wanted = float(mp.diff(loss, mp.mpf(heat), h=mp.mpf(heat) * mp.mpf(10) ** -25))
+        assert_close(slope(jnp.asarray(heat, dtype)), wanted, rtol=32 * eps(dtype))
 
 
 @pytest.mark.slow

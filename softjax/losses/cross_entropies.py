@@ -219,7 +219,7 @@ def distillation_loss(
     variance = functools.partial(_half_variance, student.axes)
     limit = lax.cond(jnp.any(hot), variance, nothing, *logits)
     limit = jnp.where(cold, jnp.where(row == jnp.inf, jnp.inf, 0), limit)
-    return jnp.squeeze(jnp.where(cold | hot, limit, row * usual * usual), student.axes)
+    return jnp.squeeze(jnp.where(cold | hot, limit, row), student.axes)
 
 
 def _half_variance(axes: tuple[int, ...], teacher: Array, student: Array) -> Array:
