@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softjax._blocks import by_one_thread
-from softjax._exact import centre, log1p_in_two, sum_in_pairs
+from softjax._exact import centre, log1p, log1p_in_two, sum_in_pairs
 from softjax._slices import Slices, join_parts
 from softjax._threshold import Family, Solution
 
@@ -89,6 +89,17 @@ def weigh(slices: Slices, x: Array, peak: Array, temperature: Array | None) -> W
     )
     # To form them again takes no longer than to have written them out and read them.
     return Weights(num_peaks, others, lambda: form(*args))
+
+
+def normalise(
+    slices: Slices, x: Array, peak: Array, temperature: Array | None
+) -> tuple[Array, Array]:
+    """What makes probabilities of `exponentials`, and the logarithm of the sum of weights."""
+    weights = weigh(slices, x, peak, temperature)
+    empty = peak == -jnp.inf
+    others = jnp.where(empty, 0, weights.others + (weights.num_peaks - 1))
+    # (By quotients, which XLA takes once a slice.)
+    return 1 / (1 + others) / UNIT, log1p(others) / jnp.where(empty, 2, 1)
 
 
 def _split_in_parts(

@@ -44,10 +44,17 @@ class AlongAxes:
         return row  # Broadcasts by itself.
 
     def sum_of(
-        self, term: Callable[..., Array], entries: tuple[Array, ...], *rows: Array | None
+        self,
+        term: Callable[..., Array],
+        entries: tuple[Array, ...],
+        *rows: Array | None,
+        least: int | None = 0,
     ) -> Array:
-        """The sum of term(*entries, *rows), in one of many passes over the entries."""
-        cut: Callable[[Array], Any] = lambda x: self.parts(x, least=0)
+        """The sum of term(*entries, *rows), in one of many passes over the entries.
+
+        In parts from `least` entries on, as in `parts`: those of long terms compile longer.
+        """
+        cut: Callable[[Array], Any] = lambda x: self.parts(x, least=least)
 
         def whole(entries: tuple[Array, ...], *rows: Array | None) -> Array:
             return self.sum(term(*entries, *rows))
@@ -114,8 +121,13 @@ class BySegment:
         return row[self.ids]
 
     def sum_of(
-        self, term: Callable[..., Array], entries: tuple[Array, ...], *rows: Array | None
+        self,
+        term: Callable[..., Array],
+        entries: tuple[Array, ...],
+        *rows: Array | None,
+        least: int | None = 0,
     ) -> Array:
+        del least
         wide = (None if row is None else self.spread(row) for row in rows)
         return self.sum(term(*entries, *wide))
 

@@ -7,7 +7,6 @@ Dropped entries (masked by `where`, or equal to -inf) have probability 0 and cou
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -15,8 +14,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from softjax._exact import centre, expm1_over_twice_near, log1p
-from softjax._exponential import LIFT, SOFTMAX, UNIT, exponentials, weigh
+from softjax._divergence import nats_between
+from softjax._exact import centre
+from softjax._exponential import LIFT, SOFTMAX, normalise
 from softjax._inputs import Axis, Problem, check_labels, prepare, public, resolve_one_axis
 from softjax._slices import AlongAxes
 from softjax._threshold import solve
@@ -69,7 +69,7 @@ def softmax_entropy(axes: tuple[int, ...], x: Array, temperature: Array | None) 
         scores = centre(x, peak, temperature, lambda row: row)
         return -scores.near * scores.exp(LIFT)
 
-    scale, log_total = _normaliser(slices, x, peak, temperature)
+    scale, log_total = normalise(slices, x, peak, temperature)
     mean = slices.sum_of(moment, (x,), peak, temperature) * scale
     return jnp.where(peak == -jnp.inf, 0, log_total + mean)
 
@@ -90,17 +90,6 @@ def _softmax_entropy_jvp(
         return -slices.sum(jax.jvp(probs, primals, tangents)[1] * scores.near)
 
     return softmax_entropy(axes, *primals), tangent(primals, tangents)
-
-
-def _normaliser(
-    slices: AlongAxes, x: Array, peak: Array, temperature: Array | None
-) -> tuple[Array, Array]:
-    """What makes probabilities of `exponentials`, and the logarithm of the sum of weights."""
-    weights = weigh(slices, x, peak, temperature)
-    empty = peak == -jnp.inf
-    others = jnp.where(empty, 0, weights.others + (weights.num_peaks - 1))
-    # (By quotients, as in `_exponential`.)
-    return 1 / (1 + others) / UNIT, log1p(others) / jnp.where(empty, 2, 1)
 
 
 @public("axis")
@@ -159,137 +148,7 @@ def divergence(p_problem: Problem, q_problem: Problem, *, name: str, target: str
     logits = [problem.logits.astype(dtype) for problem in (p_problem, q_problem)]
     temperature = p_problem.temperature
     temperature = None if temperature is None else temperature.astype(dtype)
-    return _divergence(p_problem.axes, *logits, temperature)[0]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _divergence(
-    axes: tuple[int, ...], x: Array, y: Array, temperature: Array | None
-) -> tuple[Array, Array]:
-    """T^2 D(softmax(x / T) || softmax(y / T)), and what `_log_ratio` takes from differences.
-
-    Summed in Bregman's form, p log(p/q) + q - p, whose terms are never negative. It adds up
-    to the same, whatever error of first order the log(p/q) of a slice have in common.
-    """
-    slices = AlongAxes(axes)
-    x_peak, y_peak = (lax.stop_gradient(slices.max(z)) for z in (x, y))
-    p_scale, p_log = _normaliser(slices, x, x_peak, temperature)
-    q_scale, q_log = _normaliser(slices, y, y_peak, temperature)
-    rows = (x_peak, y_peak, temperature, p_scale, q_scale)
-
-    def found(x: Array, y: Array, *rows: Array) -> tuple[Array, Array, Array]:
-        x_peak, y_peak, temperature, p_scale, q_scale, shift = rows
-        p = exponentials(x, x_peak, temperature) * p_scale
-        q = exponentials(y, y_peak, temperature) * q_scale
-        ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
-        return p, q, jnp.where(p == 0, 0, ratio)
-
-    # Rounded logarithms are too coarse for distributions that are closer. What they lack shows
-    # in the sum of q - p.
-    shift = p_log - q_log
-    gain = slices.sum_of(lambda *args: _gain(*found(*args)), (x, y), *rows, shift)
-    shift -= log1p(jnp.where(jnp.abs(gain) < 0.5, gain, 0))
-    row = slices.sum_of(lambda *args: _nats(*found(*args)), (x, y), *rows, shift)
-    if temperature is not None:
-        row = row * temperature * temperature
-    return jnp.where(x_peak == -jnp.inf, 0, row), shift
-
-
-@_divergence.defjvp
-def _divergence_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
-    # Of D it is <p', log(p/q)> + <q - p, y'>, in either of which a shift is free.
-    slices = AlongAxes(axes)
-    row, shift = _divergence(axes, *primals)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def tangent(primals: Any, tangents: Any, row: Array, shift: Array) -> Array:
-        (x, y, temperature), (x_dot, y_dot, temperature_dot) = primals, tangents
-        x_peak, y_peak = (lax.stop_gradient(slices.max(z)) for z in (x, y))
-        probs = lambda x: solve(SOFTMAX, slices, x, temperature).probs
-        p_dot = jax.jvp(probs, (x,), (x_dot,))[1]
-        p, q = (solve(SOFTMAX, slices, z, temperature) for z in (x, y))
-        # An infinite divergence is constant, as is that of nothing.
-        varies = (row != jnp.inf) & (x_peak != -jnp.inf)
-        both, kept = varies & (p.probs != 0), varies & (q.margins != -jnp.inf)
-        ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
-        margins = [jnp.where(both & kept, z.margins, 0) for z in (p, q)]
-        ratio = _known(jnp.where(both, ratio, 0), margins[0] - margins[1])
-        gain = _known(_gain(p.probs, q.probs, ratio), q.probs - p.probs)
-        y_dot = jnp.where(kept, y_dot, 0)
-        if temperature is None:
-            return slices.sum(p_dot * ratio + gain * y_dot)
-        # In T what is left of 2 T D + T^2 D' is of third order in the logits, term by term.
-        terms = _nats(p.probs, q.probs, ratio)
-        scores = [
-            centre(z, peak, temperature, slices.spread).near
-            for z, peak in ((x, x_peak), (y, y_peak))
-        ]
-        mean = slices.sum(p.probs * scores[0])
-        above = jnp.where(both, scores[0] - mean, 0)
-        of_q = jnp.where(kept, q.margins, 0) - slices.sum(p.probs * margins[0])
-        of_q = jnp.where(both, above - ratio, _known(scores[1] + shift - mean, of_q))
-        far = 2 * terms - p.probs * above * ratio - gain * of_q
-        near, close, _ = _expand(ratio)
-        near &= p.probs != 0
-        left = jnp.where(near, p.probs * _third_order(close) - above * terms, far)
-        left = slices.sum(jnp.where(varies & (both | kept), left, 0))
-        scaled = slices.sum(p_dot * ratio * temperature + gain * y_dot)
-        return temperature * (scaled + left * temperature_dot)
-
-    return (row, shift), (tangent(primals, tangents, row, shift), jnp.zeros_like(shift))
-
-
-@jax.custom_jvp
-def _known(value: Array, like: Array) -> Array:
-    """A value that is known better than what it is to be differentiated as."""
-    del like
-    return value
-
-
-@_known.defjvp
-def _known_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return _known(*primals), tangents[1]
-
-
-def _third_order(ratio: Array) -> Array:
-    """2 (exp(-r) - 1 + r) + r (exp(-r) - 1) within 1 of 0: r^3 / 6 - r^4 / 12 + ..."""
-    num_terms = 21 if ratio.dtype == jnp.float64 else 13
-    series = functools.reduce(
-        lambda tail, i: tail * -ratio + (i - 2) / math.factorial(i),
-        reversed(range(3, num_terms)),
-        jnp.full_like(ratio, (num_terms - 2) / math.factorial(num_terms)),
-    )
-    return ratio * ratio * ratio * series
-
-
-def _log_ratio(
-    x: Array, y: Array, x_peak: Array, y_peak: Array, temperature: Array | None, shift: Array
-) -> Array:
-    """log(p / q) where p has weight: inf where q is dropped."""
-    p, q = (
-        centre(z, peak, temperature, lambda row: row) for z, peak in ((x, x_peak), (y, y_peak))
-    )
-    far = jnp.where(q.dead, q.values, q.near)
-    return ((p.near - far) - shift) + (p.errors - jnp.where(q.dead, 0, q.errors))
-
-
-def _nats(p: Array, q: Array, ratio: Array) -> Array:
-    """The terms p log(p / q) + q - p."""
-    near, _, curve = _expand(ratio)
-    return jnp.where(near & (p != 0), p * curve, p * ratio + (q - p))
-
-
-def _gain(p: Array, q: Array, ratio: Array) -> Array:
-    """The difference q - p, to full precision where the two are close."""
-    near, close, curve = _expand(ratio)
-    return jnp.where(near & (p != 0), p * (curve - close), q - p)
-
-
-def _expand(ratio: Array) -> tuple[Array, Array, Array]:
-    """Where r = log(p / q) is small, r, and q / p - 1 + r."""
-    near = jnp.abs(ratio) < 1
-    close = jnp.where(near, ratio, 0)
-    return near, close, close * close * expm1_over_twice_near(-close)
+    return nats_between(p_problem.axes, *logits, temperature)[0]
 
 
 @public("axis")
