@@ -31,6 +31,7 @@ from softjax._slices import Slices
 from softjax._threshold import Family, Solution, reciprocal, weigh
 
 MAX_ALPHA = 1e4
+_LONG = 256  # entries from which on the last sums are cut: they compile longer then
 
 __all__ = ["entmax", "entmax15", "sparsemax"]
 
@@ -99,7 +100,7 @@ def _solve_sparsemax(
 
     rows = (peak, temperature, tau)
     inside = lambda *args: (_roots(1, *args)[0] > 0).astype(logits.dtype)
-    count = slices.sum_of(inside, (logits,), *rows)
+    count = slices.sum_of(inside, (logits,), *rows, least=_LONG)
     excess = _excess(slices, split, [1], logits, *rows)
     shift = jnp.where(peak == -jnp.inf, 0, excess / jnp.maximum(count, 1))
     margins, lost = _margins(scores.near, scores.errors, spread(tau))
@@ -179,7 +180,7 @@ def _solve_entmax15(
         return [lead * lead, 2 * lead * rest], rest * rest + 2 * roots * lost
 
     rows, half = (peak, temperature, tau), float(jnp.finfo(logits.dtype).eps) ** 0.5
-    total = lambda term: slices.sum_of(term, (logits,), *rows)
+    total = lambda term: slices.sum_of(term, (logits,), *rows, least=_LONG)
     first = total(lambda *args: _roots(2, *args)[0])
     count = total(lambda *args: (_roots(2, *args)[0] > 0).astype(logits.dtype))
     # On a known support the sum of squares is quadratic in tau, and is solved at once.
@@ -229,7 +230,7 @@ def _excess(
             rest += part - lead
         return coarse, rest
 
-    total = lambda term: slices.sum_of(term, (logits,), peak, *rows, one)
+    total = lambda term: slices.sum_of(term, (logits,), peak, *rows, one, least=_LONG)
     excess = total(lambda *args: cut(*args)[0][0]) - 1
     for i in range(1, len(bounds)):  # In this order nothing is rounded that cancels.
         excess += total(lambda *args, i=i: cut(*args)[0][i])
