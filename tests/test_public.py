@@ -21,7 +21,7 @@ PACKAGE = ROOT / "softjax"
 # A module imports only from those before it.
 ORDER = [
     *("_varying", "_inputs", "_exact", "_slices", "_blocks", "_search"),
-    *("_threshold", "_exponential"),
+    *("_threshold", "_exponential", "_divergence"),
     *("_online", "_mesh", "_wide", "_noise", "_inverse_cdf", "_hoist", "_tiles"),
     *("reductions", "dense", "sparse", "budgets", "segments", "scores", "filters", "decoding"),
     *("entropies", "losses", "output_layers", "contrastive", "sampling", "subsets"),
