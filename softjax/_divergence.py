@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._exact import centre, expm1_over_twice_near, log1p
+from softjax._exact import centre, expm1_over_twice_near, log1p, passed_on
 from softjax._exponential import SOFTMAX, exponentials, normalise
 from softjax._slices import AlongAxes
 from softjax._threshold import solve
@@ -67,8 +67,9 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
         both, kept = varies & (p.probs != 0), varies & (q.margins != -jnp.inf)
         ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
         margins = [jnp.where(both & kept, z.margins, 0) for z in (p, q)]
-        ratio = _known(jnp.where(both, ratio, 0), margins[0] - margins[1])
-        gain = _known(_gain(p.probs, q.probs, ratio), q.probs - p.probs)
+        # (What is known better than by subtraction is differentiated as that.)
+        ratio = passed_on(margins[0] - margins[1], jnp.where(both, ratio, 0))
+        gain = passed_on(q.probs - p.probs, _gain(p.probs, q.probs, ratio))
         y_dot = jnp.where(kept, y_dot, 0)
         if temperature is None:
             return slices.sum(p_dot * ratio + gain * y_dot)
@@ -84,7 +85,7 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
         mean = slices.sum(p.probs * scores[0])
         above = jnp.where(both, scores[0] - mean, 0)
         of_q = jnp.where(kept, q.margins, 0) - slices.sum(p.probs * margins[0])
-        of_q = jnp.where(both, above - ratio, _known(scores[1] + shift - mean, of_q))
+        of_q = jnp.where(both, above - ratio, passed_on(of_q, scores[1] + shift - mean))
         far = 2 * terms - p.probs * above * ratio - gain * of_q
         near, close, _ = _expand(ratio)
         near &= p.probs != 0
@@ -94,18 +95,6 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
         return temperature * (scaled + left * temperature_dot)
 
     return (row, shift), (tangent(primals, tangents, row, shift), jnp.zeros_like(shift))
-
-
-@jax.custom_jvp
-def _known(value: Array, like: Array) -> Array:
-    """A value that is known better than what it is to be differentiated as."""
-    del like
-    return value
-
-
-@_known.defjvp
-def _known_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return _known(*primals), tangents[1]
 
 
 def _third_order(ratio: Array) -> Array:

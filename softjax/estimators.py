@@ -17,6 +17,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax import _noise
+from softjax._exact import passed_on
 from softjax._exponential import SOFTMAX
 from softjax._inputs import (
     NONNEGATIVE,
@@ -28,7 +29,6 @@ from softjax._inputs import (
 )
 from softjax._slices import AlongAxes
 from softjax._threshold import solve
-from softjax.gradients import passed_on
 from softjax.sampling import gumbel_given_argmax, sample
 
 __all__ = ["gumbel_softmax", "rao_blackwell_gumbel_softmax", "reinmax", "relaxed_log_density"]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from softjax._exact import passed_on
 from softjax._inputs import (
     NONNEGATIVE,
     Axis,
@@ -66,19 +67,6 @@ def straight_through(soft: ArrayLike, hard: ArrayLike) -> Array:
             f"`hard` of shape {hard.shape} must have the shape {soft.shape} of `soft`."
         )
     return passed_on(soft, hard.astype(soft.dtype)).astype(dtype)
-
-
-@jax.custom_jvp
-def passed_on(soft: Array, hard: Array) -> Array:
-    """Hard values with the derivative of soft ones."""
-    # A rule, as h + (s - s) would be NaN where a soft value is infinite.
-    del soft
-    return hard
-
-
-@passed_on.defjvp
-def _passed_on_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return passed_on(*primals), tangents[0]
 
 
 @public("axis")

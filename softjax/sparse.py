@@ -231,8 +231,8 @@ def _excess(
         return coarse, rest
 
     total = lambda term: slices.sum_of(term, (logits,), peak, *rows, one, least=_LONG)
-    excess = total(lambda *args: cut(*args)[0][0]) - 1
-    for i in range(1, len(bounds)):  # In this order nothing is rounded that cancels.
+    excess = jnp.full_like(peak, -1)
+    for i in range(len(bounds)):  # In this order nothing is rounded that cancels.
         excess += total(lambda *args, i=i: cut(*args)[0][i])
     return excess + total(lambda *args: cut(*args)[1])
 
