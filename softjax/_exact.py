@@ -81,13 +81,15 @@ def centre(
     kept = jnp.where(kept > highest, highest, kept)  # Infinite ones are at the anchor.
     # (In as few steps as there may be: a loop of many is given to threads, however short.)
     dropped = x < spread(jnp.where(peak == jnp.inf, jnp.inf, -highest))
-    values = jnp.where(dropped, -jnp.inf, jnp.minimum(x, highest) - spread(anchor))
     if temperature is None:
+        values = jnp.where(dropped, -jnp.inf, jnp.minimum(x, highest) - spread(anchor))
         near, errors = two_difference(kept, spread(anchor))
         return Scores(values, near, lax.stop_gradient(errors), dead, dropped)
     flat = jnp.isinf(temperature)
     divisor = jnp.where(cold | flat, 1, temperature)
-    values = jnp.where(spread(cold) | dropped, -jnp.inf, values / spread(divisor))
+    # (By halves, whose difference does not overflow before it is divided.)
+    values = (jnp.minimum(x, highest) / 2 - spread(anchor) / 2) / spread(divisor) * 2
+    values = jnp.where(spread(cold) | dropped, -jnp.inf, values)
     # In a unit in which no difference overflows and no rounding error is flushed to 0.
     fine = 2.0 ** (2 * limits.nmant + 8)
     unit = jnp.where(

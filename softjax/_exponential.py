@@ -3,7 +3,7 @@
 Exact in the working precision. Rounding of logits - peak is put back to first order, and
 beside the full sum runs the sum over all but the peak, so that log-probabilities near 0 and
 probabilities near 1 keep their distance from it. In small arrays the weights are written out
-and summed, in large ones added up as they are formed.
+and summed, in large ones added up as they are formed, and formed again for the result.
 """
 
 import functools
@@ -14,7 +14,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softjax._blocks import by_one_thread
-from softjax._exact import centre, log1p, log1p_in_two, sum_in_pairs
+from softjax._exact import (
+    centre,
+    exp_of_sum,
+    log1p,
+    log1p_in_two,
+    sum_in_pairs,
+    sum_in_two,
+    two_difference,
+)
 from softjax._slices import Slices, join_parts
 from softjax._threshold import Family, Solution
 
@@ -49,12 +57,8 @@ def _solve(
     # (By quotients, which XLA takes once a slice; cheaper ends it would repeat once an entry.)
     threshold /= jnp.where(empty, 2, 1)
     total /= jnp.where(empty, 2, 1)
-    entries = weights.entries()
-    vanish = entries == 0
-    # (Of a divisor that is one number a slice XLA would take the rounded inverse. In the unit
-    # of the weights its square, which plain differentiation divides by, would be inf.)
-    divisor = jnp.where(vanish, 1, slices.spread(total))
-    probs = jnp.where(vanish, 0, entries / UNIT / divisor)
+    log_total = threshold, lost + weights.lost / total
+    probs = _divide(slices, logits, peak, temperature, weights, total, log_total)
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
     leak = None if sink_weight is None else sink_weight / UNIT / total
@@ -65,6 +69,7 @@ def _solve(
 # numbers below the least normal one to 0.
 LIFT = 64
 UNIT = 2.0**LIFT
+LONG = 256  # entries of a slice from which on probabilities are formed from a base
 
 
 class Weights(NamedTuple):
@@ -72,6 +77,7 @@ class Weights(NamedTuple):
 
     num_peaks: Array  # how many of them are left out of `others`, one number a slice
     others: Array  # the sum of all the rest
+    lost: Array  # most of what rounding took from that
     entries: Callable[[], Array]  # all of them, times 2^64
 
 
@@ -81,14 +87,15 @@ def weigh(slices: Slices, x: Array, peak: Array, temperature: Array | None) -> W
     form = functools.partial(exponentials, spread=slices.spread)
     if slices.parts(x) is None:
         marked = by_one_thread(lambda *args: mark_peaks(form(*args)), slices, *args)
-        return Weights(*split_at_peak(marked, slices), lambda: _unmark_peaks(marked))
-    num_peaks, others = lax.platform_dependent(
+        num_peaks, others, lost = _sum_marked(marked, slices)
+        return Weights(num_peaks, others, lost, lambda: _unmark_peaks(marked))
+    num_peaks, others, lost = lax.platform_dependent(
         *args,
         cpu=functools.partial(_split_in_parts, slices),
-        default=lambda *args: split_at_peak(mark_peaks(form(*args)), slices),
+        default=lambda *args: _sum_marked(mark_peaks(form(*args)), slices),
     )
     # To form them again takes no longer than to have written them out and read them.
-    return Weights(num_peaks, others, lambda: form(*args))
+    return Weights(num_peaks, others, lost, lambda: form(*args))
 
 
 def normalise(
@@ -102,14 +109,82 @@ def normalise(
     return 1 / (1 + others) / UNIT, log1p(others) / jnp.where(empty, 2, 1)
 
 
+def _divide(
+    slices: Slices,
+    x: Array,
+    peak: Array,
+    temperature: Array | None,
+    weights: Weights,
+    total: Array,
+    log_total: tuple[Array, Array],
+) -> Array:
+    """The weights over their sum, whose logarithm comes in two parts."""
+
+    def exactly(*_: Array) -> Array:
+        entries = weights.entries()
+        vanish = entries == 0
+        # (Of a divisor that is one number a slice XLA would take the rounded inverse. In the
+        # unit of the weights its square, which plain differentiation divides by, would be inf.)
+        return jnp.where(vanish, 0, entries / UNIT / jnp.where(vanish, 1, slices.spread(total)))
+
+    is_plain = temperature is None and x.dtype == jnp.float32
+    if is_plain and slices.parts(x) is not None and x.shape[-1] >= LONG:
+        args = (x, peak, total, *log_total)
+        return lax.platform_dependent(*args, cpu=_from_base, default=exactly)
+    return exactly()
+
+
+def _from_base(x: Array, peak: Array, total: Array, log_total: Array, lost: Array) -> Array:
+    """exp(x - base) exp(base - logsumexp), in as few steps as there may be.
+
+    So short a loop XLA's CPU backend unrolls, and it waits for memory no more than a copy does.
+    The base of a slice is 0, a power of two, or the peak, so that x - base is exact wherever
+    the result is a normal number, and neither exponential leaves the range of float32.
+    """
+    highest, room = float(jnp.finfo(x.dtype).max), 87.33
+    level = peak + log_total
+    excess = level - jnp.clip(level, 0, room)
+    size = jnp.abs(excess)
+    bits = lax.bitcast_convert_type(size, jnp.int32)
+    power = lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, x.dtype)
+    base = jnp.where(size < room, jnp.sign(excess) * jnp.maximum(1, power), peak)
+    # Where a NaN is kept, all else that is kept is inf times 0, and what is dropped 0 times 0;
+    # infinite entries, if there are any, share the mass.
+    poisoned, infinite, empty = jnp.isnan(level), peak == jnp.inf, peak == -jnp.inf
+    base = jnp.where(poisoned, -highest, jnp.where(infinite, highest, base))
+    base = jnp.where(empty, 0, base)
+    usual = ~(poisoned | infinite | empty)
+    below, error = two_difference(*(jnp.where(usual, row, 0) for row in (base, peak)))
+    # (No more than the inverse of the peak's exponential, or its probability might exceed 1; of
+    # exp(a), without a step between, XLA would take exp(-a) for it.)
+    limit = 1 / jnp.maximum(jnp.exp(-below), jnp.finfo(x.dtype).tiny)
+    below, second = two_difference(below, jnp.where(usual, log_total, 0))
+    scale = exp_of_sum(jnp.minimum(below, 0), error + second - jnp.where(usual, lost, 0))
+    scale = jnp.where(usual, jnp.minimum(scale, limit), 0)
+    share = jnp.where(infinite, 1 / total, jnp.nan)
+    # (Plain differentiation finds the derivative of the sum in the base.)
+    drift = jnp.where(usual, log_total, 0)
+    base, scale, share = map(lax.stop_gradient, (base, scale, share))
+    base += drift - lax.stop_gradient(drift)
+    return jnp.where(x < jnp.inf, jnp.exp(x - base) * scale, share)
+
+
 def _split_in_parts(
     slices: Slices, x: Array, peak: Array, temperature: Array | None
-) -> tuple[Array, Array]:
-    """`split_at_peak` of entries that are not written out."""
+) -> tuple[Array, Array, Array]:
+    """The first of `Weights`, of entries that are not written out."""
     groups = slices.parts(x) or []
     sums = join_parts([_add_up(parts, peak, temperature) for parts in groups])
     num_peaks = slices.sum(_positive(-jnp.sign(lax.stop_gradient(sums))))
-    return num_peaks, slices.total(sums, jnp.abs) / UNIT
+    others = slices.total(sums, jnp.abs)
+    leading, rest = sum_in_two(lax.stop_gradient(jnp.abs(sums)), slices.sum, slices.spread)
+    lost = (leading - lax.stop_gradient(others)) + rest
+    return num_peaks, others / UNIT, lost / UNIT
+
+
+def _sum_marked(marked: Array, slices: Slices) -> tuple[Array, Array, Array]:
+    num_peaks, others = split_at_peak(marked, slices)
+    return num_peaks, others, jnp.zeros_like(others)
 
 
 def exponentials(

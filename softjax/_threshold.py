@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from softjax._blocks import by_one_thread
@@ -144,10 +144,10 @@ def _tangents(
     scores_dot = jnp.zeros_like(probs)
     if logits_dot is not None:
         scores_dot = logits_dot if rate is None else logits_dot * spread(rate)
-        scores_dot = jnp.where(live, scores_dot, 0)
     if temperature_dot is not None:
         # s' = -s T'/T; a shift of s is free, so the margins stand for the scores.
         scores_dot -= jnp.where(live, margins, 0) * spread(temperature_dot * rate)
+    unmasked, scores_dot = scores_dot, jnp.where(live, scores_dot, 0)
     sink_score_dot: Any = None
     if leak is not None:
         sink_score_dot = jnp.zeros_like(leak)
@@ -158,42 +158,89 @@ def _tangents(
             sink_score_dot -= sink_margin * temperature_dot * rate
         sink_score_dot = jnp.where(leak > 0, sink_score_dot, 0)
 
-    # In two steps, as a shift of s' is free: where q is nearly 1 and nearly nothing is left,
-    # the second finds what the first rounded away. The transpose takes the same two. If q has
-    # the rounding of margins, 1 - q comes from its own sum; even shares need one step.
-    # (Selects by slice keep XLA's CPU backend from making one slow kernel of all this.)
+    # In two steps, as in `_project`. If q has the rounding of margins, 1 - q comes from its own
+    # sum; even shares need one step. (Selects by slice keep XLA's CPU backend from making one
+    # slow kernel of all this.)
+    poisoned = None if complement is None else jnp.isnan(complement)
     pulled = q * scores_dot
     mean = jnp.zeros_like(per_mass) if family.is_even else slices.sum(pulled)
     if leak is not None:
         mean += leak * sink_score_dot
-    if complement is not None:
-        mean = jnp.where(jnp.isnan(complement), jnp.nan, mean)
+    mean = _poison(mean, poisoned)
     moved = scores_dot - spread(mean)
-    probs_dot = slopes * moved
-    step = slices.sum(probs_dot) * per_mass
+    step = slices.sum(slopes * moved) * per_mass
     if leak is not None:
         step += leak * (sink_score_dot - mean)
-    bend_dot = None
+    bend_dot, pressed = None, jnp.zeros_like(step)
     if index_dot is not None and family.bend is not None:
         bend_dot = family.bend(probs, index) * spread(index_dot)
-        step += slices.sum(bend_dot) * per_mass
+        pressed += slices.sum(bend_dot) * per_mass
     if budget_dot is not None:
-        step -= budget_dot * per_mass
-    if complement is not None:
-        step = jnp.where(jnp.isnan(complement), jnp.nan, step)
-    probs_dot -= slopes * spread(step)
-    if bend_dot is not None:
-        probs_dot += bend_dot
+        pressed -= budget_dot * per_mass
+    step = _poison(step + pressed, poisoned)
+
+    if leak is None:
+        probs_dot = _project(family.is_even, slices, slopes, per_mass, poisoned, unmasked)
+    else:
+        probs_dot = jnp.where(live, slopes * (moved - spread(step)), 0)
+    if bend_dot is not None or budget_dot is not None:
+        rest_dot = -slopes * spread(pressed)
+        probs_dot += jnp.where(live, rest_dot if bend_dot is None else rest_dot + bend_dot, 0)
     margins_dot = moved - spread(step)
     if complement is not None and not exact:
         rest = _one_minus(q, spread(complement))
         margins_dot = rest * scores_dot - (spread(mean) - pulled)
+    # For the transpose: the cotangent of a dropped entry, NaN perhaps, ends here.
+    margins_dot = jnp.where(live, margins_dot, 0)
     leak_dot = None if leak is None else leak * (sink_score_dot - mean - step)
 
-    # For the transpose: the cotangent of a dropped entry, NaN perhaps, ends here.
-    probs_dot = jnp.where(live, probs_dot, 0)
-    margins_dot = jnp.where(live, margins_dot, 0)
     return Solution(probs_dot, margins_dot, mean + step, leak=leak_dot)
+
+
+def _poison(row: Array, poisoned: Array | None) -> Array:
+    return row if poisoned is None else jnp.where(poisoned, jnp.nan, row)
+
+
+def _project(
+    is_even: bool,
+    slices: Slices,
+    slopes: Array,
+    per_mass: Any,
+    poisoned: Array | None,
+    v: Array,
+) -> Array:
+    """Computes w (v - <q, v>), by which the weights move along scores that move by v.
+
+    It is its own transpose, so that both form their terms in the sums and write none out.
+    """
+    # Up to a shift it solves x / w = v, by which JAX knows its derivative in w. (By halves, as
+    # the square of a small w would be 0.)
+    root = jnp.where(slopes != 0, 1 / jnp.sqrt(jnp.where(slopes != 0, slopes, 1)), 0)
+    solve = lambda _, v: _projected(is_even, slices, slopes, per_mass, poisoned, v)
+    return lax.custom_linear_solve(lambda x: x * root * root, v, solve, symmetric=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _projected(
+    is_even: bool,
+    slices: Slices,
+    slopes: Array,
+    per_mass: Any,
+    poisoned: Array | None,
+    v: Array,
+) -> Array:
+    # In two steps, as a shift of v is free: where q is nearly 1 and nearly nothing is left, the
+    # second finds what the first rounded away. What v holds where w is 0 goes no further.
+    def pull(w: Array, v: Array, *means: Array) -> Array:
+        return jnp.where(w != 0, w * functools.reduce(jnp.subtract, means, v), 0)
+
+    def mean(*means: Array) -> Array:
+        total = slices.sum_of(pull, (slopes, v), *means, least=None)
+        return _poison(total * per_mass, poisoned)
+
+    first = mean()
+    means = (first,) if is_even else (first, mean(first))
+    return pull(slopes, v, *map(slices.spread, means))
 
 
 @jax.custom_jvp

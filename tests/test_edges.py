@@ -199,6 +199,15 @@ def test_a_difference_beyond_the_largest_number(name):
     assert jnp.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_log_probs_of_such_a_difference(dtype):
+    huge = float(jnp.finfo(dtype).max)
+    logits = jnp.array([huge, -huge, 0.0, -INF], dtype)
+    out = sj.log_softmax(logits, temperature=7.0)
+    expected = [0.0, -huge / 3.5, -huge / 7, -INF]
+    assert_close(out, np.array(expected, dtype), rtol=2 * float(jnp.finfo(dtype).eps))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["capped", "sigmoid", "laplace"])
 def test_ends_of_the_temperature_of_soft_top_k(kind):
