@@ -145,8 +145,10 @@ def _from_base(x: Array, peak: Array, total: Array, log_total: Array, lost: Arra
     level = peak + log_total
     excess = level - jnp.clip(level, 0, room)
     size = jnp.abs(excess)
+    # (The next power of two above: a rounded level may be one itself, and the sum's logarithm
+    # on its other side.)
     bits = lax.bitcast_convert_type(size, jnp.int32)
-    power = lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, x.dtype)
+    power = lax.bitcast_convert_type((bits + 0x800000) & ~0x7FFFFF, x.dtype)
     base = jnp.where(size < room, jnp.sign(excess) * jnp.maximum(1, power), peak)
     # Where a NaN is kept, all else that is kept is inf times 0, and what is dropped 0 times 0;
     # infinite entries, if there are any, share the mass.

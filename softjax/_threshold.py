@@ -213,11 +213,13 @@ def _project(
 
     It is its own transpose, so that both form their terms in the sums and write none out.
     """
-    # Up to a shift it solves x / w = v, by which JAX knows its derivative in w. (By halves, as
-    # the square of a small w would be 0.)
-    root = jnp.where(slopes != 0, 1 / jnp.sqrt(jnp.where(slopes != 0, slopes, 1)), 0)
+    # Up to a shift it solves x / w = v, by which JAX knows its derivative in w. (As x / w0 over
+    # w / w0, which is 1: the square of a small w would be 0.)
+    still = lax.stop_gradient(slopes)
+    inverse = jnp.where(still != 0, 1 / jnp.where(still != 0, still, 1), 0)
+    ratio = 1 + (slopes - still) * inverse
     solve = lambda _, v: _projected(is_even, slices, slopes, per_mass, poisoned, v)
-    return lax.custom_linear_solve(lambda x: x * root * root, v, solve, symmetric=True)
+    return lax.custom_linear_solve(lambda x: x * inverse / ratio, v, solve, symmetric=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -135,6 +135,26 @@ def test_exponentials_from_a_base():
     assert (np.diff(in_order) >= 0).all()
 
 
+@pytest.mark.optimized
+def test_sums_at_the_edge_of_a_base():
+    """Logarithms of sums that round to a power of two from either side, or to the last base."""
+    edges = [sign * 2.0**k for k in range(-3, 8) for sign in (1, -1)] + [87.33, 174.66, -87.33]
+    for size in (257, 1024):
+        nudges = np.concatenate([np.arange(-12, 13) / 8, [-100, 100]])[:, None]
+        level = (
+            np.array(edges)[:, None, None]
+            + nudges * ulp(np.abs(edges), "float32")[:, None, None]
+        )
+        even = level - np.log(size) + np.zeros(size)
+        confident = np.where(np.arange(size) == 3, level, level - np.linspace(14, 90, size))
+        for z in (even, confident):
+            z = z.reshape(-1, size).astype(np.float32)
+            got, wanted = np.asarray(sj.softmax(z)), oracles.fast_softmax(z)
+            normal = wanted >= np.finfo("float32").tiny
+            assert (np.abs(got - wanted) <= 4 * ulp(wanted, "float32"))[normal].all()
+            assert got.max() <= 1
+
+
 def test_edges_of_exponentials_from_a_base():
     """Each kind of row, among others, is what it is alone, where the weights are written."""
     largest = float(np.finfo("float32").max)

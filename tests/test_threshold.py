@@ -71,6 +71,27 @@ def test_second_derivative(name):
         assert_close(actual, expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("gap", [20, 50, 60, 70, 80])
+def test_second_derivatives_of_small_weights(gap):
+    """Whichever mode comes last, every component has its digits, however small it is."""
+    z = np.array([0, -1, -gap, -3], np.float32)
+    d, c = (draw(seed, (4,), dtype="float32")[0] for seed in (1, 2))
+    p = np.exp(z.astype(float))
+    p /= p.sum()
+    p_dot = p * (d - p @ d)
+    expected = p_dot * (c - p @ c) - p * (p_dot @ c)
+    loss = lambda z: jnp.vdot(sj.softmax(z), c)
+    grad, slope = jax.grad(loss), lambda z: jax.jvp(loss, (z,), (jnp.asarray(d),))[1]
+    for product in (
+        lambda z: jax.jvp(grad, (z,), (jnp.asarray(d),))[1],
+        jax.grad(slope),
+        jax.grad(lambda z: jnp.vdot(grad(z), d)),
+        lambda z: jax.jacfwd(jax.jacfwd(loss))(z) @ d,
+        lambda z: jax.jacrev(jax.jacrev(loss))(z) @ d,
+    ):
+        assert_close(product(jnp.asarray(z)), expected, rtol=3e-6, atol=1e-38)
+
+
 @pytest.mark.slow
 @every_map
 def test_jacobian_is_symmetric_and_has_no_negative_direction(name):
