@@ -112,8 +112,8 @@ def kl_divergence(
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
 
     Returns:
-        One number a slice, at least 0, in the wider dtype of the two; inf where q drops what
-        p keeps, 0 where p keeps nothing.
+        One number a slice, at least 0, in the wider dtype of the two; inf (and
+        constant) where q drops what p keeps, 0 where p keeps nothing.
 
     Raises:
         TypeError: logits are not real, or `where` not bool.
