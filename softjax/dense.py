@@ -60,7 +60,8 @@ def softmax(
     Note:
         Within 4 units in the last place wherever the result is a normal number. O(n) time;
         beside the result, which is also all that is kept for the derivative, at most about a
-        sixteenth of it as temporary memory where it is large. Any order of differentiation, in both modes.
+        sixteenth of it as temporary memory where it is large. Any order of differentiation, in
+        both modes.
 
     Reference:
         Bridle (1990), Training stochastic model recognition algorithms as networks can lead
