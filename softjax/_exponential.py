@@ -69,7 +69,7 @@ def _solve(
 # numbers below the least normal one to 0.
 LIFT = 64
 UNIT = 2.0**LIFT
-LONG = 256  # entries of a slice from which on probabilities are formed from a base
+FROM_BASE = 256  # entries of a slice from which on probabilities are formed from a base
 
 
 class Weights(NamedTuple):
@@ -79,6 +79,10 @@ class Weights(NamedTuple):
     others: Array  # the sum of all the rest
     lost: Array  # most of what rounding took from that
     entries: Callable[[], Array]  # all of them, times 2^64
+
+    def beside_one(self, peak: Array) -> Array:
+        """The sum of all but one peak; 0 for a slice that keeps nothing."""
+        return jnp.where(peak == -jnp.inf, 0, self.others + (self.num_peaks - 1))
 
 
 def weigh(slices: Slices, x: Array, peak: Array, temperature: Array | None) -> Weights:
@@ -102,11 +106,9 @@ def normalise(
     slices: Slices, x: Array, peak: Array, temperature: Array | None
 ) -> tuple[Array, Array]:
     """What makes probabilities of `exponentials`, and the logarithm of the sum of weights."""
-    weights = weigh(slices, x, peak, temperature)
-    empty = peak == -jnp.inf
-    others = jnp.where(empty, 0, weights.others + (weights.num_peaks - 1))
+    others = weigh(slices, x, peak, temperature).beside_one(peak)
     # (By quotients, which XLA takes once a slice.)
-    return 1 / (1 + others) / UNIT, log1p(others) / jnp.where(empty, 2, 1)
+    return 1 / (1 + others) / UNIT, log1p(others) / jnp.where(peak == -jnp.inf, 2, 1)
 
 
 def _divide(
@@ -128,7 +130,7 @@ def _divide(
         return jnp.where(vanish, 0, entries / UNIT / jnp.where(vanish, 1, slices.spread(total)))
 
     is_plain = temperature is None and x.dtype == jnp.float32
-    if is_plain and slices.parts(x) is not None and x.shape[-1] >= LONG:
+    if is_plain and slices.parts(x) is not None and x.shape[-1] >= FROM_BASE:
         args = (x, peak, total, *log_total)
         return lax.platform_dependent(*args, cpu=_from_base, default=exactly)
     return exactly()

@@ -180,7 +180,9 @@ def _tangents(
     step = _poison(step + pressed, poisoned)
 
     if leak is None:
-        probs_dot = _project(family.is_even, slices, slopes, per_mass, poisoned, unmasked)
+        weighing = (slices, slopes, per_mass, poisoned)
+        projected = functools.partial(_projected, family.is_even, *weighing)
+        probs_dot = _project(projected, slopes, unmasked)
     else:
         probs_dot = jnp.where(live, slopes * (moved - spread(step)), 0)
     if bend_dot is not None or budget_dot is not None:
@@ -201,14 +203,7 @@ def _poison(row: Array, poisoned: Array | None) -> Array:
     return row if poisoned is None else jnp.where(poisoned, jnp.nan, row)
 
 
-def _project(
-    is_even: bool,
-    slices: Slices,
-    slopes: Array,
-    per_mass: Any,
-    poisoned: Array | None,
-    v: Array,
-) -> Array:
+def _project(projected: Callable[[Array], Array], slopes: Array, v: Array) -> Array:
     """Computes w (v - <q, v>), by which the weights move along scores that move by v.
 
     It is its own transpose, so that both form their terms in the sums and write none out.
@@ -218,7 +213,7 @@ def _project(
     still = lax.stop_gradient(slopes)
     inverse = jnp.where(still != 0, 1 / jnp.where(still != 0, still, 1), 0)
     ratio = 1 + (slopes - still) * inverse
-    solve = lambda _, v: _projected(is_even, slices, slopes, per_mass, poisoned, v)
+    solve = lambda _, v: projected(v)
     return lax.custom_linear_solve(lambda x: x * inverse / ratio, v, solve, symmetric=True)
 
 

@@ -160,14 +160,8 @@ def test_edges_of_exponentials_from_a_base():
     largest = float(np.finfo("float32").max)
     z, keep = draw(8, (130, 300), dtype="float32")
     z[0], keep[1] = -INF, False
-    z[2, 4], z[3, 4], keep[3, 4], keep[2, 5:9], z[2, 9], z[2, 10] = (
-        NAN,
-        NAN,
-        False,
-        False,
-        -INF,
-        INF,
-    )
+    z[2, [4, 9, 10]], keep[2, 5:9] = [NAN, -INF, INF], False
+    z[3, 4], keep[3, 4] = NAN, False
     z[4, [2, 7]], z[4, 3], keep[4, [2, 7]] = INF, largest, True
     z[5, 5], z[6], z[7], z[8] = -INF, 0.25, largest, -largest
     z[9, :2], z[10, :2], z[11, 3] = [largest, -largest], [1e38, -3e38], -largest
@@ -259,11 +253,11 @@ def test_terms_are_not_written_out(shape):
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
-def test_a_gradient_takes_its_weights_alone(name):
+def test_a_gradient_writes_its_result_alone(name):
     z = jnp.zeros((4096, 1024), jnp.float32)
     pull = lambda z, bar: jax.vjp(getattr(sj, name), z)[1](bar)
     plan = jax.jit(pull).lower(z, z).compile().memory_analysis()
-    assert plan.temp_size_in_bytes <= 1.25 * z.nbytes
+    assert plan.temp_size_in_bytes <= z.nbytes / 8
 
 
 @pytest.mark.optimized

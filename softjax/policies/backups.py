@@ -88,8 +88,7 @@ def soft_value(
 def _soft_maximum(axes: tuple[int, ...], x: Array, temperature: Array | None) -> Array:
     slices = AlongAxes(axes)
     peak = jax.lax.stop_gradient(slices.max(x))
-    weights = weigh(slices, x, peak, temperature)
-    extra = log1p(jnp.where(peak == -jnp.inf, 0, weights.num_peaks - 1 + weights.others))
+    extra = log1p(weigh(slices, x, peak, temperature).beside_one(peak))
     row = peak
     if temperature is not None:
         unlimited = jnp.isinf(temperature)
