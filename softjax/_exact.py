@@ -131,7 +131,7 @@ def centre_at(
 
 
 def exp_of_sum(near: Array, error: Array | float = 0.0, lift: int = 0) -> Array:
-    """exp(near + error) 2^lift, near in [-FAR, 0], for a small error; 0 where not normal.
+    """exp(near + error) 2^lift, near in [-FAR, 88], for a small error; 0 where not normal.
 
     With near = k log 2 + r the error joins r, which no rounding of `near` has touched. (XLA's
     own exp takes its argument rounded, and twice the time on a CPU.)
@@ -217,23 +217,23 @@ def _total(x: Array, axis: int, term: Callable[[Array], Array]) -> Array:
     add = functools.partial(jnp.sum, axis=axis, keepdims=True)
     in_two = lambda x: operator.add(*sum_in_two(x, add, lambda row: row))
     length, is_last = x.shape[axis], axis == x.ndim - 1
-    if _exceeds(length, FEW) and _exceeds(SMALL, x.size):
+    if exceeds(length, FEW) and exceeds(SMALL, x.size):
         # (Of a batch of small arrays, which may be large, another choice is made.)
         small = jax.custom_batching.custom_vmap(lambda x: in_two(term(x)))
         small.def_vmap(lambda _, __, x: (_total(x, axis + 1, jax.vmap(term)), True))
         plain = add(term(x))
         return small(lax.stop_gradient(x)) + (plain - lax.stop_gradient(plain))
-    if _exceeds(length, MANY if is_last else FEW):
+    if exceeds(length, MANY if is_last else FEW):
         return in_two(_partial_sums(x, axis, term, BLOCK if is_last else FEW))
     return add(term(x))
 
 
 def _is_long(x: Array, axis: int) -> bool:
     """Whether XLA's own sum loses digits: the last axis it sums in a tree, others in a run."""
-    return _exceeds(x.shape[axis], LONG if axis == x.ndim - 1 else BLOCK)
+    return exceeds(x.shape[axis], LONG if axis == x.ndim - 1 else BLOCK)
 
 
-def _exceeds(a: Any, b: Any) -> bool:
+def exceeds(a: Any, b: Any) -> bool:
     """Whether a > b; not if that is open, as the sizes of an export may be."""
     return isinstance(a, int) and isinstance(b, int) and a > b
 

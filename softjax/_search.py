@@ -2,18 +2,23 @@
 
 `climb` and `bracketed_newton` find where a decreasing function crosses zero;
 `largest_threshold` finds a threshold among the entries themselves, by halving the range of
-their bit patterns.
+their bit patterns, or, on accelerators, digit by digit: there few passes count, and to look
+whether a loop is done takes as long as one.
 """
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softjax._slices import Slices
+from softjax._exact import sum_in_pairs
+from softjax._slices import AlongAxes
 from softjax._varying import vary
 
+DIGIT = 3  # bits that one pass finds
+State = TypeVar("State", bound=tuple[Any, ...])
 Step = Callable[[Array], tuple[Array, Array]]  # tau -> (excess, -slope), one a slice
 Bracket = tuple[Array, Array, Array, Array, Array, Array]  # low, high, tau, last, moving, count
 
@@ -36,7 +41,7 @@ def climb(step: Step, start: Array, close: float = 0.0) -> Array:
         return state[1] & (state[2] < 64)
 
     state = (start, vary(jnp.array(True), start), jnp.array(0))
-    return lax.while_loop(unfinished, move, state)[0]
+    return _repeat(unfinished, move, state)[0]
 
 
 def bracketed_newton(step: Step, low: Array, high: Array, start: Array) -> Array:
@@ -68,11 +73,22 @@ def bracketed_newton(step: Step, low: Array, high: Array, start: Array) -> Array
     last = jnp.full(start.shape, jnp.inf, start.dtype)
     moving = jnp.full(start.shape, True)
     state = (*vary((low, high, start, last, moving)), jnp.array(0))
-    return lax.while_loop(unfinished, move, state)[2]
+    return _repeat(unfinished, move, state)[2]
+
+
+def _repeat(
+    unfinished: Callable[[State], Array], move: Callable[[State], State], state: State
+) -> State:
+    """`lax.while_loop`, on accelerators by two moves at a time; one too many does no harm."""
+    return lax.platform_dependent(
+        state,
+        cpu=lambda state: lax.while_loop(unfinished, move, state),
+        default=lambda state: lax.while_loop(unfinished, lambda s: move(move(s)), state),
+    )
 
 
 def largest_threshold(
-    slices: Slices, keys: Array, weights: Array | None, amount: Array
+    slices: AlongAxes, keys: Array, weights: Array | None, amount: Array
 ) -> Array:
     """The largest v for which the entries with key >= v weigh at least `amount`.
 
@@ -88,16 +104,36 @@ def largest_threshold(
         everything, entries = weights, (keys, weights)
         below = lambda key, weight, limit: jnp.where(key < limit, weight, 0)
     spare = slices.sum(everything) - amount
-
-    def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = state  # The answer is in [low, high).
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        enough = slices.sum_of(below, entries, middle) <= spare
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
     limits = jnp.array([-jnp.inf, jnp.nan], amount.dtype)
     low, high = vary(tuple(jnp.full(spare.shape, x) for x in ordered(limits)), spare)
-    return lax.while_loop(lambda s: jnp.any(s[0] + 1 < s[1]), halve, (low, high + 1))[0]
+
+    def by_halves(low: Array, high: Array, spare: Array, *entries: Array) -> Array:
+        def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = state  # The answer is in [low, high).
+            middle = (low >> 1) + (high >> 1) + (low & high & 1)
+            enough = slices.sum_of(below, entries, middle) <= spare
+            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+        return lax.while_loop(lambda s: jnp.any(s[0] + 1 < s[1]), halve, (low, high + 1))[0]
+
+    def by_digits(low: Array, high: Array, spare: Array, *entries: Array) -> Array:
+        # One pass finds a digit, as the sums below all that it can be are taken together.
+        info = jnp.iinfo(low.dtype)
+        num_digits = -(-info.bits // DIGIT)
+
+        def find(i: Array, found: Array) -> Array:
+            shift = ((num_digits - 1 - i) * DIGIT).astype(low.dtype)
+            digits = [jnp.array(digit, low.dtype) for digit in range(1, 2**DIGIT)]
+            sums = slices.sums([below(*entries, found + (digit << shift)) for digit in digits])
+            # (Of the first digit there may be fewer bits.)
+            is_one = [lax.shift_right_logical(d << shift, shift) == d for d in digits]
+            enough = [valid & (x <= spare) for valid, x in zip(is_one, sums, strict=True)]
+            return found + (sum_in_pairs([x.astype(low.dtype) for x in enough]) << shift)
+
+        found = lax.fori_loop(0, num_digits, find, jnp.full_like(low, info.min))
+        return jnp.clip(found, low, high)
+
+    return lax.platform_dependent(low, high, spare, *entries, cpu=by_halves, default=by_digits)
 
 
 def ordered(x: Array) -> Array:

@@ -8,6 +8,7 @@ above is written in these words alone.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._exact import long_sum, long_total, sum_in_pairs
+from softjax._exact import MANY, exceeds, long_sum, long_total, sum_in_pairs
 from softjax._varying import is_spread
 
 FOLDED = 32768  # entries from which on terms are added up part by part,
@@ -32,16 +33,32 @@ class AlongAxes:
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def sum(self, x: Array) -> Array:
-        return long_sum(x, self.axes)
+        return self._sum(lambda x: long_sum(x, self.axes), lambda x: x, x)
 
     def total(self, x: Array, term: Term = lambda x: x) -> Array:
-        return long_total(x, self.axes, term)
+        return self._sum(lambda x: long_total(x, self.axes, term), term, x)
+
+    def _sum(self, in_blocks: Term, term: Term, x: Array) -> Array:
+        """The sum of term(x). Of many trailing entries, accelerators take it in a tree."""
+        first = x.ndim - len(self.axes)
+        length = math.prod(x.shape[i] for i in self.axes)
+        if set(self.axes) != set(range(first, x.ndim)) or not exceeds(length, MANY):
+            return in_blocks(x)
+        in_a_tree = lambda x: jnp.sum(term(x), self.axes, keepdims=True)
+        return lax.platform_dependent(x, cpu=in_blocks, default=in_a_tree)
 
     def max(self, x: Array) -> Array:
         return jnp.max(x, self.axes, keepdims=True, initial=-jnp.inf)
 
     def spread(self, row: Array) -> Array:
         return row  # Broadcasts by itself.
+
+    def sums(self, terms: list[Array]) -> list[Array]:
+        """The sums of several terms, which accelerators take in one pass, and in a tree."""
+        add = lambda one, other: tuple(map(operator.add, one, other))
+        zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
+        rows = lax.reduce(tuple(terms), zeros, add, self.axes)
+        return [jnp.expand_dims(row, self.axes) for row in rows]
 
     def sum_of(
         self,

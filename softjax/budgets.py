@@ -21,7 +21,7 @@ from softjax._blocks import in_blocks
 from softjax._exact import centre_at
 from softjax._inputs import NONNEGATIVE, Axis, per_slice, prepare, public, resolve_axes
 from softjax._search import bracketed_newton, from_ordered, largest_threshold, ordered
-from softjax._slices import Slices
+from softjax._slices import AlongAxes
 from softjax._threshold import Family, Solution, reciprocal, weigh
 
 __all__ = ["soft_top_k"]
@@ -98,7 +98,7 @@ def _budget_family(
 
     @in_blocks
     def solve_budget(
-        slices: Slices,
+        slices: AlongAxes,
         logits: Array,
         temperature: Array | None,
         _: None,

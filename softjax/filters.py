@@ -61,7 +61,8 @@ def top_k_filter(logits: ArrayLike, k: ArrayLike, *, axis: Axis = -1) -> Array:
         [-inf   3.   2.]
 
     Note:
-        No sort: 32 counting passes (64 in float64) halve the range of bit patterns.
+        No sort: 32 counting passes (64 in float64) halve the range of bit patterns; on
+        accelerators 11 (22) find three bits each.
     """
     return _filter(logits, axis, k, "k", lambda slices, x: (x, None))
 
@@ -92,7 +93,8 @@ def top_p_filter(logits: ArrayLike, p: ArrayLike, *, axis: Axis = -1) -> Array:
         [-0.6931472 -1.2039728       -inf]
 
     Note:
-        No sort: 32 summing passes (64 in float64) halve the range of bit patterns.
+        No sort: 32 summing passes (64 in float64) halve the range of bit patterns; on
+        accelerators 11 (22) find three bits each.
 
     Reference:
         Holtzman et al. (2020), The curious case of neural text degeneration.
@@ -126,7 +128,8 @@ def typical_filter(logits: ArrayLike, mass: ArrayLike, *, axis: Axis = -1) -> Ar
         [      -inf -1.2039728       -inf]
 
     Note:
-        No sort: 32 summing passes (64 in float64) halve the range of bit patterns.
+        No sort: 32 summing passes (64 in float64) halve the range of bit patterns; on
+        accelerators 11 (22) find three bits each.
 
     Reference:
         Meister et al. (2023), Locally typical sampling.

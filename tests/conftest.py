@@ -52,6 +52,23 @@ def parts_of_slices(monkeypatch):
     monkeypatch.setattr(_slices, "many_cpus", lambda: False)
 
 
+@pytest.fixture
+def on_cpu():
+    """For plans and programs that are XLA's CPU backend's, whatever else there is."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+@pytest.fixture
+def as_on_accelerators(monkeypatch):
+    """On this CPU, what accelerators take of two ways to the same result."""
+    other = lambda *args, default, **ways: default(*args)
+    monkeypatch.setattr(jax.lax, "platform_dependent", other)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def optimizations(request):
     few = request.node.get_closest_marker("optimized") is None

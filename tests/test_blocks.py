@@ -14,7 +14,7 @@ from softjax import _blocks
 from softjax._slices import AlongAxes
 from tests import oracles
 from tests.helpers import assert_close, assert_same, draw, eps
-from tests.test_sharding import mesh
+from tests.test_sharding import cpu_mesh, mesh
 
 # By halves, along the first axis that has any; odd and even; just above and below the limits.
 SHAPES = [(64, 128), (33, 77), (2, 900), (1, 2048), (1536,), (3, 5, 111), (128, 128), (65, 257)]
@@ -85,7 +85,7 @@ def test_threads_share_large_arrays_alone(fn):
 
 
 def test_rows_that_are_spread_over_an_explicit_mesh():
-    explicit = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    explicit = cpu_mesh(jax.sharding.AxisType.Explicit, rows=2)
     z, temperature = jnp.asarray(draw(5, (32, 64))[0]), jnp.full((32, 1), 0.5)
     labels = jnp.arange(32)
     wanted = (

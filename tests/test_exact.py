@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from softjax import _exact
-from tests.helpers import assert_close, eps
+from tests.helpers import assert_close, eps, ulp_error
 
 Fraction = fractions.Fraction
 WIDE = ("float32", "float64")
@@ -45,7 +45,8 @@ def test_two_quotient_is_exact_to_first_order(dtype, compiled):
     a, b = pairs(dtype)
     fn = jax.jit(_exact.two_quotient) if compiled else _exact.two_quotient
     quotient, error = fn(jnp.asarray(a), jnp.asarray(b))
-    np.testing.assert_array_equal(quotient, a / b)
+    # Not every backend rounds quotients correctly; the error is that of the one it gives.
+    assert (ulp_error(quotient, a / b) <= 1).all()
     for x, y, q, e in zip(a, b, np.asarray(quotient), np.asarray(error), strict=True):
         exact = Fraction(float(x)) / Fraction(float(y))
         left = abs(Fraction(float(q)) + Fraction(float(e)) - exact)

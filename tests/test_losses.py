@@ -1108,6 +1108,7 @@ def test_mean_loss_refuses_what_does_not_fit():
 # Memory.
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     "name",

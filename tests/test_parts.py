@@ -241,6 +241,7 @@ def test_classes_that_a_compiler_spreads(monkeypatch):
         assert_close(jax.jit(fn)(spread), fn(z), rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.optimized
 @pytest.mark.parametrize("shape", [(4096, 1024), (65536, 10)])
 def test_terms_are_not_written_out(shape):
@@ -251,6 +252,7 @@ def test_terms_are_not_written_out(shape):
     assert plan.temp_size_in_bytes <= max(z.nbytes / 12, 6 * z.nbytes / shape[1])
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.optimized
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 def test_a_gradient_writes_its_result_alone(name):
@@ -260,6 +262,7 @@ def test_a_gradient_writes_its_result_alone(name):
     assert plan.temp_size_in_bytes <= z.nbytes / 8
 
 
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.optimized
 def test_passes_share_nothing_that_is_written_out():
     """Each forms its terms anew: a divergence takes a fraction of an array, a gradient one."""

@@ -1,6 +1,7 @@
 """Every function inside of `shard_map`, with its default checks: on each device, its part."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,13 @@ every_entry = pytest.mark.parametrize(
 
 
 def mesh(**axes):
-    kinds = (jax.sharding.AxisType.Auto,) * len(axes)
-    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds)
+    return cpu_mesh(jax.sharding.AxisType.Auto, **axes)
+
+
+def cpu_mesh(kind, **axes):
+    devices = jax.devices("cpu")[: math.prod(axes.values())]
+    kinds = (kind,) * len(axes)
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=kinds, devices=devices)
 
 
 def results(call, num_floats, *args):
