@@ -181,7 +181,10 @@ def _from_base(
     below, error = two_difference(*(jnp.where(usual, row, 0) for row in (base, peak)))
     # (No more than the inverse of the peak's exponential, or its probability might exceed 1; of
     # exp(a), without a step between, XLA would take exp(-a) for it.)
-    limit = 1 / jnp.maximum(exp(-below), jnp.finfo(x.dtype).tiny)
+    at_peak = jnp.maximum(exp(-below), jnp.finfo(x.dtype).tiny)
+    limit = 1 / at_peak
+    # (A GPU rounds quotients in either direction.)
+    limit = jnp.where(limit * at_peak > 1, limit * (1 - float(jnp.finfo(x.dtype).eps)), limit)
     below, second = two_difference(below, jnp.where(usual, log_total, 0))
     scale = exp_of_sum(jnp.minimum(below, 0), error + second - jnp.where(usual, lost, 0))
     scale = jnp.where(usual, jnp.minimum(scale, limit), 0)

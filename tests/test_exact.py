@@ -45,12 +45,14 @@ def test_two_quotient_is_exact_to_first_order(dtype, compiled):
     a, b = pairs(dtype)
     fn = jax.jit(_exact.two_quotient) if compiled else _exact.two_quotient
     quotient, error = fn(jnp.asarray(a), jnp.asarray(b))
-    # Not every backend rounds quotients correctly; the error is that of the one it gives.
-    assert (ulp_error(quotient, a / b) <= 1).all()
+    # A GPU rounds the quotient and the remainder's to 2 ulp, a CPU to the nearest number.
+    on_cpu = jax.default_backend() == "cpu"
+    assert (ulp_error(quotient, a / b) <= (0 if on_cpu else 2)).all()
+    bound = (2 if on_cpu else 6) * Fraction(eps(dtype)) ** 2
     for x, y, q, e in zip(a, b, np.asarray(quotient), np.asarray(error), strict=True):
         exact = Fraction(float(x)) / Fraction(float(y))
         left = abs(Fraction(float(q)) + Fraction(float(e)) - exact)
-        assert left <= 2 * Fraction(eps(dtype)) ** 2 * abs(exact)
+        assert left <= bound * abs(exact)
 
 
 @every_wide_dtype
