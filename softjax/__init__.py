@@ -23,6 +23,7 @@ from softjax.estimators import (
 from softjax.filters import min_p_filter, top_k_filter, top_p_filter, typical_filter
 from softjax.gradients import clip_gradient, reverse_gradient, score_function, straight_through
 from softjax.losses import (
+    check_labels,
     class_balanced_weights,
     cross_entropy,
     distillation_loss,
@@ -78,6 +79,7 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "bellman_target",
+    "check_labels",
     "class_balanced_weights",
     "clip_gradient",
     "clipped_surrogate_loss",

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from softjax._divergence import nats_between
 from softjax._exact import centre
 from softjax._exponential import LIFT, SOFTMAX, normalise
-from softjax._inputs import Axis, Problem, check_labels, prepare, public, resolve_one_axis
+from softjax._inputs import Axis, Problem, labels_of, prepare, public, resolve_one_axis
 from softjax._slices import AlongAxes
 from softjax._threshold import solve
 
@@ -188,7 +188,7 @@ def log_prob(
     """
     problem = prepare(logits, axis=axis, where=where)
     axis = resolve_one_axis(axis, problem.logits.ndim)
-    labels = check_labels(labels, problem.logits.shape, axis)
+    labels = labels_of(labels, problem.logits.shape, axis)
     solution = solve(SOFTMAX, AlongAxes((axis,)), problem.logits)
     return pick(solution.margins, labels, axis).astype(problem.dtype)
 

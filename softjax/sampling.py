@@ -20,7 +20,7 @@ from softjax._exact import centre
 from softjax._inputs import (
     NONNEGATIVE,
     Problem,
-    check_labels,
+    labels_of,
     prepare,
     public,
     resolve_one_axis,
@@ -223,7 +223,7 @@ def gumbel_given_argmax(
     _noise.check_key(key)
     problem = prepare(logits, axis=axis, where=where)
     x, axis = problem.logits, resolve_one_axis(axis, problem.logits.ndim)
-    labels = jnp.expand_dims(check_labels(labels, x.shape, axis), axis)
+    labels = jnp.expand_dims(labels_of(labels, x.shape, axis), axis)
     places = jax.lax.broadcasted_iota(labels.dtype, x.shape, axis)
     noise = _noise.gumbel(key, x.shape, x.dtype)
     is_label = (places == labels) & (x != -jnp.inf)

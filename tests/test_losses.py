@@ -787,28 +787,31 @@ def test_a_label_on_minus_infinity(name):
     assert dirty == slope
 
 
-@pytest.mark.slow
-def test_checkify_names_the_label_and_its_row():
-    fns = [
-        sj.cross_entropy,
-        functools.partial(sj.cross_entropy, ignore_index=-1),
-        sj.sparsemax_loss,
-        sj.entmax_loss,
-        functools.partial(sj.focal_loss, gamma=1.0),
-    ]
-    for fn in fns:
-        checked = checkify.checkify(jax.jit(fn), errors=checkify.user_checks)
-        error, _ = checked(jnp.zeros((3, 4)), jnp.array([0, 1, 7]))
-        assert "label 7 of row 2" in error.get()
-        assert "[0, 4)" in error.get()
-        error, loss = checked(jnp.zeros((3, 4)), jnp.array([0, 1, 3]))
-        assert error.get() is None
-        assert jnp.isfinite(loss).all()
-    ignoring = functools.partial(sj.cross_entropy, ignore_index=-1)
-    error, _ = checkify.checkify(ignoring, errors=checkify.user_checks)(
-        jnp.zeros((2, 4)), jnp.array([-1, 0])
-    )
+def test_a_check_of_labels_names_the_label_and_its_row():
+    labels = jnp.array([[0, 1], [-1, 7]], jnp.int8)
+    with pytest.raises(ValueError, match=r"`labels` must be in \[0, 4\), got -1 in row 2"):
+        sj.check_labels(labels, 4)
+    with pytest.raises(ValueError, match="got 7 in row 3"):
+        sj.check_labels(labels, 4, ignore_index=-1)
+    np.testing.assert_array_equal(sj.check_labels(labels, 8, ignore_index=-1), labels)
+    assert sj.check_labels(jnp.zeros((0,), int), 4).shape == (0,)
+    with pytest.raises(TypeError, match="`labels` must be integers, got float64"):
+        sj.check_labels(jnp.zeros(3), 4)
+
+
+def test_a_check_of_labels_under_transformations():
+    def loss(logits, labels):
+        return sj.cross_entropy(logits, sj.check_labels(labels, 4, ignore_index=-1))
+
+    checked = checkify.checkify(jax.jit(jax.value_and_grad(lambda z, y: loss(z, y).sum())))
+    error, _ = checked(jnp.zeros((3, 4)), jnp.array([0, -1, 7]))
+    assert "got 7 in row 2" in error.get()
+    error, (value, _) = checked(jnp.zeros((3, 4)), jnp.array([0, 1, 3]))
     assert error.get() is None
+    assert jnp.isfinite(value)
+    # Where nothing is checked, nothing happens.
+    got = jax.jit(jax.vmap(loss))(jnp.zeros((3, 1, 4)), jnp.array([[0], [-1], [7]]))
+    assert np.isnan(got).ravel().tolist() == [False, True, True]
 
 
 # Edges.

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import checkify
 from jax.test_util import check_grads
 
 import softjax as sj
@@ -383,8 +382,6 @@ def test_a_label_out_of_range_is_no_other_class(block_size):
         assert np.isnan(loss(features)).tolist() == [i == 2 for i in range(TOKENS)]
         slopes = jax.grad(lambda f, loss=loss: jnp.sum(loss(f)))(features)
         assert np.isnan(slopes).all(1).tolist() == [i == 2 for i in range(TOKENS)]
-    error, _ = checkify.checkify(loss)(features)
-    assert f"label {2**31 - 1} of row 2" in error.get()
 
 
 @pytest.mark.slow

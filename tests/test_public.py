@@ -55,6 +55,7 @@ APART = {
         "the derivative is an estimate: test_estimators",
     ),
     "alibi_slopes": "of no array: test_attention_shaping",
+    "check_labels": "an error, and no value of its own: test_losses",
     "gumbel": "random, of no array: test_sampling",
     "sample": "random integers: test_sampling",
     "weighted_subset": "its derivative is an estimator's: test_subsets",

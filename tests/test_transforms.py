@@ -96,6 +96,13 @@ def test_value_is_the_definition(entry):
         assert_close(out, entry.oracle(*floats, *others), rtol=4 * unit, atol=4 * unit)
 
 
+def test_no_effects():
+    """JAX calls a program that has one, as a check or a print is, by a slower path."""
+    for entry in CATALOGUE:
+        floats, others = entry.arguments()
+        assert not jax.make_jaxpr(entry.call)(*floats, *others).effects, entry.title
+
+
 @every_entry
 def test_invariants(entry):
     for seed in range(3):

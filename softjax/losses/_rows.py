@@ -10,8 +10,8 @@ from jax.typing import ArrayLike
 from softjax._inputs import (
     Classes,
     broadcast,
-    check_labels,
     known_labels,
+    labels_of,
     per_class,
     prepare,
     resolve_one_axis,
@@ -43,7 +43,7 @@ def label_rows(
 ) -> Rows:
     problem = prepare(logits, axis=axis, where=where)
     axis = resolve_one_axis(axis, problem.logits.ndim)
-    labels = check_labels(labels, problem.logits.shape, axis)
+    labels = labels_of(labels, problem.logits.shape, axis)
     logits = problem.logits
     classes = known_labels(labels, logits.shape[axis], ignore_index)
     if classes.ignored is not None:

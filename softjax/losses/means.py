@@ -10,9 +10,9 @@ from softjax._exact import expm1_over, long_sum
 from softjax._inputs import (
     PROBABILITY,
     broadcast,
-    check_labels,
     computing_dtype,
     equal,
+    labels_of,
     one_number,
     per_class,
     public,
@@ -98,7 +98,7 @@ def shares_and_masses(
         )
     if labels is None:
         return shares, shares
-    labels = check_labels(labels, (*losses.shape, 1), losses.ndim)
+    labels = labels_of(labels, (*losses.shape, 1), losses.ndim)
     if ignore_index is not None:
         shares = jnp.where(equal(labels, ignore_index), 0, shares)
     if class_weights is None:

@@ -12,10 +12,10 @@ from softjax._exact import capped
 from softjax._inputs import (
     Classes,
     broadcast,
-    check_labels,
     computing_dtype,
     is_one,
     known_labels,
+    labels_of,
     nan_unless_positive,
     one_number,
     per_class,
@@ -96,7 +96,7 @@ def prepare_layer(
 
 
 def token_labels(tokens: Tokens, labels: ArrayLike, ignore_index: int | None) -> Classes:
-    labels = check_labels(labels, (*tokens.shape, 1), len(tokens.shape)).reshape(-1)
+    labels = labels_of(labels, (*tokens.shape, 1), len(tokens.shape)).reshape(-1)
     return known_labels(labels, tokens.layer.weights.shape[0], ignore_index)
 
 

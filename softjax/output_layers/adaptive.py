@@ -13,9 +13,9 @@ from jax.typing import ArrayLike
 from softjax._blocks import scan_blocks
 from softjax._inputs import (
     Classes,
-    check_labels,
     computing_dtype,
     known_labels,
+    labels_of,
     public,
     to_float,
 )
@@ -104,7 +104,7 @@ def adaptive_log_softmax(
     ends = [num_frequent]
     for _, weights in clusters:
         ends.append(ends[-1] + weights.shape[0])
-    labels = check_labels(labels, (*tokens.shape, 1), len(tokens.shape)).reshape(-1)
+    labels = labels_of(labels, (*tokens.shape, 1), len(tokens.shape)).reshape(-1)
     rows = known_labels(labels, ends[-1], ignore_index)
     layer = without(layer, rows.ignored)
 
