@@ -42,11 +42,23 @@ def public(
             args, kwargs = vary((args, kwargs))
             return function(*args, **kwargs)
 
-        names = tuple(inspect.signature(function).parameters)
+        title, parameters = function.__name__, inspect.signature(function).parameters
+        names = tuple(parameters)
+        by_place = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        numbers = {n for n, p in parameters.items() if type(p.default) in (int, float)}
+        numbers = (numbers | ranges.keys()) - set(static)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
+            if len(args) > len(by_place):
+                raise TypeError(
+                    f"{title}() takes {', '.join(by_place)} by position, got {len(args)}"
+                    f" arguments; what follows is named: {', '.join(names[len(by_place) :])}."
+                )
             given = dict(zip(names, args, strict=False)) | kwargs
+            for name in numbers & given.keys():
+                if given[name] is None or isinstance(given[name], (bool, np.bool_)):
+                    raise TypeError(f"`{name}` must be a number, got {given[name]}.")
             for name, (low, high) in ranges.items():
                 value = given.get(name)
                 if isinstance(value, (int, float, np.number)) and not low <= value <= high:
@@ -57,8 +69,10 @@ def public(
                 raise TypeError(f"`axis` must be an int, a tuple or None, got {given['axis']}.")
             for name, value in given.items():
                 if name not in names:
-                    title = function.__name__
-                    raise TypeError(f"{title}() got an unexpected keyword argument {name!r}.")
+                    raise TypeError(
+                        f"{title}() got an unexpected keyword argument {name!r}; it takes"
+                        f" {', '.join(names)}."
+                    )
                 _check_kind(name, value, name in static)
             if refuse is not None:
                 refuse(given)

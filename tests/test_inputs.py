@@ -179,6 +179,24 @@ def test_what_is_no_argument():
         sj.cross_entropy(Z, Z)
 
 
+def test_arguments_by_place_that_are_names():
+    """As other libraries have them: the error says which there are."""
+    wanted = r"softmax\(\) takes logits by position, got 2 .* axis, where, temperature, sink"
+    with pytest.raises(TypeError, match=wanted):
+        sj.softmax(jnp.zeros(3), -1)
+    with pytest.raises(TypeError, match="'dim'; it takes logits, axis, where"):
+        sj.softmax(jnp.zeros(3), dim=-1)
+
+
+@pytest.mark.parametrize("value", [None, True, np.bool_(False)])
+def test_numbers_that_are_none_or_flags(value):
+    with pytest.raises(TypeError, match="`temperature` must be a number, got"):
+        sj.softmax(jnp.zeros(3), temperature=value)
+    with pytest.raises(TypeError, match="`p` must be a number, got"):
+        sj.top_p_filter(jnp.zeros(3), value)
+    assert sj.softmax(jnp.zeros(3), where=None, sink=None).shape == (3,)
+
+
 def test_python_and_numpy_scalars_and_arrays_are_taken():
     assert sj.softmax(3.0, axis=None) == 1.0
     assert sj.logsumexp(2) == 2.0

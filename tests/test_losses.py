@@ -378,7 +378,7 @@ def test_class_balanced_weights():
         (1.0, 0.5, "`counts` must be a vector"),
         (jnp.ones(2), jnp.ones(2), "`beta` must be one number"),
         (jnp.ones(2), 1j, "`beta` must be real"),
-        (jnp.ones(2), None, "`beta` must be an array or a number"),
+        (jnp.ones(2), None, "`beta` must be a number"),
     ):
         with pytest.raises((TypeError, ValueError), match=error):
             sj.class_balanced_weights(counts, beta=beta)
