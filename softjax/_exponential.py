@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -239,8 +240,9 @@ def _add_up(parts: list[Array], peak: Array, temperature: Array | None) -> Array
     """The sum of parts of slices, but of one peak each, and negative where that was there."""
     found: Array = jnp.zeros((), jnp.bool_)
     terms = []
+    once = jax.jit(exponentials)  # Traced for one part.
     for x in parts:
-        weights = exponentials(x, peak, temperature)
+        weights = once(x, peak, temperature)
         is_peak = weights == UNIT
         terms.append(_beside_peak(weights, is_peak & ~found))
         found |= is_peak

@@ -80,7 +80,8 @@ class AlongAxes:
             # (Or XLA would share what another pass forms of these, and write it out.)
             rows = lax.optimization_barrier(rows)
             groups = zip(*map(cut, entries), strict=True)
-            terms = [[term(*xs, *rows) for xs in zip(*g, strict=True)] for g in groups]
+            once = jax.jit(term)  # Traced for one part.
+            terms = [[once(*xs, *rows) for xs in zip(*g, strict=True)] for g in groups]
             return self.sum(add_parts(terms))
 
         if cut(entries[0]) is None:

@@ -198,7 +198,8 @@ def _weigh(
         groups = cut(logits)
         sizes = (z.shape[-1] for parts in groups for z in parts)
         places = itertools.accumulate(sizes, initial=0)
-        masked = lambda z: weights(z, *rows) * mask(z, labels - next(places), axis)
+        once = jax.jit(weights)  # Traced for one part.
+        masked = lambda z: once(z, *rows) * mask(z, labels - next(places), axis)
         return slices.sum(add_parts([list(map(masked, parts)) for parts in groups]))
 
     if cut(logits) is None:
