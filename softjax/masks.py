@@ -72,6 +72,12 @@ class Mask:
         kept = self.bind(grid).tile(Tile(grid, 0, 0, grid.index(0, 0)))
         return jnp.broadcast_to(kept, shape).reshape(*batch, *shape[1:])
 
+    def functions(self) -> list[Callable[..., Array]]:
+        """The functions that are asked, of this mask and of those that it is made of."""
+        names = getattr(self, "__dataclass_fields__", ())
+        parts = [getattr(self, name) for name in names]
+        return [f for part in parts if isinstance(part, Mask) for f in part.functions()]
+
     __array_ufunc__ = None  # So that NumPy leaves `array & mask` to the mask.
 
     def __and__(self, other: Mask | ArrayLike) -> Mask:
@@ -272,10 +278,14 @@ class Function(Mask):
     """Where `keep(index)` is True.
 
     The index holds four int arrays, batch, head, query and key (positions), that broadcast to
-    a tile. What the function captures may be traced. No tile is known to be empty or full.
+    a tile. What the function captures may be traced. No tile is known to be empty or full. A
+    new function, or one that has captured something new, is compiled anew.
     """
 
     keep: Callable[..., Array] = dataclasses.field(metadata={"static": True})
+
+    def functions(self) -> list[Callable[..., Array]]:
+        return [self.keep]
 
     def bind(self, grid: Grid) -> _Bound:
         index = grid.index(0, 0)

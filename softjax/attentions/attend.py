@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax import masks
+from softjax._hoist import Captured
 from softjax._inputs import computing_dtype
 from softjax._varying import vary
 from softjax.attentions._exponential import average
@@ -59,9 +60,9 @@ def attention(
         score: f, a function of (scores, index) that gives new scores of the same shape: those
             of a tile, `[batch, N, query, key]`, and `index.batch`, `index.head`, `index.query`
             and `index.key`, ints that broadcast to it. Arrays that it captures, or holds as a
-            `jax.tree_util.Partial`, are differentiable. -inf drops a score. As under `jit`,
-            what a function has captured must stay as it is, and a new function is compiled
-            anew: a `Partial` of one function and new arrays is not.
+            `jax.tree_util.Partial`, are differentiable. -inf drops a score. A new function, or
+            one that has captured something new, is compiled anew (a `Partial` of one function
+            and new arrays is not); NumPy arrays must not be changed in place.
         scale: lambda, one number or one a head `[N]`; 1 / sqrt(H) by default; differentiable.
         soft_cap: kappa > 0, one number or one a head; None for no cap; differentiable.
         sink: c, a score that takes weight and has no value, one number or one a head; None for
@@ -142,13 +143,16 @@ def attention(
     if weigh is not None and (return_lse or sink is not None):
         name = "return_lse" if return_lse else "sink"
         raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
+    mask = masks.as_mask(mask)
+    asked = [] if mask is None else mask.functions()
     return _attend(
         queries,
         keys,
         values,
+        held=Captured(weigh, score, *asked),
         weigh=None if weigh is None else Argument.of(weigh),
         reach=reach,
-        mask=masks.as_mask(mask),
+        mask=mask,
         bias=bias,
         score=None if score is None else Argument.of(score),
         scale=scale,
@@ -211,18 +215,22 @@ class Argument:
         return jax.tree.unflatten(self.structure, leaves)(*args)
 
 
-@functools.partial(jax.jit, static_argnames=("block_size", "implementation", "return_lse"))
+@functools.partial(
+    jax.jit, static_argnames=("block_size", "implementation", "return_lse", "held")
+)
 def _attend(
     queries: ArrayLike,
     keys: ArrayLike,
     values: ArrayLike,
     *,
+    held: Captured,
     weigh: Callable[..., Array] | None,
     reach: ArrayLike,
     sink: ArrayLike | None,
     return_lse: bool,
     **options: Any,
 ) -> Any:
+    del held
     given = (queries, keys, values, options, weigh, reach, sink)
     queries, keys, values, options, weigh, reach, sink = vary(given)
     problem = prepare(queries, keys, values, **options)

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax import _online, masks
+from softjax._hoist import Captured
 from softjax._inputs import computing_dtype, public, to_float, to_integers
 from softjax._varying import vary
 from softjax.attentions._prepare import per_head
@@ -137,6 +138,7 @@ def paged_attention(
         page_table,
         lengths,
         mask=mask,
+        held=Captured(score, *(mask.functions() if isinstance(mask, masks.Mask) else ())),
         score=None if score is None else Argument.of(score),
         scale=scale,
         soft_cap=soft_cap,
@@ -146,7 +148,7 @@ def paged_attention(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("num_splits", "at_once"))
+@functools.partial(jax.jit, static_argnames=("num_splits", "at_once", "held"))
 def _paged(
     queries: ArrayLike,
     key_pages: ArrayLike,
@@ -158,8 +160,10 @@ def _paged(
     sink: ArrayLike | None,
     num_splits: int,
     at_once: int,
+    held: Captured,
     **options: Any,
 ) -> Array:
+    del held
     given = (queries, key_pages, value_pages, page_table, lengths, mask, sink, options)
     queries, key_pages, value_pages, page_table, lengths, mask, sink, options = vary(given)
     # (`attention` checks them; integers become the default float here.)
