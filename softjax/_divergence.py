@@ -46,7 +46,8 @@ def nats_between(
     row = total(lambda *args: _nats(*found(*args)), (x, y), *rows, shift)
     if temperature is not None:
         row = row * temperature * temperature
-    return jnp.where(x_peak == -jnp.inf, 0, row), shift
+    empty = (x_peak == -jnp.inf) & (p_log == 0)  # Where it is NaN, one has been kept.
+    return jnp.where(empty, 0, row), shift
 
 
 @nats_between.defjvp

@@ -44,8 +44,10 @@ def _solve(
     peak = lax.stop_gradient(slices.max(logits))
     if sink is not None:
         peak = jnp.maximum(peak, lax.stop_gradient(sink))
-    scores = centre(logits, peak, temperature, slices.spread)
     weights = weigh(slices, logits, peak, temperature)
+    # (XLA's maximum may miss a NaN; a sum does not.)
+    peak = jnp.where(jnp.isnan(weights.others), jnp.nan, peak)
+    scores = centre(logits, peak, temperature, slices.spread)
     num_peaks, others, sink_weight = weights.num_peaks, weights.others, None
     if sink is not None:
         sink_weight = exponentials(sink, peak, temperature)
@@ -80,11 +82,11 @@ class Weights(NamedTuple):
     num_peaks: Array  # how many of them are left out of `others`, one number a slice
     others: Array  # the sum of all the rest
     lost: Array  # most of what rounding took from that
-    entries: Callable[[], Array]  # all of them, times 2^64
+    entries: Callable[[Array], Array]  # all of them, times 2^64, by the peak
 
     def beside_one(self, peak: Array) -> Array:
         """The sum of all but one peak; 0 for a slice that keeps nothing."""
-        return jnp.where(peak == -jnp.inf, 0, self.others + (self.num_peaks - 1))
+        return self.others + jnp.where(peak == -jnp.inf, 0, self.num_peaks - 1)
 
 
 def weigh(slices: Slices, x: Array, peak: Array, temperature: Array | None) -> Weights:
@@ -94,14 +96,14 @@ def weigh(slices: Slices, x: Array, peak: Array, temperature: Array | None) -> W
     if slices.parts(x) is None:
         marked = by_one_thread(lambda *args: mark_peaks(form(*args)), slices, *args)
         num_peaks, others, lost = _sum_marked(marked, slices)
-        return Weights(num_peaks, others, lost, lambda: _unmark_peaks(marked))
+        return Weights(num_peaks, others, lost, lambda _: _unmark_peaks(marked))
     num_peaks, others, lost = lax.platform_dependent(
         *args,
         cpu=functools.partial(_split_in_parts, slices),
         default=functools.partial(_split_at_once, slices),
     )
 
-    def entries() -> Array:
+    def entries(peak: Array) -> Array:
         # To form them again takes no longer than to have written them out and read them. (XLA
         # would do that for the sum and here, if these were the same rows.)
         return form(x, *lax.optimization_barrier((peak, temperature)))
@@ -130,7 +132,7 @@ def _divide(
     """The weights over their sum, whose logarithm comes in two parts."""
 
     def exactly(*_: Array) -> Array:
-        entries = weights.entries()
+        entries = weights.entries(peak)
         vanish = entries == 0
         # (Of a divisor that is one number a slice XLA would take the rounded inverse. In the
         # unit of the weights its square, which plain differentiation divides by, would be inf.)
@@ -173,11 +175,10 @@ def _from_base(
     bits = lax.bitcast_convert_type(size, jnp.int32)
     power = lax.bitcast_convert_type((bits + 0x800000) & ~0x7FFFFF, x.dtype)
     base = jnp.where(size < room, jnp.sign(excess) * jnp.maximum(1, power), peak)
-    # Where a NaN is kept, all else that is kept is inf times 0, and what is dropped 0 times 0;
-    # infinite entries, if there are any, share the mass.
+    # Where a NaN is kept, all that is kept is one; infinite entries, if there are any, share.
     poisoned, infinite, empty = jnp.isnan(level), peak == jnp.inf, peak == -jnp.inf
-    base = jnp.where(poisoned, -highest, jnp.where(infinite, highest, base))
-    base = jnp.where(empty, 0, base)
+    base = jnp.where(infinite, highest, jnp.where(poisoned | empty, 0, base))
+    lowest = jnp.where(poisoned, -highest, jnp.inf)  # of those that are not of the usual kind
     usual = ~(poisoned | infinite | empty)
     below, error = two_difference(*(jnp.where(usual, row, 0) for row in (base, peak)))
     # (No more than the inverse of the peak's exponential, or its probability might exceed 1; of
@@ -192,9 +193,9 @@ def _from_base(
     share = jnp.where(infinite, 1 / total, jnp.nan)
     # (Plain differentiation finds the derivative of the sum in the base.)
     drift = jnp.where(usual, log_total, 0)
-    base, scale, share = map(lax.stop_gradient, (base, scale, share))
+    base, scale, share, lowest = map(lax.stop_gradient, (base, scale, share, lowest))
     base += drift - lax.stop_gradient(drift)
-    return jnp.where(x < jnp.inf, exp(x - base) * scale, share)
+    return jnp.where(x < lowest, exp(x - base) * scale, share)
 
 
 def _split_in_parts(

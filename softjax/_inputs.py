@@ -22,6 +22,30 @@ Axis = int | tuple[int, ...] | None
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def named(function: Function) -> Function:
+    """Tells which arguments there are, where one is given that is none of them."""
+    title, parameters = function.__name__, inspect.signature(function).parameters
+    names = ", ".join(parameters)
+    by_place = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(by_place):
+            others = ", ".join(n for n in parameters if n not in by_place)
+            raise TypeError(
+                f"{title}() takes {', '.join(by_place)} by position, got {len(args)} arguments"
+                + (f"; what follows is named: {others}." if others else ".")
+            )
+        for name in kwargs:
+            if name not in parameters:
+                raise TypeError(
+                    f"{title}() got an unexpected keyword argument {name!r}; it takes {names}."
+                )
+        return function(*args, **kwargs)
+
+    return cast(Function, call)
+
+
 def public(
     *static: str,
     refuse: Callable[[dict[str, Any]], None] | None = None,
@@ -42,19 +66,15 @@ def public(
             args, kwargs = vary((args, kwargs))
             return function(*args, **kwargs)
 
-        title, parameters = function.__name__, inspect.signature(function).parameters
+        parameters = inspect.signature(function).parameters
         names = tuple(parameters)
-        by_place = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
         numbers = {n for n, p in parameters.items() if type(p.default) in (int, float)}
-        numbers = (numbers | ranges.keys()) - set(static)
+        numbers |= {n for n in ranges if parameters[n].default is not None}
+        numbers -= set(static)
 
+        @named
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if len(args) > len(by_place):
-                raise TypeError(
-                    f"{title}() takes {', '.join(by_place)} by position, got {len(args)}"
-                    f" arguments; what follows is named: {', '.join(names[len(by_place) :])}."
-                )
             given = dict(zip(names, args, strict=False)) | kwargs
             for name in numbers & given.keys():
                 if given[name] is None or isinstance(given[name], (bool, np.bool_)):
@@ -68,11 +88,6 @@ def public(
             if isinstance(given.get("axis"), list):
                 raise TypeError(f"`axis` must be an int, a tuple or None, got {given['axis']}.")
             for name, value in given.items():
-                if name not in names:
-                    raise TypeError(
-                        f"{title}() got an unexpected keyword argument {name!r}; it takes"
-                        f" {', '.join(names)}."
-                    )
                 _check_kind(name, value, name in static)
             if refuse is not None:
                 refuse(given)
@@ -85,10 +100,13 @@ def public(
 
 def _check_kind(name: str, value: Any, is_static: bool) -> None:
     kind = type(value)
-    if is_static and kind.__hash__ is None:
+    if is_static and isinstance(value, jax.core.Tracer):
         raise TypeError(
-            f"`{name}` must be hashable, as an int or a tuple is, got {kind.__name__}."
+            f"`{name}` must be known while tracing, got a tracer: name it in `static_argnames`"
+            " of `jit`, or bind it beforehand."
         )
+    if is_static and kind.__hash__ is None:
+        raise TypeError(f"`{name}` must be hashable, got {kind.__name__}.")
     if not is_static and (callable(value) or isinstance(value, (str, bytes))):
         raise TypeError(f"`{name}` must be an array or a number, got {kind.__name__}.")
 
@@ -161,7 +179,9 @@ def is_zero(option: ArrayLike | None) -> bool:
 def to_array(x: ArrayLike, *, name: str) -> Array:
     """An array of what is one, or a number; lists are refused."""
     if not isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float)):
-        raise TypeError(f"`{name}` must be an array or a number, got {type(x).__name__}.")
+        kind = type(x).__name__
+        hint = " (`jnp.asarray` makes one)" if kind in ("list", "tuple") else ""
+        raise TypeError(f"`{name}` must be an array or a number, got {kind}{hint}.")
     return jnp.asarray(x)
 
 
@@ -267,7 +287,7 @@ def labels_of(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
     if labels.shape != wanted:
         raise ValueError(
             f"`labels` must have the shape {wanted} of what they label, one a slice, got"
-            f" {labels.shape}."
+            f" {labels.shape}. (Several of one slice: `jax.vmap` over the labels alone.)"
         )
     return labels
 
@@ -306,7 +326,8 @@ class Classes(NamedTuple):
 
 def known_labels(labels: Array, num_classes: int, ignore_index: int | None) -> Classes:
     """Labels as classes in [0, num_classes)."""
-    inside = (labels >= 0) & (labels < num_classes)
+    last = min(num_classes - 1, int(jnp.iinfo(labels.dtype).max))
+    inside = (labels >= 0) & (labels <= last)
     ignored = None if ignore_index is None else equal(labels, ignore_index)
     known = inside if ignored is None else inside | ignored
     return Classes(jnp.where(inside, labels, 0), known, ignored)

@@ -71,7 +71,8 @@ def softmax_entropy(axes: tuple[int, ...], x: Array, temperature: Array | None) 
 
     scale, log_total = normalise(slices, x, peak, temperature)
     mean = slices.sum_of(moment, (x,), peak, temperature) * scale
-    return jnp.where(peak == -jnp.inf, 0, log_total + mean)
+    empty = (peak == -jnp.inf) & (log_total == 0)  # Where it is NaN, one has been kept.
+    return jnp.where(empty, 0, log_total + mean)
 
 
 @softmax_entropy.defjvp

@@ -202,6 +202,7 @@ def mellowmax(
     row = jnp.where(above, log_sum(x, problem.axes), row)
     row = jnp.where((top == jnp.inf) & (rate == 0) & ~unlimited, jnp.inf, row)
     row = jnp.where(top == -jnp.inf, -jnp.inf, row)
+    row = jnp.where(jnp.isnan(mean), jnp.nan, row)  # A maximum may miss it.
     return _finish(row, problem.axes, False, problem.dtype)
 
 

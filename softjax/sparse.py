@@ -92,7 +92,9 @@ def _solve_sparsemax(
         count = lambda x, tau: (x > tau).astype(tau.dtype)
         return above - 1, slices.sum_of(count, (scores.values,), tau)
 
-    tau = climb(step, jnp.full_like(peak, -1)) + scores.poison(slices.sum)
+    poison = scores.poison(slices.sum)
+    tau = climb(step, jnp.full_like(peak, -1)) + poison
+    scores = centre(logits, peak + poison, temperature, spread)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
         roots, lost = _roots(1, *args)
@@ -169,8 +171,9 @@ def _solve_entmax15(
         square = slices.sum_of(lambda x, tau: above(x, tau) ** 2, (halves,), tau)
         return square - jnp.sqrt(square), slices.sum_of(above, (halves,), tau)
 
-    tau = climb(step, jnp.full_like(peak, -1), _close(halves, peak))
-    tau += scores.poison(slices.sum)
+    poison = scores.poison(slices.sum)
+    tau = climb(step, jnp.full_like(peak, -1), _close(halves, peak)) + poison
+    scores = centre(logits, peak + poison, temperature, spread)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
         # With a leading half, all products are exact but the smallest.
@@ -359,6 +362,7 @@ def _solve_entmax(
     # The sum is exp(rise). Where it is steep in the rise, that is the better known of them.
     steep = mass > 4 * total
     total = jnp.where(steep, jnp.exp(rise) * (1 + lacking), slices.sum(ratios))
+    scores = centre(logits, peak + total * 0, temperature, spread)  # NaN for all that is kept.
     probs = jnp.where(scores.dead, 0, ratios / spread(jnp.where(empty, 1, total)))
     threshold = rise * expm1_over(-bend * rise)  # (1 - exp(-b rise)) / b
     return Solution(probs, scores.minus(spread(threshold)), threshold)

@@ -186,6 +186,13 @@ def test_arguments_by_place_that_are_names():
         sj.softmax(jnp.zeros(3), -1)
     with pytest.raises(TypeError, match="'dim'; it takes logits, axis, where"):
         sj.softmax(jnp.zeros(3), dim=-1)
+    with pytest.raises(TypeError, match="'is_causal'; it takes queries, keys, values, mask"):
+        sj.attention(*[jnp.zeros((3, 1, 2))] * 3, is_causal=True)
+
+
+def test_static_arguments_that_are_traced():
+    with pytest.raises(TypeError, match=r"`axis` must be known while tracing.*static_argnames"):
+        jax.jit(sj.softmax)(jnp.zeros(3), axis=0)
 
 
 @pytest.mark.parametrize("value", [None, True, np.bool_(False)])
@@ -195,6 +202,13 @@ def test_numbers_that_are_none_or_flags(value):
     with pytest.raises(TypeError, match="`p` must be a number, got"):
         sj.top_p_filter(jnp.zeros(3), value)
     assert sj.softmax(jnp.zeros(3), where=None, sink=None).shape == (3,)
+
+
+def test_defaults_may_be_given():
+    """None too, where it is one."""
+    given = {"soft_cap": None, "bias": None, "temperature": 1.0, "label_smoothing": 0.0}
+    arrays = jnp.ones((4, 3)), jnp.ones((5, 3)), jnp.arange(4)
+    assert sj.linear_cross_entropy(*arrays, **given) == sj.linear_cross_entropy(*arrays)
 
 
 def test_python_and_numpy_scalars_and_arrays_are_taken():

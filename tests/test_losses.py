@@ -793,7 +793,8 @@ def test_a_check_of_labels_names_the_label_and_its_row():
         sj.check_labels(labels, 4)
     with pytest.raises(ValueError, match="got 7 in row 3"):
         sj.check_labels(labels, 4, ignore_index=-1)
-    np.testing.assert_array_equal(sj.check_labels(labels, 8, ignore_index=-1), labels)
+    assert_same(sj.check_labels(labels, 8, ignore_index=-1), labels)
+    sj.check_labels(jnp.array([0, 1], jnp.int32), 2**40)
     assert sj.check_labels(jnp.zeros((0,), int), 4).shape == (0,)
     with pytest.raises(TypeError, match="`labels` must be integers, got float64"):
         sj.check_labels(jnp.zeros(3), 4)

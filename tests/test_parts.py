@@ -176,6 +176,37 @@ def test_edges_of_exponentials_from_a_base():
         assert (got[~keep] == 0).all()
 
 
+def rows_with_a_nan():
+    """Rows of which each ends with a dropped entry, and an option."""
+    lowest = np.finfo("float32").min
+    rows = np.zeros((5, 300), np.float32)
+    rows[0], rows[1] = -INF, lowest
+    rows[1:, 2], rows[2:, 3], rows[:, 5], rows[:, -1] = 0, [1, 5000, INF], NAN, -INF
+    return np.tile(rows, (30, 1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0, 1e-39, 0.5, INF])
+def test_a_nan_outlasts_all_else(temperature):
+    """As in small arrays, whatever XLA's maximum makes of it."""
+    z = jnp.asarray(rows_with_a_nan())
+    kept = np.asarray(z) != -INF
+    for fn in (sj.softmax, sj.log_softmax, sj.sparsemax, sj.entmax15, sj.entmax):
+        got = np.asarray(fn(z, temperature=temperature))
+        np.testing.assert_array_equal(np.isnan(got), kept)
+    assert np.isnan(sj.soft_value(z, temperature=temperature)).all()
+
+
+def test_a_nan_outlasts_a_reduction():
+    z = jnp.asarray(rows_with_a_nan())
+    for row in (
+        *(fn(z, axis=-1) for fn in (sj.logsumexp, sj.logmeanexp, sj.entropy)),
+        *(sj.mellowmax(z, omega=omega) for omega in (-INF, -1.0, 0.0, 1.0, INF)),
+        sj.kl_divergence(z, jnp.zeros_like(z)),
+        sj.kl_divergence(jnp.zeros_like(z), z),
+    ):
+        assert np.isnan(row).all()
+
+
 @pytest.mark.parametrize("shape", [(4096, 10), (70, 1003)])
 def test_equal_entries_share_the_mass(shape):
     z = jnp.full(shape, 0.7, jnp.float32)

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from softjax import masks
 from softjax._hoist import Captured
-from softjax._inputs import computing_dtype
+from softjax._inputs import computing_dtype, named
 from softjax._varying import vary
 from softjax.attentions._exponential import average
 from softjax.attentions._prepare import Problem, per_head, prepare, with_weigher
@@ -24,6 +24,7 @@ from softjax.attentions._sparse import MAPS, sparse_average
 __all__ = ["attention"]
 
 
+@named
 def attention(
     queries: ArrayLike,
     keys: ArrayLike,

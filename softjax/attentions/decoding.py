@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from softjax import _online, masks
 from softjax._hoist import Captured
-from softjax._inputs import computing_dtype, public, to_float, to_integers
+from softjax._inputs import computing_dtype, named, public, to_float, to_integers
 from softjax._varying import vary
 from softjax.attentions._prepare import per_head
 from softjax.attentions.attend import Argument, attention, with_sink
@@ -72,6 +72,7 @@ def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
     return out.astype(out_dtype), jnp.where(some, jnp.inf, lse)
 
 
+@named
 def paged_attention(
     queries: ArrayLike,
     key_pages: ArrayLike,

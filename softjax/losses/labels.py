@@ -8,11 +8,12 @@ from jax import Array
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from softjax._inputs import check_int, known_labels, to_integers
+from softjax._inputs import check_int, known_labels, named, to_array, to_integers
 
 __all__ = ["check_labels"]
 
 
+@named
 def check_labels(
     labels: ArrayLike, num_classes: int, *, ignore_index: int | None = None
 ) -> Array:
@@ -32,7 +33,8 @@ def check_labels(
         TypeError: `labels` is not of integers.
         ValueError: a label is neither a class nor ignored. Under `jit` and other
             transformations it is an error of `jax.experimental.checkify`, in a function that
-            `checkify` has transformed, and nothing happens in others. Both name the row.
+            `checkify` has transformed, and nothing happens in others. Both name the row (under
+            `vmap`, that of an example).
 
     Example:
         >>> check_labels(jnp.array([0, 3]), 3)
@@ -43,10 +45,11 @@ def check_labels(
         For debugging: JAX calls a program with such a check by a slower path, about 0.1 ms a
         call. The losses do without, and give NaN in the rows of such labels.
     """
-    labels = to_integers(labels, name="labels")
+    given = to_array(labels, name="labels")
+    labels = to_integers(given, name="labels")
     num_classes = check_int(num_classes, name="num_classes")
     if not labels.size:
-        return labels
+        return given
     known = known_labels(labels, num_classes, ignore_index).known
     row = jnp.argmin(known)
     # (By a sum: an entry cannot be cut out of an array that is spread over devices.)
@@ -57,4 +60,4 @@ def check_labels(
         checkify.debug_check(jnp.all(known), message, label=label, row=row)
     elif not known.all():
         raise ValueError(message.format(label=label, row=row))
-    return labels
+    return given

@@ -94,7 +94,7 @@ def _soft_maximum(axes: tuple[int, ...], x: Array, temperature: Array | None) ->
         unlimited = jnp.isinf(temperature)
         row = jnp.where(unlimited & (extra > 0), jnp.inf, row)
         extra *= jnp.where(unlimited, 0, temperature)
-    return jnp.where(jnp.isfinite(row), row + extra, row)
+    return jnp.where(jnp.isfinite(row) | jnp.isnan(extra), row + extra, row)
 
 
 @_soft_maximum.defjvp
