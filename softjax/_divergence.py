@@ -25,9 +25,8 @@ def nats_between(
 ) -> tuple[Array, Array]:
     """T^2 D(softmax(x / T) || softmax(y / T)), and what `_log_ratio` takes from differences."""
     slices = AlongAxes(axes)
-    x_peak, y_peak = (lax.stop_gradient(slices.max(z)) for z in (x, y))
-    p_scale, p_log = normalise(slices, x, x_peak, temperature)
-    q_scale, q_log = normalise(slices, y, y_peak, temperature)
+    x_peak, p_scale, p_log = normalise(slices, x, temperature)
+    y_peak, q_scale, q_log = normalise(slices, y, temperature)
     rows = (x_peak, y_peak, temperature, p_scale, q_scale)
 
     def found(x: Array, y: Array, *rows: Array) -> tuple[Array, Array, Array]:
@@ -46,8 +45,7 @@ def nats_between(
     row = total(lambda *args: _nats(*found(*args)), (x, y), *rows, shift)
     if temperature is not None:
         row = row * temperature * temperature
-    empty = (x_peak == -jnp.inf) & (p_log == 0)  # Where it is NaN, one has been kept.
-    return jnp.where(empty, 0, row), shift
+    return jnp.where(x_peak == -jnp.inf, 0, row), shift
 
 
 @nats_between.defjvp

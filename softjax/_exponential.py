@@ -45,8 +45,7 @@ def _solve(
     if sink is not None:
         peak = jnp.maximum(peak, lax.stop_gradient(sink))
     weights = weigh(slices, logits, peak, temperature)
-    # (XLA's maximum may miss a NaN; a sum does not.)
-    peak = jnp.where(jnp.isnan(weights.others), jnp.nan, peak)
+    peak = weights.peak
     scores = centre(logits, peak, temperature, slices.spread)
     num_peaks, others, sink_weight = weights.num_peaks, weights.others, None
     if sink is not None:
@@ -62,7 +61,7 @@ def _solve(
     threshold /= jnp.where(empty, 2, 1)
     total /= jnp.where(empty, 2, 1)
     log_total = threshold, lost + weights.lost / total
-    probs = _divide(slices, logits, peak, temperature, weights, total, log_total)
+    probs = _divide(slices, logits, temperature, weights, total, log_total)
     margins = scores.minus(slices.spread(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
     leak = None if sink_weight is None else sink_weight / UNIT / total
@@ -79,51 +78,56 @@ FROM_BASE = 256  # entries of a slice from which on probabilities are formed fro
 class Weights(NamedTuple):
     """Exponentials of slices below their peaks."""
 
-    num_peaks: Array  # how many of them are left out of `others`, one number a slice
+    peak: Array  # NaN where one is kept, which XLA's maximum may miss, but no sum
+    num_peaks: Array  # how many weights are left out of `others`, one number a slice
     others: Array  # the sum of all the rest
     lost: Array  # most of what rounding took from that
-    entries: Callable[[Array], Array]  # all of them, times 2^64, by the peak
+    entries: Callable[[], Array]  # all of them, times 2^64
 
-    def beside_one(self, peak: Array) -> Array:
+    def beside_one(self) -> Array:
         """The sum of all but one peak; 0 for a slice that keeps nothing."""
-        return self.others + jnp.where(peak == -jnp.inf, 0, self.num_peaks - 1)
+        return self.others + jnp.where(self.peak == -jnp.inf, 0, self.num_peaks - 1)
 
 
 def weigh(slices: Slices, x: Array, peak: Array, temperature: Array | None) -> Weights:
     """The weights of x, whose slices have these peaks."""
     args = (x, peak, temperature)
     form = functools.partial(exponentials, spread=slices.spread)
+    marked: Array | None = None
     if slices.parts(x) is None:
         marked = by_one_thread(lambda *args: mark_peaks(form(*args)), slices, *args)
         num_peaks, others, lost = _sum_marked(marked, slices)
-        return Weights(num_peaks, others, lost, lambda _: _unmark_peaks(marked))
-    num_peaks, others, lost = lax.platform_dependent(
-        *args,
-        cpu=functools.partial(_split_in_parts, slices),
-        default=functools.partial(_split_at_once, slices),
-    )
+    else:
+        num_peaks, others, lost = lax.platform_dependent(
+            *args,
+            cpu=functools.partial(_split_in_parts, slices),
+            default=functools.partial(_split_at_once, slices),
+        )
+    peak = jnp.where(jnp.isnan(others), jnp.nan, peak)
 
-    def entries(peak: Array) -> Array:
+    def entries() -> Array:
+        if marked is not None:
+            return _unmark_peaks(marked)
         # To form them again takes no longer than to have written them out and read them. (XLA
         # would do that for the sum and here, if these were the same rows.)
         return form(x, *lax.optimization_barrier((peak, temperature)))
 
-    return Weights(num_peaks, others, lost, entries)
+    return Weights(peak, num_peaks, others, lost, entries)
 
 
 def normalise(
-    slices: Slices, x: Array, peak: Array, temperature: Array | None
-) -> tuple[Array, Array]:
-    """What makes probabilities of `exponentials`, and the logarithm of the sum of weights."""
-    others = weigh(slices, x, peak, temperature).beside_one(peak)
+    slices: Slices, x: Array, temperature: Array | None
+) -> tuple[Array, Array, Array]:
+    """The peak, what makes probabilities of `exponentials`, and the logarithm of their sum."""
+    weights = weigh(slices, x, lax.stop_gradient(slices.max(x)), temperature)
+    peak, others = weights.peak, weights.beside_one()
     # (By quotients, which XLA takes once a slice.)
-    return 1 / (1 + others) / UNIT, log1p(others) / jnp.where(peak == -jnp.inf, 2, 1)
+    return peak, 1 / (1 + others) / UNIT, log1p(others) / jnp.where(peak == -jnp.inf, 2, 1)
 
 
 def _divide(
     slices: Slices,
     x: Array,
-    peak: Array,
     temperature: Array | None,
     weights: Weights,
     total: Array,
@@ -132,7 +136,7 @@ def _divide(
     """The weights over their sum, whose logarithm comes in two parts."""
 
     def exactly(*_: Array) -> Array:
-        entries = weights.entries(peak)
+        entries = weights.entries()
         vanish = entries == 0
         # (Of a divisor that is one number a slice XLA would take the rounded inverse. In the
         # unit of the weights its square, which plain differentiation divides by, would be inf.)
@@ -140,7 +144,7 @@ def _divide(
 
     is_plain = temperature is None and x.dtype == jnp.float32
     if is_plain and slices.parts(x) is not None and x.shape[-1] >= FROM_BASE:
-        args = (x, peak, total, *log_total)
+        args = (x, weights.peak, total, *log_total)
         own = lambda x: exp_of_sum(jnp.maximum(x, -FAR))
         return lax.platform_dependent(
             *args,
@@ -201,7 +205,7 @@ def _from_base(
 def _split_in_parts(
     slices: Slices, x: Array, peak: Array, temperature: Array | None
 ) -> tuple[Array, Array, Array]:
-    """The first of `Weights`, of entries that are not written out."""
+    """The numbers of `Weights`, of entries that are not written out."""
     groups = slices.parts(x) or []
     sums = join_parts([_add_up(parts, peak, temperature) for parts in groups])
     num_peaks = slices.sum(_positive(-jnp.sign(lax.stop_gradient(sums))))
@@ -214,7 +218,7 @@ def _split_in_parts(
 def _split_at_once(
     slices: Slices, x: Array, peak: Array, temperature: Array | None
 ) -> tuple[Array, Array, Array]:
-    """The first of `Weights`, by one sum of them: for two they would be written out."""
+    """The numbers of `Weights`, by one sum of them: for two they would be written out."""
     is_peak = x == slices.spread(jnp.where(peak == -jnp.inf, jnp.nan, peak))
     weights = exponentials(x, peak, temperature, spread=slices.spread)
     others = slices.total(_beside_peak(weights, is_peak)) / UNIT

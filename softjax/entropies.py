@@ -63,16 +63,14 @@ def softmax_entropy(axes: tuple[int, ...], x: Array, temperature: Array | None) 
     With scores s <= 0 below the peak, log(sum(exp(s))) + <p, -s>: no term is below 0.
     """
     slices = AlongAxes(axes)
-    peak = lax.stop_gradient(slices.max(x))
 
     def moment(x: Array, peak: Array, temperature: Array | None) -> Array:
         scores = centre(x, peak, temperature, lambda row: row)
         return -scores.near * scores.exp(LIFT)
 
-    scale, log_total = normalise(slices, x, peak, temperature)
+    peak, scale, log_total = normalise(slices, x, temperature)
     mean = slices.sum_of(moment, (x,), peak, temperature) * scale
-    empty = (peak == -jnp.inf) & (log_total == 0)  # Where it is NaN, one has been kept.
-    return jnp.where(empty, 0, log_total + mean)
+    return jnp.where(peak == -jnp.inf, 0, log_total + mean)
 
 
 @softmax_entropy.defjvp

@@ -130,7 +130,10 @@ def test_exponentials_from_a_base():
     normal = wanted >= np.finfo("float32").tiny
     assert (np.abs(got - wanted) <= 4 * ulp(wanted, "float32"))[normal].all()
     assert (got[~normal] <= np.finfo("float32").tiny).all()
-    assert 1 - eps("float32") <= got.max() <= 1
+    # (A GPU rounds quotients in either direction.)
+    assert got.max() == 1 or (
+        jax.default_backend() != "cpu" and 1 - eps("float32") <= got.max() < 1
+    )
     in_order = np.take_along_axis(got, np.argsort(z, -1), -1)
     assert (np.diff(in_order) >= 0).all()
 

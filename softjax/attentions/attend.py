@@ -145,12 +145,11 @@ def attention(
         name = "return_lse" if return_lse else "sink"
         raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
     mask = masks.as_mask(mask)
-    asked = [] if mask is None else mask.functions()
     return _attend(
         queries,
         keys,
         values,
-        held=Captured(weigh, score, *asked),
+        held=held_by(mask, weigh, score),
         weigh=None if weigh is None else Argument.of(weigh),
         reach=reach,
         mask=mask,
@@ -214,6 +213,11 @@ class Argument:
     def __call__(self, *args: Any) -> Any:
         leaves = [b if a is None else a for a, b in zip(self.arrays, self.others, strict=True)]
         return jax.tree.unflatten(self.structure, leaves)(*args)
+
+
+def held_by(mask: masks.Mask | None, *functions: Any) -> Captured:
+    """What the functions of a call hold, those of its mask too."""
+    return Captured(*functions, *(mask.functions() if isinstance(mask, masks.Mask) else ()))
 
 
 @functools.partial(

@@ -20,7 +20,7 @@ from softjax._hoist import Captured
 from softjax._inputs import computing_dtype, named, public, to_float, to_integers
 from softjax._varying import vary
 from softjax.attentions._prepare import per_head
-from softjax.attentions.attend import Argument, attention, with_sink
+from softjax.attentions.attend import Argument, attention, held_by, with_sink
 
 __all__ = ["merge_attention", "paged_attention"]
 
@@ -139,7 +139,7 @@ def paged_attention(
         page_table,
         lengths,
         mask=mask,
-        held=Captured(score, *(mask.functions() if isinstance(mask, masks.Mask) else ())),
+        held=held_by(mask, score),
         score=None if score is None else Argument.of(score),
         scale=scale,
         soft_cap=soft_cap,

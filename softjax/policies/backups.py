@@ -87,14 +87,13 @@ def soft_value(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _soft_maximum(axes: tuple[int, ...], x: Array, temperature: Array | None) -> Array:
     slices = AlongAxes(axes)
-    peak = jax.lax.stop_gradient(slices.max(x))
-    extra = log1p(weigh(slices, x, peak, temperature).beside_one(peak))
-    row = peak
+    weights = weigh(slices, x, jax.lax.stop_gradient(slices.max(x)), temperature)
+    row, extra = weights.peak, log1p(weights.beside_one())
     if temperature is not None:
         unlimited = jnp.isinf(temperature)
         row = jnp.where(unlimited & (extra > 0), jnp.inf, row)
         extra *= jnp.where(unlimited, 0, temperature)
-    return jnp.where(jnp.isfinite(row) | jnp.isnan(extra), row + extra, row)
+    return jnp.where(jnp.isfinite(row), row + extra, row)
 
 
 @_soft_maximum.defjvp
