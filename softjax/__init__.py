@@ -9,7 +9,6 @@ from softjax.attentions import (
     qk_norm,
     scalable_queries,
 )
-from softjax.budgets import soft_top_k
 from softjax.contrastive import info_nce, siglip_loss
 from softjax.decoding import repetition_penalty
 from softjax.dense import log_softmax, softmax
@@ -69,6 +68,7 @@ from softjax.scores import (
 from softjax.segments import segment_softmax
 from softjax.sparse import entmax, entmax15, sparsemax
 from softjax.subsets import ranking_log_prob, sample_without_replacement, weighted_subset
+from softjax.top_k import soft_top_k
 
 __version__ = "0.1.0"
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from softjax._mesh import is_sharded
 from softjax._slices import AlongAxes, Slices
-from softjax._varying import is_spread
 
 BLOCK = 2**18  # entries of slices taken together: 1 MB in float32
 ROWS = 2048  # slices taken together: all wait for the slowest
@@ -39,7 +39,7 @@ def in_blocks(search: Callable[..., Tree]) -> Callable[..., Tree]:
             return search(slices, entries, *rows)
         size, whole = math.prod(shape[i] for i in slices.axes), math.prod(shape)
         is_open = not isinstance(whole, int)  # In an export for any size.
-        if is_open or size == 0 or is_spread(entries):
+        if is_open or size == 0 or is_sharded(entries):
             return search(slices, entries, *rows)
         block = max(1, min(ROWS, BLOCK // size))
         if whole <= max(ALONE, block * size):
@@ -103,7 +103,7 @@ def by_one_thread(
     """
     whole = math.prod(x.shape)
     is_small = isinstance(whole, int) and SHARED <= whole <= ALONE
-    if not is_small or not isinstance(slices, AlongAxes) or is_spread((x, rows)):
+    if not is_small or not isinstance(slices, AlongAxes) or is_sharded((x, rows)):
         return form(x, *rows)
     axis = next(i for i, n in enumerate(x.shape) if n > 1)
 

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._exact import centre, expm1_over_twice_near, log1p, passed_on
-from softjax._exponential import SOFTMAX, exponentials, normalise
+from softjax._autodiff import with_gradient_of
+from softjax._elementary import expm1_over_twice_near, log1p
+from softjax._scores import centre
 from softjax._slices import AlongAxes
+from softjax._softmax import SOFTMAX, exponentials, normalise
 from softjax._threshold import solve
 
 
@@ -67,8 +69,8 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
         ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
         margins = [jnp.where(both & kept, z.margins, 0) for z in (p, q)]
         # (What is known better than by subtraction is differentiated as that.)
-        ratio = passed_on(margins[0] - margins[1], jnp.where(both, ratio, 0))
-        gain = passed_on(q.probs - p.probs, _gain(p.probs, q.probs, ratio))
+        ratio = with_gradient_of(margins[0] - margins[1], jnp.where(both, ratio, 0))
+        gain = with_gradient_of(q.probs - p.probs, _gain(p.probs, q.probs, ratio))
         y_dot = jnp.where(kept, y_dot, 0)
         if temperature is None:
             return slices.sum(p_dot * ratio + gain * y_dot)
@@ -78,13 +80,13 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
         # the scores of q above the same.)
         terms = _nats(p.probs, q.probs, ratio)
         scores = [
-            centre(z, peak, temperature, slices.spread).near
+            centre(z, peak, temperature, slices.broadcast).near
             for z, peak in ((x, x_peak), (y, y_peak))
         ]
         mean = slices.sum(p.probs * scores[0])
         above = jnp.where(both, scores[0] - mean, 0)
         of_q = jnp.where(kept, q.margins, 0) - slices.sum(p.probs * margins[0])
-        of_q = jnp.where(both, above - ratio, passed_on(of_q, scores[1] + shift - mean))
+        of_q = jnp.where(both, above - ratio, with_gradient_of(of_q, scores[1] + shift - mean))
         far = 2 * terms - p.probs * above * ratio - gain * of_q
         near, close, _ = _expand(ratio)
         near &= p.probs != 0

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from softjax import _wide
-from softjax._exact import centre
-from softjax._varying import vary
-from softjax._wide import Wide
+from softjax import _uint64
+from softjax._mesh import vary
+from softjax._scores import centre
+from softjax._uint64 import Wide
 
 FEW = 16  # classes that are added up one by one
 LONGEST = 128  # entries of a block, at most
@@ -57,7 +57,7 @@ class Scale(NamedTuple):
         return Parts(high, jnp.round((scaled - high) * 2.0**self.low).astype(jnp.int32))
 
     def join(self, parts: Parts) -> Wide:
-        return _wide.from_parts(parts.high.astype(jnp.int32), parts.low, self.low)
+        return _uint64.from_parts(parts.high.astype(jnp.int32), parts.low, self.low)
 
 
 def _scale(size: int, block: int) -> Scale:
@@ -100,11 +100,11 @@ def _draw_of_few(x: Array, temperature: Array | None, bits: Wide) -> Array:
     parts = [scale.split(rows.weights(column)) for column in columns]
     sums = [scale.join(parts[0])]
     for part in parts[1:]:
-        sums.append(_wide.add(sums[-1], scale.join(part)))
+        sums.append(_uint64.add(sums[-1], scale.join(part)))
     columns_of_sums = [Wide(s.high[:, None], s.low[:, None]) for s in sums]
-    target = _wide.multiply_high(bits, columns_of_sums[-1])
+    target = _uint64.multiply_high(bits, columns_of_sums[-1])
     index = functools.reduce(
-        jnp.add, [_wide.at_most(s, target).astype(jnp.int32) for s in columns_of_sums]
+        jnp.add, [_uint64.at_most(s, target).astype(jnp.int32) for s in columns_of_sums]
     )
     return _or_none(
         index, columns_of_sums[-1], functools.reduce(jnp.add, [part.high for part in parts])
@@ -131,10 +131,12 @@ def _draw_from_sums(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array:
     # Weighed anew, the block may weigh a rounding less: its last class takes the rest.
     weight = Wide(prefix.high[..., -1], prefix.low[..., -1])
     one = Wide(jnp.zeros_like(weight.high), jnp.ones_like(weight.low))
-    rest = _wide.smaller(rest, _wide.subtract(weight, one))
+    rest = _uint64.smaller(rest, _uint64.subtract(weight, one))
     read = lambda array, place: jnp.take_along_axis(array, place[..., None], 2)[..., 0]
     inside = _bisect(lambda place: Wide(*(read(a, place) for a in prefix)), block, rest)
-    inside = jnp.where(_wide.is_zero(weight), jnp.argmax(hit, -1).astype(inside.dtype), inside)
+    inside = jnp.where(
+        _uint64.is_zero(weight), jnp.argmax(hit, -1).astype(inside.dtype), inside
+    )
     return _or_none(which * block + inside, total, jnp.sum(sums.high, 1))
 
 
@@ -152,14 +154,14 @@ def _draw_from_prefixes(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array
 
 def _find_block(sums: Wide, bits: Wide) -> tuple[Array, Wide, Wide]:
     """Of sums `[rows, blocks]`: the block, what is left of the draw in it, the row's total."""
-    ends = _wide.running_sums(sums)
+    ends = _uint64.running_sums(sums)
     total = Wide(ends.high[:, -1:], ends.low[:, -1:])
-    target = _wide.multiply_high(bits, total)
+    target = _uint64.multiply_high(bits, total)
     size = ends.low.shape[1]
     which = jnp.minimum(_bisect(lambda place: _read(ends, place), size, target), size - 1)
     before = _read(ends, jnp.maximum(which - 1, 0))
     before = Wide(*(jnp.where(which > 0, word, 0) for word in before))
-    return which, _wide.subtract(target, before), total
+    return which, _uint64.subtract(target, before), total
 
 
 def _read(table: Wide, place: Array) -> Wide:
@@ -179,7 +181,7 @@ def _bisect(read: Callable[[Array], Wide], size: int, target: Wide) -> Array:
 
     def step(number: Array, place: Array) -> Array:
         ahead = place + jnp.left_shift(1, num_steps - 1 - number).astype(place.dtype)
-        passed = _wide.at_most(read(jnp.minimum(ahead, size) - 1), target)
+        passed = _uint64.at_most(read(jnp.minimum(ahead, size) - 1), target)
         return jnp.where(passed & (ahead <= size), ahead, place)
 
     start = vary(jnp.zeros(target.low.shape, jnp.int32), target)
@@ -188,5 +190,5 @@ def _bisect(read: Callable[[Array], Wide], size: int, target: Wide) -> Array:
 
 def _or_none(index: Array, total: Wide, check: Array) -> Array:
     """-1 where nothing is kept, or where a weight is NaN, and with it the check."""
-    none = _wide.is_zero(total) | jnp.isnan(check)[:, None]
+    none = _uint64.is_zero(total) | jnp.isnan(check)[:, None]
     return jnp.where(none, -1, index)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from softjax._exact import where_finite
+from softjax._float import where_finite
 
 
 class State(NamedTuple):

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._exact import MANY, exceeds, long_sum, long_total, sum_in_pairs
-from softjax._varying import is_spread
+from softjax._float import MANY, long_sum, long_total, statically_greater, sum_in_pairs
+from softjax._mesh import is_sharded
 
 FOLDED = 32768  # entries from which on terms are added up part by part,
 PARTS = 16  # of so many parts
@@ -42,7 +42,7 @@ class AlongAxes:
         """The sum of term(x). Of many trailing entries, accelerators take it in a tree."""
         first = x.ndim - len(self.axes)
         length = math.prod(x.shape[i] for i in self.axes)
-        if set(self.axes) != set(range(first, x.ndim)) or not exceeds(length, MANY):
+        if set(self.axes) != set(range(first, x.ndim)) or not statically_greater(length, MANY):
             return in_blocks(x)
         in_a_tree = lambda x: jnp.sum(term(x), self.axes, keepdims=True)
         return lax.platform_dependent(x, cpu=in_blocks, default=in_a_tree)
@@ -50,7 +50,7 @@ class AlongAxes:
     def max(self, x: Array) -> Array:
         return jnp.max(x, self.axes, keepdims=True, initial=-jnp.inf)
 
-    def spread(self, row: Array) -> Array:
+    def broadcast(self, row: Array) -> Array:
         return row  # Broadcasts by itself.
 
     def sums(self, terms: list[Array]) -> list[Array]:
@@ -101,7 +101,7 @@ class AlongAxes:
         whole, last = math.prod(x.shape), x.ndim - 1
         least = FOLDED if least is None else least
         is_open = not isinstance(whole, int)  # In an export for any size.
-        if is_open or last not in self.axes or whole < least or is_spread(x) or many_cpus():
+        if is_open or last not in self.axes or whole < least or is_sharded(x) or many_cpus():
             return None
         length = x.shape[last]
         if length == 0 or 2 * num <= length < num * WIDTH:
@@ -135,7 +135,7 @@ class BySegment:
     def max(self, x: Array) -> Array:
         return jax.ops.segment_max(x, self.ids, self.num)
 
-    def spread(self, row: Array) -> Array:
+    def broadcast(self, row: Array) -> Array:
         return row[self.ids]
 
     def sum_of(
@@ -146,7 +146,7 @@ class BySegment:
         least: int | None = 0,
     ) -> Array:
         del least
-        wide = (None if row is None else self.spread(row) for row in rows)
+        wide = (None if row is None else self.broadcast(row) for row in rows)
         return self.sum(term(*entries, *wide))
 
     def parts(self, x: Array) -> None:

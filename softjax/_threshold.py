@@ -20,8 +20,9 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from softjax._blocks import by_one_thread
-from softjax._exact import FAR, exp_of_sum
+from softjax._elementary import exp_of_sum
 from softjax._inputs import Problem
+from softjax._scores import FAR
 from softjax._slices import AlongAxes, Slices
 
 
@@ -131,7 +132,7 @@ def _tangents(
     """
     temperature, index, complement, leak = rows
     logits_dot, temperature_dot, index_dot, budget_dot, sink_dot = dots
-    spread = slices.spread
+    spread = slices.broadcast
     rate = None if temperature is None else reciprocal(temperature)
     per_mass: Any = 1.0
     if family.slope is None:
@@ -237,7 +238,7 @@ def _projected(
 
     first = mean()
     means = (first,) if is_even else (first, mean(first))
-    return pull(slopes, v, *map(slices.spread, means))
+    return pull(slopes, v, *map(slices.broadcast, means))
 
 
 @jax.custom_jvp

@@ -13,24 +13,23 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from softjax._api import POSITIVE, api
 from softjax._blocks import scan_blocks
 from softjax._inputs import (
-    POSITIVE,
     check_flag,
     computing_dtype,
     nan_unless_positive,
     one_number,
-    public,
     to_float,
 )
-from softjax._varying import vary
+from softjax._mesh import vary
 from softjax.output_layers import linear_cross_entropy
 from softjax.output_layers._stream import ENTRIES
 
 __all__ = ["info_nce", "siglip_loss"]
 
 
-@public("symmetric", temperature=POSITIVE)
+@api("symmetric", temperature=POSITIVE)
 def info_nce(
     queries: ArrayLike, keys: ArrayLike, *, temperature: ArrayLike, symmetric: bool = True
 ) -> Array:
@@ -81,7 +80,7 @@ def info_nce(
     return (loss(queries, keys) + loss(keys, queries)) / 2
 
 
-@public(temperature=POSITIVE)
+@api(temperature=POSITIVE)
 def siglip_loss(
     queries: ArrayLike, keys: ArrayLike, *, temperature: ArrayLike, bias: ArrayLike
 ) -> Array:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._inputs import POSITIVE, per_slice, prepare, public, resolve_one_axis, to_integers
+from softjax._api import POSITIVE, api
+from softjax._inputs import per_slice, prepare, resolve_one_axis, to_integers
 
 __all__ = ["repetition_penalty"]
 
 
-@public(penalty=POSITIVE)
+@api(penalty=POSITIVE)
 def repetition_penalty(
     logits: ArrayLike,
     tokens: ArrayLike,

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exponential import SOFTMAX
-from softjax._inputs import NONNEGATIVE, Axis, per_slice, prepare, public
+from softjax._api import NONNEGATIVE, api
+from softjax._inputs import Axis, per_slice, prepare
 from softjax._slices import AlongAxes
+from softjax._softmax import SOFTMAX
 from softjax._threshold import Solution, solve
 
 __all__ = ["log_softmax", "softmax"]
 
 
-@public("axis", temperature=NONNEGATIVE)
+@api("axis", temperature=NONNEGATIVE)
 def softmax(
     logits: ArrayLike,
     *,
@@ -71,7 +72,7 @@ def softmax(
     return solution.probs.astype(dtype)
 
 
-@public("axis", temperature=NONNEGATIVE)
+@api("axis", temperature=NONNEGATIVE)
 def log_softmax(
     logits: ArrayLike,
     *,

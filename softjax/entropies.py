@@ -14,17 +14,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from softjax._api import api
 from softjax._divergence import nats_between
-from softjax._exact import centre
-from softjax._exponential import LIFT, SOFTMAX, normalise
-from softjax._inputs import Axis, Problem, labels_of, prepare, public, resolve_one_axis
+from softjax._inputs import Axis, Problem, labels_of, prepare, resolve_one_axis
+from softjax._scores import centre
 from softjax._slices import AlongAxes
+from softjax._softmax import LIFT, SOFTMAX, normalise
 from softjax._threshold import solve
 
 __all__ = ["entropy", "kl_divergence", "log_prob"]
 
 
-@public("axis")
+@api("axis")
 def entropy(logits: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
     r"""Computes Shannon's entropy of `softmax`, in nats.
 
@@ -85,13 +86,13 @@ def _softmax_entropy_jvp(
     def tangent(primals: Any, tangents: Any) -> Array:
         peak = lax.stop_gradient(slices.max(primals[0]))
         probs = lambda *args: solve(SOFTMAX, slices, *args).probs
-        scores = centre(primals[0], peak, primals[1], slices.spread)
+        scores = centre(primals[0], peak, primals[1], slices.broadcast)
         return -slices.sum(jax.jvp(probs, primals, tangents)[1] * scores.near)
 
     return softmax_entropy(axes, *primals), tangent(primals, tangents)
 
 
-@public("axis")
+@api("axis")
 def kl_divergence(
     p_logits: ArrayLike,
     q_logits: ArrayLike,
@@ -150,7 +151,7 @@ def divergence(p_problem: Problem, q_problem: Problem, *, name: str, target: str
     return nats_between(p_problem.axes, *logits, temperature)[0]
 
 
-@public("axis")
+@api("axis")
 def log_prob(
     logits: ArrayLike,
     labels: ArrayLike,

@@ -16,25 +16,19 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from softjax import _noise
-from softjax._exact import passed_on
-from softjax._exponential import SOFTMAX
-from softjax._inputs import (
-    NONNEGATIVE,
-    POSITIVE,
-    prepare,
-    public,
-    resolve_one_axis,
-    to_float,
-)
+from softjax import _random
+from softjax._api import NONNEGATIVE, POSITIVE, api
+from softjax._autodiff import with_gradient_of
+from softjax._inputs import prepare, resolve_one_axis, to_float
 from softjax._slices import AlongAxes
+from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
 from softjax.sampling import gumbel_given_argmax, sample
 
 __all__ = ["gumbel_softmax", "rao_blackwell_gumbel_softmax", "reinmax", "relaxed_log_density"]
 
 
-@public("hard", "axis", temperature=NONNEGATIVE)
+@api("hard", "axis", temperature=NONNEGATIVE)
 def gumbel_softmax(
     key: Array,
     logits: ArrayLike,
@@ -83,15 +77,15 @@ def gumbel_softmax(
         Jang, Gu and Poole (2017), Categorical reparameterization with Gumbel-softmax;
         Maddison, Mnih and Teh (2017), The concrete distribution.
     """
-    _noise.check_key(key)
+    _random.check_key(key)
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
-    scores = _noise.centred(problem.logits, axis)
-    noisy = scores + _noise.gumbel(key, scores.shape, scores.dtype)
+    scores = _random.centred(problem.logits, axis)
+    noisy = scores + _random.gumbel(key, scores.shape, scores.dtype)
     soft = solve(SOFTMAX, AlongAxes((axis,)), noisy, problem.temperature).probs
     if hard:
         largest = jnp.argmax(noisy, axis).astype(jnp.int32)
-        soft = passed_on(soft, _one_hot(largest, scores, axis))
+        soft = with_gradient_of(soft, _one_hot(largest, scores, axis))
     return soft.astype(problem.dtype)
 
 
@@ -106,10 +100,12 @@ def _one_hot(labels: Array, logits: Array, axis: int) -> Array:
 def _fixed(value: Array, x: Array) -> Array:
     """The value, with the derivative of x where it is kept."""
     kept = x != -jnp.inf
-    return jnp.where(kept, passed_on(jnp.where(kept, x, 0), lax.stop_gradient(value)), -jnp.inf)
+    return jnp.where(
+        kept, with_gradient_of(jnp.where(kept, x, 0), lax.stop_gradient(value)), -jnp.inf
+    )
 
 
-@public("axis", temperature=POSITIVE)
+@api("axis", temperature=POSITIVE)
 def relaxed_log_density(
     logits: ArrayLike,
     log_samples: ArrayLike,
@@ -174,7 +170,7 @@ def relaxed_log_density(
     return jnp.where(num > 1, volume + total, 0)
 
 
-@public("num_samples", "axis", temperature=NONNEGATIVE, num_samples=(1, math.inf))
+@api("num_samples", "axis", temperature=NONNEGATIVE, num_samples=(1, math.inf))
 def rao_blackwell_gumbel_softmax(
     key: Array,
     logits: ArrayLike,
@@ -219,10 +215,10 @@ def rao_blackwell_gumbel_softmax(
         Paulus, Maddison and Krause (2021), Rao-Blackwellizing the straight-through
         Gumbel-softmax gradient estimator.
     """
-    _noise.check_key(key)
+    _random.check_key(key)
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
-    scores = _noise.centred(problem.logits, axis)
+    scores = _random.centred(problem.logits, axis)
     class_key, noise_key = jax.random.split(key)
     labels = sample(class_key, scores, axis=axis)
     hard = _one_hot(labels, scores, axis)
@@ -234,10 +230,10 @@ def rao_blackwell_gumbel_softmax(
         return solve(SOFTMAX, slices, _fixed(noisy, scores), problem.temperature).probs
 
     soft = jnp.mean(jax.vmap(relaxed)(jax.random.split(noise_key, num_samples)), 0)
-    return passed_on(soft, hard).astype(problem.dtype)
+    return with_gradient_of(soft, hard).astype(problem.dtype)
 
 
-@public("axis", temperature=NONNEGATIVE)
+@api("axis", temperature=NONNEGATIVE)
 def reinmax(
     key: Array,
     logits: ArrayLike,
@@ -280,10 +276,10 @@ def reinmax(
     Reference:
         Liu et al. (2023), Bridging discrete and backpropagation: straight-through and beyond.
     """
-    _noise.check_key(key)
+    _random.check_key(key)
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
-    scores, slices = _noise.centred(problem.logits, axis), AlongAxes((axis,))
+    scores, slices = _random.centred(problem.logits, axis), AlongAxes((axis,))
     hard = _one_hot(sample(key, scores, axis=axis), scores, axis)
     heat = None if problem.temperature is None else lax.stop_gradient(problem.temperature)
     # log((D + softmax) / 2), which is finite wherever an entry is kept.
@@ -291,4 +287,4 @@ def reinmax(
     mixed = jnp.where(hard == 1, jnp.log1p(jnp.exp(margins)), margins)
     twice = 2 * solve(SOFTMAX, slices, _fixed(mixed, scores)).probs
     soft = twice - solve(SOFTMAX, slices, scores).probs / 2
-    return passed_on(soft, hard).astype(problem.dtype)
+    return with_gradient_of(soft, hard).astype(problem.dtype)

@@ -15,19 +15,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from softjax._api import NONNEGATIVE, PROBABILITY, api
 from softjax._blocks import in_blocks
-from softjax._exact import where_finite
-from softjax._exponential import SOFTMAX
-from softjax._inputs import (
-    NONNEGATIVE,
-    PROBABILITY,
-    Axis,
-    per_slice,
-    prepare,
-    public,
-)
-from softjax._search import largest_threshold, ordered
+from softjax._float import where_finite
+from softjax._inputs import Axis, per_slice, prepare
+from softjax._rootfinding import largest_threshold, ordered
 from softjax._slices import AlongAxes, Slices
+from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
 
 Rank = Callable[[Slices, Array], tuple[Array, Array | None]]  # keys and weights
@@ -35,7 +29,7 @@ Rank = Callable[[Slices, Array], tuple[Array, Array | None]]  # keys and weights
 __all__ = ["min_p_filter", "top_k_filter", "top_p_filter", "typical_filter"]
 
 
-@public("axis", k=NONNEGATIVE)
+@api("axis", k=NONNEGATIVE)
 def top_k_filter(logits: ArrayLike, k: ArrayLike, *, axis: Axis = -1) -> Array:
     r"""Keeps the k largest logits of each slice, and drops the rest to -inf.
 
@@ -67,7 +61,7 @@ def top_k_filter(logits: ArrayLike, k: ArrayLike, *, axis: Axis = -1) -> Array:
     return _filter(logits, axis, k, "k", lambda slices, x: (x, None))
 
 
-@public("axis", p=PROBABILITY)
+@api("axis", p=PROBABILITY)
 def top_p_filter(logits: ArrayLike, p: ArrayLike, *, axis: Axis = -1) -> Array:
     r"""Keeps the smallest set of largest logits that holds a mass p, the nucleus.
 
@@ -102,7 +96,7 @@ def top_p_filter(logits: ArrayLike, p: ArrayLike, *, axis: Axis = -1) -> Array:
     return _filter(logits, axis, p, "p", lambda slices, x: (x, solve(SOFTMAX, slices, x).probs))
 
 
-@public("axis", mass=PROBABILITY)
+@api("axis", mass=PROBABILITY)
 def typical_filter(logits: ArrayLike, mass: ArrayLike, *, axis: Axis = -1) -> Array:
     r"""Keeps the entries whose information is closest to the entropy, up to a mass.
 
@@ -143,7 +137,7 @@ def _by_typicality(slices: Slices, x: Array) -> tuple[Array, Array]:
     dropped = solution.margins == -jnp.inf
     log_probs = jnp.where(dropped, 0, solution.margins)
     entropy = -slices.sum(solution.probs * log_probs)
-    keys = jnp.where(dropped, -jnp.inf, -jnp.abs(log_probs + slices.spread(entropy)))
+    keys = jnp.where(dropped, -jnp.inf, -jnp.abs(log_probs + slices.broadcast(entropy)))
     return keys, solution.probs
 
 
@@ -164,12 +158,12 @@ def _filter(logits: ArrayLike, axis: Axis, amount: ArrayLike, name: str, rank: R
             lowest = jnp.iinfo(keys.dtype).min
             first = jnp.max(keys, slices.axes, keepdims=True, initial=lowest)
             threshold = jnp.minimum(threshold, first)
-        return ~(keys < slices.spread(threshold))
+        return ~(keys < slices.broadcast(threshold))
 
     return _drop(problem.logits.astype(problem.dtype), keep(slices, x, row))
 
 
-@public("axis", min_p=PROBABILITY)
+@api("axis", min_p=PROBABILITY)
 def min_p_filter(logits: ArrayLike, min_p: ArrayLike, *, axis: Axis = -1) -> Array:
     r"""Keeps the logits whose probability is at least a fraction of the largest one.
 

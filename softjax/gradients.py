@@ -14,22 +14,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from softjax._exact import passed_on
-from softjax._inputs import (
-    NONNEGATIVE,
-    Axis,
-    broadcast,
-    per_slice,
-    public,
-    resolve_axes,
-    resolve_one_axis,
-    to_float,
-)
+from softjax._api import NONNEGATIVE, api
+from softjax._autodiff import with_gradient_of
+from softjax._inputs import Axis, broadcast, per_slice, resolve_axes, resolve_one_axis, to_float
 
 __all__ = ["clip_gradient", "reverse_gradient", "score_function", "straight_through"]
 
 
-@public()
+@api()
 def straight_through(soft: ArrayLike, hard: ArrayLike) -> Array:
     r"""Returns hard values with the derivative of soft ones.
 
@@ -66,10 +58,10 @@ def straight_through(soft: ArrayLike, hard: ArrayLike) -> Array:
         raise ValueError(
             f"`hard` of shape {hard.shape} must have the shape {soft.shape} of `soft`."
         )
-    return passed_on(soft, hard.astype(soft.dtype)).astype(dtype)
+    return with_gradient_of(soft, hard.astype(soft.dtype)).astype(dtype)
 
 
-@public("axis")
+@api("axis")
 def score_function(
     values: ArrayLike,
     log_probs: ArrayLike,
@@ -141,7 +133,7 @@ def score_function(
     return jnp.mean(values * box - level * (box - 1), axis)
 
 
-@public()
+@api()
 def reverse_gradient(x: ArrayLike, scale: ArrayLike = 1.0) -> Array:
     r"""Passes values on, and reverses their gradient.
 
@@ -186,7 +178,7 @@ def _reversed_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return _reversed(x, scale), -scale * tangents[0]
 
 
-@public("axis", max_norm=NONNEGATIVE)
+@api("axis", max_norm=NONNEGATIVE)
 def clip_gradient(x: ArrayLike, max_norm: ArrayLike, *, axis: Axis = -1) -> Array:
     r"""Passes values on, and shortens gradients that are too long.
 

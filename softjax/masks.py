@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._hoist import hoist
+from softjax._closures import hoist
 from softjax._inputs import to_array
 from softjax._tiles import (
     Grid,

@@ -11,16 +11,18 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import expm1_over, log1p_over, two_difference, where_finite
-from softjax._exponential import SOFTMAX
-from softjax._inputs import Axis, broadcast, per_slice, prepare, public, to_float
+from softjax._api import api
+from softjax._elementary import expm1_over, log1p_over
+from softjax._float import two_difference, where_finite
+from softjax._inputs import Axis, broadcast, per_slice, prepare, to_float
 from softjax._slices import AlongAxes
+from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
 
 __all__ = ["logmeanexp", "logsumexp", "mellowmax"]
 
 
-@public("axis", "keepdims")
+@api("axis", "keepdims")
 def logsumexp(
     logits: ArrayLike,
     *,
@@ -100,7 +102,7 @@ def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> Array
     return jnp.where(empty, -jnp.inf, row)
 
 
-@public("axis", "keepdims")
+@api("axis", "keepdims")
 def logmeanexp(
     logits: ArrayLike,
     *,
@@ -141,7 +143,7 @@ def logmeanexp(
     return _finish(row, problem.axes, keepdims, problem.dtype)
 
 
-@public("axis")
+@api("axis")
 def mellowmax(
     values: ArrayLike, *, omega: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
 ) -> Array:

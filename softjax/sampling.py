@@ -15,16 +15,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from softjax import _inverse_cdf, _noise
-from softjax._exact import centre
-from softjax._inputs import (
-    NONNEGATIVE,
-    Problem,
-    labels_of,
-    prepare,
-    public,
-    resolve_one_axis,
-)
+from softjax import _inverse_cdf, _random
+from softjax._api import NONNEGATIVE, api
+from softjax._inputs import Problem, labels_of, prepare, resolve_one_axis
+from softjax._scores import centre
 from softjax.reductions import log_sum
 
 __all__ = ["gumbel", "gumbel_given_argmax", "sample"]
@@ -47,7 +41,7 @@ def _check_shape(given: dict[str, Any]) -> None:
             raise ValueError(f"`shape` must hold whole numbers from 0 on, got {shape}.")
 
 
-@public("shape", "axis", "method", refuse=_check_sample, temperature=NONNEGATIVE)
+@api("shape", "axis", "method", refuse=_check_sample, temperature=NONNEGATIVE)
 def sample(
     key: Array,
     logits: ArrayLike,
@@ -99,7 +93,7 @@ def sample(
     Reference:
         Maddison, Tarlow and Minka (2014), A* sampling, for the second method.
     """
-    _noise.check_key(key)
+    _random.check_key(key)
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     slices = problem.logits.shape[:axis] + problem.logits.shape[axis + 1 :]
@@ -108,7 +102,7 @@ def sample(
     if x.size == 0 or num_draws == 0:
         return jnp.full((*shape, *slices), -1, jnp.int32)
     if method == "inverse":
-        bits = _noise.bits(key, (len(x), num_draws))
+        bits = _random.bits(key, (len(x), num_draws))
         index = _inverse_cdf.draw(x, per_row, bits).T
     else:
         index = _by_gumbel(key, x, per_row, num_draws)
@@ -133,13 +127,13 @@ def _by_gumbel(key: Array, x: Array, temperature: Array | None, num_draws: int) 
     peak = jnp.max(x, 1, keepdims=True)
     temperature = None if temperature is None else temperature[:, None]
     scores = centre(x, peak, temperature, lambda row: row)
-    noise = _noise.gumbel(key, (num_draws, *x.shape), x.dtype)
+    noise = _random.gumbel(key, (num_draws, *x.shape), x.dtype)
     perturbed = jnp.where(scores.dead[None], -jnp.inf, scores.near[None] + noise)
     none = jnp.all(scores.dead, 1) | jnp.any(jnp.isnan(scores.near), 1)
     return jnp.where(none[None], -1, jnp.argmax(perturbed, -1).astype(jnp.int32))
 
 
-@public("shape", "dtype", refuse=_check_shape)
+@api("shape", "dtype", refuse=_check_shape)
 def gumbel(key: Array, shape: tuple[int, ...] = (), *, dtype: DTypeLike = float) -> Array:
     r"""Draws standard Gumbel noise, whose argmax with logits is a sample of their softmax.
 
@@ -167,14 +161,14 @@ def gumbel(key: Array, shape: tuple[int, ...] = (), *, dtype: DTypeLike = float)
     Reference:
         Gumbel (1954), Statistical theory of extreme values and some practical applications.
     """
-    _noise.check_key(key)
+    _random.check_key(key)
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     if dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"`dtype` must be float32 or float64, got {dtype}.")
-    return _noise.gumbel(key, shape, dtype)
+    return _random.gumbel(key, shape, dtype)
 
 
-@public("axis")
+@api("axis")
 def gumbel_given_argmax(
     key: Array,
     logits: ArrayLike,
@@ -220,12 +214,12 @@ def gumbel_given_argmax(
     Reference:
         Maddison, Tarlow and Minka (2014), A* sampling.
     """
-    _noise.check_key(key)
+    _random.check_key(key)
     problem = prepare(logits, axis=axis, where=where)
     x, axis = problem.logits, resolve_one_axis(axis, problem.logits.ndim)
     labels = jnp.expand_dims(labels_of(labels, x.shape, axis), axis)
     places = jax.lax.broadcasted_iota(labels.dtype, x.shape, axis)
-    noise = _noise.gumbel(key, x.shape, x.dtype)
+    noise = _random.gumbel(key, x.shape, x.dtype)
     is_label = (places == labels) & (x != -jnp.inf)
     found = jnp.any(is_label, axis, keepdims=True)
     # The noise at the label becomes that of the maximum.

@@ -12,17 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import capped, log1p
-from softjax._inputs import (
-    NONNEGATIVE,
-    Axis,
-    per_class,
-    per_slice,
-    prepare,
-    public,
-    resolve_one_axis,
-    to_float,
-)
+from softjax._api import NONNEGATIVE, api
+from softjax._elementary import capped, log1p
+from softjax._inputs import Axis, per_class, per_slice, prepare, resolve_one_axis, to_float
 from softjax._slices import AlongAxes
 
 __all__ = [
@@ -34,7 +26,7 @@ __all__ = [
 ]
 
 
-@public(cap=NONNEGATIVE)
+@api(cap=NONNEGATIVE)
 def soft_cap(logits: ArrayLike, cap: ArrayLike) -> Array:
     r"""Bounds logits smoothly.
 
@@ -66,7 +58,7 @@ def soft_cap(logits: ArrayLike, cap: ArrayLike) -> Array:
     return jnp.where(kept, capped(jnp.where(kept, x, 0), cap), -jnp.inf).astype(dtype)
 
 
-@public("axis")
+@api("axis")
 def scalable_scores(
     logits: ArrayLike,
     scale: ArrayLike = 1.0,
@@ -112,7 +104,7 @@ def scalable_scores(
     return jnp.where(kept, scores, -jnp.inf).astype(problem.dtype)
 
 
-@public("axis")
+@api("axis")
 def adjusted_scores(logits: ArrayLike, adjustment: ArrayLike, *, axis: int = -1) -> Array:
     r"""Shifts logits by one number a class: logit adjustment for long tails, or a prior.
 
@@ -152,7 +144,7 @@ def adjusted_scores(logits: ArrayLike, adjustment: ArrayLike, *, axis: int = -1)
     return jnp.where(kept, scores, -jnp.inf).astype(dtype)
 
 
-@public()
+@api()
 def sigsoftmax_scores(logits: ArrayLike) -> Array:
     r"""Bends logits so that their softmax is sigsoftmax, p proportional to exp(z) sigmoid(z).
 
@@ -180,7 +172,7 @@ def sigsoftmax_scores(logits: ArrayLike) -> Array:
     return jnp.where(kept, scores, -jnp.inf).astype(dtype)
 
 
-@public()
+@api()
 def taylor_scores(logits: ArrayLike) -> Array:
     r"""Bends logits so that their softmax is Taylor softmax, of weights 1 + z + z^2 / 2.
 

@@ -11,23 +11,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exponential import SOFTMAX
-from softjax._inputs import (
-    NONNEGATIVE,
-    broadcast,
-    is_one,
-    prepare,
-    public,
-    to_array,
-    to_integers,
-)
+from softjax._api import NONNEGATIVE, api
+from softjax._inputs import broadcast, is_one, prepare, to_array, to_integers
 from softjax._slices import BySegment
+from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
 
 __all__ = ["segment_softmax"]
 
 
-@public("num_segments", temperature=NONNEGATIVE)
+@api("num_segments", temperature=NONNEGATIVE)
 def segment_softmax(
     logits: ArrayLike,
     segment_ids: ArrayLike,

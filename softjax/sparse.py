@@ -16,17 +16,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from softjax._api import NONNEGATIVE, api
 from softjax._blocks import in_blocks
-from softjax._exact import (
-    centre,
-    expm1_over,
-    expm1_over_twice,
-    high_half,
-    log1p_over,
-    two_difference,
-)
-from softjax._inputs import NONNEGATIVE, Axis, per_slice, prepare, public
-from softjax._search import bracketed_newton, climb
+from softjax._elementary import expm1_over, expm1_over_twice, log1p_over
+from softjax._float import high_half, two_difference
+from softjax._inputs import Axis, per_slice, prepare
+from softjax._rootfinding import bracketed_newton, newton_from_left
+from softjax._scores import centre
 from softjax._slices import Slices
 from softjax._threshold import Family, Solution, reciprocal, weigh
 
@@ -36,7 +32,7 @@ _LONG = 256  # entries from which on the last sums are cut: they compile longer 
 __all__ = ["entmax", "entmax15", "sparsemax"]
 
 
-@public("axis", temperature=NONNEGATIVE)
+@api("axis", temperature=NONNEGATIVE)
 def sparsemax(
     logits: ArrayLike,
     *,
@@ -84,8 +80,8 @@ def _solve_sparsemax(
     slices: Slices, logits: Array, temperature: Array | None, *_: None
 ) -> Solution:
     peak = slices.max(logits)
-    scores = centre(logits, peak, temperature, slices.spread)
-    spread = slices.spread
+    scores = centre(logits, peak, temperature, slices.broadcast)
+    spread = slices.broadcast
 
     def step(tau: Array) -> tuple[Array, Array]:
         above = slices.sum_of(lambda x, tau: jnp.maximum(x - tau, 0), (scores.values,), tau)
@@ -93,7 +89,7 @@ def _solve_sparsemax(
         return above - 1, slices.sum_of(count, (scores.values,), tau)
 
     poison = scores.poison(slices.sum)
-    tau = climb(step, jnp.full_like(peak, -1)) + poison
+    tau = newton_from_left(step, jnp.full_like(peak, -1)) + poison
     scores = centre(logits, peak + poison, temperature, spread)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
@@ -116,7 +112,7 @@ SPARSEMAX = Family(
 )
 
 
-@public("axis", temperature=NONNEGATIVE)
+@api("axis", temperature=NONNEGATIVE)
 def entmax15(
     logits: ArrayLike,
     *,
@@ -162,8 +158,8 @@ def _solve_entmax15(
     slices: Slices, logits: Array, temperature: Array | None, *_: None
 ) -> Solution:
     peak = slices.max(logits)
-    scores = centre(logits, peak, temperature, slices.spread)
-    halves, spread = scores.values / 2, slices.spread
+    scores = centre(logits, peak, temperature, slices.broadcast)
+    halves, spread = scores.values / 2, slices.broadcast
 
     def step(tau: Array) -> tuple[Array, Array]:
         # Of sqrt(sum) - 1, which is convex too, and straighter than the sum.
@@ -172,7 +168,7 @@ def _solve_entmax15(
         return square - jnp.sqrt(square), slices.sum_of(above, (halves,), tau)
 
     poison = scores.poison(slices.sum)
-    tau = climb(step, jnp.full_like(peak, -1), _close(halves, peak)) + poison
+    tau = newton_from_left(step, jnp.full_like(peak, -1), _close(halves, peak)) + poison
     scores = centre(logits, peak + poison, temperature, spread)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
@@ -265,7 +261,7 @@ def _root(probs: Array, _: None) -> Array:
 ENTMAX15 = Family(_solve_entmax15, slope=_root)
 
 
-@public("axis", temperature=NONNEGATIVE, alpha=(1, MAX_ALPHA))
+@api("axis", temperature=NONNEGATIVE, alpha=(1, MAX_ALPHA))
 def entmax(
     logits: ArrayLike,
     alpha: ArrayLike = 1.5,
@@ -326,8 +322,8 @@ def _solve_entmax(
     # log(sum r) = rise. That has slope -sum(r^(1-b)) / sum(r) <= -1 in the rise, and
     # p = r / sum(r) is accurate for every alpha.
     peak = slices.max(logits)
-    scores = centre(logits, peak, temperature, slices.spread)
-    spread = slices.spread
+    scores = centre(logits, peak, temperature, slices.broadcast)
+    spread = slices.broadcast
     bend = jnp.where((alpha >= 1) & (alpha <= MAX_ALPHA), alpha - 1, jnp.nan)
     highest = jnp.log(jnp.finfo(logits.dtype).max) - 1
 

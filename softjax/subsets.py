@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from softjax import _noise
-from softjax._exact import expm1_over
-from softjax._exponential import SOFTMAX
-from softjax._inputs import Axis, equal, prepare, public, resolve_one_axis, to_integers
+from softjax import _random
+from softjax._api import api
+from softjax._elementary import expm1_over
+from softjax._inputs import Axis, equal, prepare, resolve_one_axis, to_integers
 from softjax._slices import AlongAxes
+from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
 from softjax.reductions import log_sum
 
@@ -32,7 +33,7 @@ def _check_count(given: dict[str, Any]) -> None:
         raise ValueError(f"`k` must be a whole number from 0 on, got {k!r}.")
 
 
-@public("k", "axis", refuse=_check_count)
+@api("k", "axis", refuse=_check_count)
 def sample_without_replacement(
     key: Array,
     logits: ArrayLike,
@@ -88,24 +89,24 @@ def _last(
     key: Array, logits: ArrayLike, k: int, axis: Axis, where: ArrayLike | None
 ) -> tuple[Array, int]:
     """The logits with the classes last, -inf where dropped, and where the classes were."""
-    _noise.check_key(key)
+    _random.check_key(key)
     x = prepare(logits, axis=axis, where=where).logits
     axis = resolve_one_axis(axis, x.ndim)
     if k > x.shape[axis]:
         raise ValueError(f"`k` must be at most the number of classes {x.shape[axis]}, got {k}.")
-    return _noise.centred(jnp.moveaxis(x, axis, -1), -1), axis
+    return _random.centred(jnp.moveaxis(x, axis, -1), -1), axis
 
 
 def _largest(key: Array, x: Array, k: int) -> tuple[Array, Array]:
     """The k largest noisy logits: their places, -1 where dropped, and the values."""
     x = lax.stop_gradient(x)
-    noisy = jnp.where(x == -jnp.inf, -jnp.inf, x + _noise.gumbel(key, x.shape, x.dtype))
+    noisy = jnp.where(x == -jnp.inf, -jnp.inf, x + _random.gumbel(key, x.shape, x.dtype))
     values, places = lax.top_k(noisy, k)
     good = ~jnp.any(jnp.isnan(x), -1, keepdims=True) & (values > -jnp.inf)
     return jnp.where(good, places.astype(jnp.int32), -1), values
 
 
-@public("axis")
+@api("axis")
 def ranking_log_prob(
     logits: ArrayLike, indices: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None
 ) -> Array:
@@ -151,7 +152,7 @@ def ranking_log_prob(
             f"`indices` of shape {shape} must have the shape of `logits`"
             f" {jnp.shape(logits)}, with any size along the axis {axis}."
         )
-    log_probs = _log_probs(_noise.centred(x, -1), jnp.moveaxis(indices, axis, -1))
+    log_probs = _log_probs(_random.centred(x, -1), jnp.moveaxis(indices, axis, -1))
     return jnp.moveaxis(log_probs, -1, axis)
 
 
@@ -200,7 +201,7 @@ def _log_add(a: Array, b: Array) -> Array:
     return jnp.where(nothing, -jnp.inf, anchor + jnp.log(jnp.where(nothing, 1, total)))
 
 
-@public("k", "axis", refuse=_check_count)
+@api("k", "axis", refuse=_check_count)
 def weighted_subset(
     key: Array,
     logits: ArrayLike,

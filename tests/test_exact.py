@@ -8,7 +8,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from softjax import _exact
+from softjax import _elementary, _float
 from tests.helpers import assert_close, eps, ulp_error
 
 Fraction = fractions.Fraction
@@ -29,7 +29,7 @@ def pairs(dtype, count=2000):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_two_difference_is_exact(dtype, compiled):
     a, b = pairs(dtype)
-    fn = jax.jit(_exact.two_difference) if compiled else _exact.two_difference
+    fn = jax.jit(_float.two_difference) if compiled else _float.two_difference
     difference, error = fn(jnp.asarray(a), jnp.asarray(b))
     np.testing.assert_array_equal(difference, a - b)
     for x, y, d, e in zip(a, b, np.asarray(difference), np.asarray(error), strict=True):
@@ -43,7 +43,7 @@ def test_two_difference_is_exact(dtype, compiled):
 def test_two_quotient_is_exact_to_first_order(dtype, compiled):
     """What is left after the correction is of second order: eps^2 of the quotient."""
     a, b = pairs(dtype)
-    fn = jax.jit(_exact.two_quotient) if compiled else _exact.two_quotient
+    fn = jax.jit(_float.two_quotient) if compiled else _float.two_quotient
     quotient, error = fn(jnp.asarray(a), jnp.asarray(b))
     # A GPU rounds the quotient and the remainder's to 2 ulp, a CPU to the nearest number.
     on_cpu = jax.default_backend() == "cpu"
@@ -63,7 +63,7 @@ def test_long_sum_does_not_lose_digits_with_length(n, dtype):
         values = values.astype(dtype)
         exact = float(np.sum(values.astype(np.longdouble)))
         for axis, shaped in [(0, values), (1, values[None]), (0, values[:, None])]:
-            actual = _exact.long_sum(jnp.asarray(shaped), (axis,))
+            actual = _float.long_sum(jnp.asarray(shaped), (axis,))
             assert actual.shape == tuple(
                 1 if i == axis else s for i, s in enumerate(shaped.shape)
             )
@@ -73,7 +73,7 @@ def test_long_sum_does_not_lose_digits_with_length(n, dtype):
 
 def test_long_sum_over_several_axes():
     x = np.random.default_rng(1).standard_normal((3, 300, 5, 700))
-    actual = _exact.long_sum(jnp.asarray(x), (1, 3))
+    actual = _float.long_sum(jnp.asarray(x), (1, 3))
     assert_close(actual, x.sum((1, 3), keepdims=True), rtol=0, atol=1e-11)
 
 
@@ -87,7 +87,7 @@ def test_quotients_that_cancel(name, dtype):
         "expm1_over_twice": lambda x: (mpmath.expm1(x) - x) / x**2,
     }[name]
     at_zero = {"expm1_over": 1.0, "log1p_over": 1.0, "expm1_over_twice": 0.5}[name]
-    fn = getattr(_exact, name)
+    fn = getattr(_elementary, name)
     sizes = np.concatenate([10.0 ** np.linspace(-30, 1, 120), np.linspace(0.005, 0.5, 120)])
     lowest = -0.999 if name == "log1p_over" else -50.0
     points = np.concatenate([sizes, -sizes])
@@ -125,7 +125,7 @@ def test_log1p_rounds_little_more_than_once(dtype, compiled):
     ).astype(dtype)
     points = points[points > -1]
     with jax.disable_jit(not compiled):
-        rounded, lost = map(np.asarray, _exact.log1p_in_two(jnp.asarray(points)))
+        rounded, lost = map(np.asarray, _elementary.log1p_in_two(jnp.asarray(points)))
     with mpmath.workdps(40):
         for x, y, rest in zip(points, rounded, lost, strict=True):
             true = mpmath.log1p(mpmath.mpf(float(x)))
@@ -140,8 +140,8 @@ def test_log1p_rounds_little_more_than_once(dtype, compiled):
 def test_log1p_at_its_ends():
     points = jnp.array([-1.0, -2.0, -jnp.inf, jnp.inf, jnp.nan, 0.0])
     exact = [-np.inf, np.nan, np.nan, np.inf, np.nan, 0.0]
-    np.testing.assert_array_equal(_exact.log1p(points), exact)
-    slope = jax.grad(lambda x: jnp.sum(_exact.log1p(x)))(jnp.array([0.0, 1.0, 1e9, -0.75]))
+    np.testing.assert_array_equal(_elementary.log1p(points), exact)
+    slope = jax.grad(lambda x: jnp.sum(_elementary.log1p(x)))(jnp.array([0.0, 1.0, 1e9, -0.75]))
     assert_close(slope, [1.0, 0.5, 1 / (1 + 1e9), 4.0], rtol=8 * eps("float64"))
 
 
@@ -154,7 +154,7 @@ def test_exp_of_sum_rounds_little_more_than_once(dtype):
     )
     near = near.astype(dtype)
     error = (rng.uniform(-0.5, 0.5, near.shape) * np.spacing(near)).astype(dtype)
-    out = np.asarray(jax.jit(_exact.exp_of_sum)(jnp.asarray(near), jnp.asarray(error)))
+    out = np.asarray(jax.jit(_elementary.exp_of_sum)(jnp.asarray(near), jnp.asarray(error)))
     assert out[0] == out[1] == 1
     with mpmath.workdps(40):
         for x, e, y in zip(near, error, out, strict=True):
@@ -164,14 +164,14 @@ def test_exp_of_sum_rounds_little_more_than_once(dtype):
             # have units half as large as those of the sum.
             assert abs(mpmath.mpf(float(y)) - true) <= 1.5 * np.spacing(y)
     far = jnp.array([2 * lowest, -1000.0], dtype)
-    np.testing.assert_array_equal(_exact.exp_of_sum(far, jnp.zeros_like(far)), 0)
+    np.testing.assert_array_equal(_elementary.exp_of_sum(far, jnp.zeros_like(far)), 0)
 
 
 @pytest.mark.slow
 @every_wide_dtype
 def test_exp_of_sum_has_its_own_derivatives(dtype):
     near = jnp.asarray(np.linspace(-20, 0, 41), dtype)
-    exp = lambda x: jnp.sum(_exact.exp_of_sum(x, jnp.zeros_like(x)))
+    exp = lambda x: jnp.sum(_elementary.exp_of_sum(x, jnp.zeros_like(x)))
     # The series lacks one term more in each derivative.
     assert_close(jax.grad(exp)(near), np.exp(np.asarray(near)), rtol=4 * eps(dtype))
     loose = {"float32": 4e-6, "float64": 1e-14}[dtype]

@@ -20,10 +20,10 @@ PACKAGE = ROOT / "softjax"
 
 # A module imports only from those before it.
 ORDER = [
-    *("_varying", "_inputs", "_exact", "_slices", "_blocks", "_search"),
-    *("_threshold", "_exponential", "_divergence"),
-    *("_online", "_mesh", "_wide", "_noise", "_inverse_cdf", "_hoist", "_tiles"),
-    *("reductions", "dense", "sparse", "budgets", "segments", "scores", "filters", "decoding"),
+    *("_mesh", "_api", "_inputs", "_autodiff", "_float", "_elementary", "_scores"),
+    *("_slices", "_blocks", "_rootfinding", "_threshold", "_softmax", "_divergence"),
+    *("_online", "_uint64", "_random", "_inverse_cdf", "_closures", "_tiles"),
+    *("reductions", "dense", "sparse", "top_k", "segments", "scores", "filters", "decoding"),
     *("entropies", "losses", "output_layers", "contrastive", "sampling", "subsets"),
     *("gradients", "estimators", "policies", "calibration", "masks", "attentions", "kernels"),
     *("__init__",),

@@ -9,8 +9,8 @@ import pytest
 from scipy import stats
 
 import softjax as sj
-from softjax import _inverse_cdf, _noise, _wide
-from softjax._wide import Wide
+from softjax import _inverse_cdf, _random, _uint64
+from softjax._uint64 import Wide
 from tests import oracles
 from tests.helpers import DTYPES, INF, NAN, assert_same, draw, eps, g_test
 
@@ -51,23 +51,23 @@ def test_wide_integers():
     pairs = list(itertools.product(edges, edges)) + list(itertools.pairwise(others))
     first, second = zip(*pairs, strict=True)
     a, b = wide(first), wide(second)
-    assert number(_wide.add(a, b)) == [(x + y) % 2**64 for x, y in pairs]
-    assert number(_wide.subtract(a, b)) == [(x - y) % 2**64 for x, y in pairs]
-    assert number(_wide.multiply_high(a, b)) == [x * y >> 64 for x, y in pairs]
-    assert number(_wide.smaller(a, b)) == [min(pair) for pair in pairs]
-    assert _wide.at_most(a, b).tolist() == [x <= y for x, y in pairs]
-    assert _wide.is_zero(a).tolist() == [x == 0 for x in first]
+    assert number(_uint64.add(a, b)) == [(x + y) % 2**64 for x, y in pairs]
+    assert number(_uint64.subtract(a, b)) == [(x - y) % 2**64 for x, y in pairs]
+    assert number(_uint64.multiply_high(a, b)) == [x * y >> 64 for x, y in pairs]
+    assert number(_uint64.smaller(a, b)) == [min(pair) for pair in pairs]
+    assert _uint64.at_most(a, b).tolist() == [x <= y for x, y in pairs]
+    assert _uint64.is_zero(a).tolist() == [x == 0 for x in first]
     high, low = np.array([0, 1, 2**24, 5]), np.array([7, -1, 2**31 - 1, -(2**20)])
     for shift in (20, 27, 31):
         parts = (jnp.asarray(part, jnp.int32) for part in (high, low))
         expected = [(int(h) << shift) + int(m) for h, m in zip(high, low, strict=True)]
-        assert number(_wide.from_parts(*parts, shift)) == expected
+        assert number(_uint64.from_parts(*parts, shift)) == expected
 
 
 @pytest.mark.parametrize("size", [1, 300, 2**16 + 5])
 def test_running_sums_do_not_round(size):
     terms = np.random.default_rng(1).integers(0, 2**46, size, np.uint64)
-    sums = _wide.running_sums(wide(terms))
+    sums = _uint64.running_sums(wide(terms))
     assert number(sums) == [int(n) for n in np.cumsum(terms)]
 
 
@@ -127,7 +127,7 @@ def test_both_ways_draw_the_same(size):
     logits = jnp.asarray(draw(2, (2, size), scale=3.0, dtype="float32")[0])
     logits = logits.at[:, 1].set(-INF)
     ask = jax.jit(lambda bits: _inverse_cdf.draw(logits, None, bits))
-    bits = _noise.bits(KEY, (2, 4 * size))
+    bits = _random.bits(KEY, (2, 4 * size))
     together = ask(bits)
     alone = [ask(Wide(*(w[:, i : i + 1] for w in bits))) for i in range(0, 4 * size, 7)]
     assert_same(together[:, ::7], jnp.concatenate(alone, 1))
@@ -359,9 +359,9 @@ def test_noise_reaches_far_into_both_tails(monkeypatch):
     """By bits: the smallest, those next to the middle, and the largest."""
     words = jnp.array([[0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF], [0, 0, 2**32 - 1, 0, 0]])
     fixed = lambda key, shape: Wide(*words.astype(jnp.uint32))
-    monkeypatch.setattr(_noise, "bits", fixed)
+    monkeypatch.setattr(_random, "bits", fixed)
     for dtype in ("float32", "float64"):
-        got = np.asarray(_noise.exponential(None, (5,), dtype)).astype(float)
+        got = np.asarray(_random.exponential(None, (5,), dtype)).astype(float)
         expected = [65 * np.log(2), 32 * np.log(2), np.log(2), 2.0**-65, 0.6931471803]
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 

@@ -10,7 +10,7 @@ import pytest
 import softjax as sj
 from softjax import masks
 from softjax.attentions import _sparse
-from softjax.attentions._prepare import prepare, with_weigher
+from softjax.attentions._inputs import prepare, with_weigher
 from tests import oracles
 from tests.helpers import NAN, assert_close, eps
 from tests.test_attention import INF, MODES, pairs

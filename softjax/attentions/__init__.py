@@ -1,7 +1,7 @@
 """Attention, in one folder: operands and tiles, walks over them, and what is found there."""
 
 from softjax.attentions.attend import attention
-from softjax.attentions.decoding import merge_attention, paged_attention
+from softjax.attentions.paged import merge_attention, paged_attention
 from softjax.attentions.shaping import alibi_slopes, qk_norm, scalable_queries
 
 __all__ = [

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from softjax._exact import capped
+from softjax._elementary import capped
 from softjax._inputs import computing_dtype
+from softjax._mesh import vary
 from softjax._tiles import Grid, Tile
-from softjax._varying import vary
 from softjax.attentions._dropout import keep_weight
 from softjax.masks import Mask
 

@@ -14,12 +14,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax import masks
-from softjax._hoist import Captured
-from softjax._inputs import computing_dtype, named
-from softjax._varying import vary
-from softjax.attentions._exponential import average
-from softjax.attentions._prepare import Problem, per_head, prepare, with_weigher
-from softjax.attentions._sparse import MAPS, sparse_average
+from softjax._api import named
+from softjax._closures import Captured
+from softjax._inputs import computing_dtype
+from softjax._mesh import vary
+from softjax.attentions._inputs import Problem, per_head, prepare, with_weigher
+from softjax.attentions._softmax_tiles import average
+from softjax.attentions._threshold_tiles import MAPS, sparse_average
 
 __all__ = ["attention"]
 

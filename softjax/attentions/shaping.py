@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._inputs import NONNEGATIVE, broadcast, public, to_float
+from softjax._api import NONNEGATIVE, api
+from softjax._inputs import broadcast, to_float
 
 __all__ = ["alibi_slopes", "qk_norm", "scalable_queries"]
 
 
-@public("num_heads")
+@api("num_heads")
 def alibi_slopes(num_heads: int) -> Array:
     r"""Gives each head the slope of its linear bias by distance (ALiBi).
 
@@ -51,7 +52,7 @@ def alibi_slopes(num_heads: int) -> Array:
     return jnp.exp2(-jnp.asarray(exponents, jnp.result_type(float)))
 
 
-@public(epsilon=NONNEGATIVE)
+@api(epsilon=NONNEGATIVE)
 def qk_norm(
     queries: ArrayLike,
     keys: ArrayLike,
@@ -117,7 +118,7 @@ def _unit(x: ArrayLike, scale: ArrayLike, epsilon: ArrayLike, name: str) -> Arra
     return jnp.where(bad, jnp.nan, unit * scale).astype(out_dtype)
 
 
-@public()
+@api()
 def scalable_queries(queries: ArrayLike, counts: ArrayLike, scale: ArrayLike = 1.0) -> Array:
     r"""Scales queries by the logarithm of how many keys they see (scalable softmax).
 

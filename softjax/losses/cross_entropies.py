@@ -8,21 +8,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from softjax._exponential import SOFTMAX
-from softjax._inputs import (
-    NONNEGATIVE,
-    PROBABILITY,
-    Axis,
-    broadcast,
-    is_zero,
-    prepare,
-    public,
-    to_float,
-)
+from softjax._api import NONNEGATIVE, PROBABILITY, api
+from softjax._inputs import Axis, broadcast, is_zero, prepare, to_float
 from softjax._slices import AlongAxes
+from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
 from softjax.entropies import divergence
-from softjax.losses._rows import (
+from softjax.losses._labels import (
     constant_where_infinite,
     label_rows,
     label_weights,
@@ -30,14 +22,14 @@ from softjax.losses._rows import (
     spread_weights,
     times_nats,
 )
-from softjax.losses._surprise import statistics, surprise
+from softjax.losses._softmax_stats import statistics, surprise
 
 _HOT = 1e15  # above, the loss is its limit to working precision
 
 __all__ = ["cross_entropy", "distillation_loss", "focal_loss", "soft_cross_entropy"]
 
 
-@public("axis", "ignore_index", label_smoothing=PROBABILITY, z_loss=NONNEGATIVE)
+@api("axis", "ignore_index", label_smoothing=PROBABILITY, z_loss=NONNEGATIVE)
 def cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -111,7 +103,7 @@ def cross_entropy(
     return rows.finish(constant_where_infinite(loss))
 
 
-@public("axis")
+@api("axis")
 def soft_cross_entropy(
     logits: ArrayLike,
     targets: ArrayLike,
@@ -161,7 +153,7 @@ def soft_cross_entropy(
     return constant_where_infinite(jnp.squeeze(slices.sum(terms), problem.axes))
 
 
-@public("axis", temperature=NONNEGATIVE)
+@api("axis", temperature=NONNEGATIVE)
 def distillation_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
@@ -239,7 +231,7 @@ def _half_variance(axes: tuple[int, ...], teacher: Array, student: Array) -> Arr
 _MAX_GAMMA = 1e18  # its square is finite in float32
 
 
-@public("axis", gamma=(0, _MAX_GAMMA))
+@api("axis", gamma=(0, _MAX_GAMMA))
 def focal_loss(
     logits: ArrayLike, labels: ArrayLike, *, gamma: ArrayLike, axis: int = -1
 ) -> Array:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import expm1_over_twice, log1p
-from softjax._inputs import per_slice, public
+from softjax._api import api
+from softjax._autodiff import with_gradient_of
+from softjax._elementary import expm1_over_twice, log1p
+from softjax._inputs import per_slice
 from softjax._slices import AlongAxes
 from softjax._threshold import Solution
 from softjax.entropies import pick
-from softjax.losses._lead import missed, others_at
-from softjax.losses._regret import Found, Regret, hit_by, regret
-from softjax.losses._rows import kept_shape, label_rows
+from softjax.losses._envelope import Found, Regret, hit_by, regret
+from softjax.losses._labels import kept_shape, label_rows
+from softjax.losses._one_minus_p import missed, others_at
 from softjax.sparse import ENTMAX, MAX_ALPHA, SPARSEMAX
 
 __all__ = ["entmax_loss", "sparsemax_loss"]
 
 
-@public("axis")
+@api("axis")
 def sparsemax_loss(logits: ArrayLike, labels: ArrayLike, *, axis: int = -1) -> Array:
     r"""Measures the regret of `sparsemax` at a label; 0 once the label leads by a margin of 1.
 
@@ -60,7 +61,7 @@ def sparsemax_loss(logits: ArrayLike, labels: ArrayLike, *, axis: int = -1) -> A
     return rows.finish(regret(_SPARSEMAX, rows.axis, rows.logits, rows.labels, alpha))
 
 
-@public("axis", alpha=(1, MAX_ALPHA))
+@api("axis", alpha=(1, MAX_ALPHA))
 def entmax_loss(
     logits: ArrayLike, labels: ArrayLike, alpha: ArrayLike = 1.5, *, axis: int = -1
 ) -> Array:
@@ -132,9 +133,9 @@ def _sparse_regret(
     found = missed(slices, *args, guess, index)
     # (Entry by entry, which XLA does in the place of the plain weights.)
     exact = others_at(slices, *args, index, found.root)
-    others = _mended(others, jnp.where(leads, exact, others))
-    rest = _mended(rest, jnp.where(leads, found.rest, rest))
-    first = _mended(first, jnp.where(leads, found.powers, first)) / alpha
+    others = with_gradient_of(others, jnp.where(leads, exact, others))
+    rest = with_gradient_of(rest, jnp.where(leads, found.rest, rest))
+    first = with_gradient_of(first, jnp.where(leads, found.powers, first)) / alpha
     margin = jnp.expand_dims(pick(solution.margins, labels, axis), axis)
     p = jnp.expand_dims(pick(probs, labels, axis), axis)
     bend = alpha - 1
@@ -156,18 +157,6 @@ def _sparse_regret(
     sound = ~jnp.isnan(rest + p) | (margin == -jnp.inf)  # A comparison with NaN hides it.
     loss = jnp.squeeze(jnp.where(sound, loss, jnp.nan), axis)
     return Found(loss, others, rest, surprise)
-
-
-@jax.custom_jvp
-def _mended(plain: Array, exact: Array) -> Array:
-    """The exact one of two values of one number, with the derivative of the plain one."""
-    del plain
-    return exact
-
-
-@_mended.defjvp
-def _mended_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
-    return _mended(*primals), tangents[0]
 
 
 _LEAST_BEND = 2.0**-10  # of alpha - 1; below, the loss is nearly a cross-entropy

@@ -8,7 +8,8 @@ from jax import Array
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from softjax._inputs import check_int, known_labels, named, to_array, to_integers
+from softjax._api import named
+from softjax._inputs import check_int, known_labels, to_array, to_integers
 
 __all__ = ["check_labels"]
 

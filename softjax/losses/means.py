@@ -6,23 +6,23 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import expm1_over, long_sum
+from softjax._api import PROBABILITY, api
+from softjax._elementary import expm1_over
+from softjax._float import long_sum
 from softjax._inputs import (
-    PROBABILITY,
     broadcast,
     computing_dtype,
     equal,
     labels_of,
     one_number,
     per_class,
-    public,
     to_float,
 )
 
 __all__ = ["class_balanced_weights", "logit_adjustment", "mean_loss"]
 
 
-@public("ignore_index")
+@api("ignore_index")
 def mean_loss(
     losses: ArrayLike,
     labels: ArrayLike | None = None,
@@ -127,7 +127,7 @@ def _sum_of_all(x: Array) -> Array:
     return jnp.sum(long_sum(x.reshape(-1, 1), (0,)))
 
 
-@public(beta=PROBABILITY)
+@api(beta=PROBABILITY)
 def class_balanced_weights(counts: ArrayLike, *, beta: ArrayLike) -> Array:
     r"""Weighs classes by the inverse of their effective numbers of examples.
 
@@ -169,7 +169,7 @@ def class_balanced_weights(counts: ArrayLike, *, beta: ArrayLike) -> Array:
     return (weights / jnp.where(mean == 0, 1, mean)).astype(dtype)
 
 
-@public()
+@api()
 def logit_adjustment(counts: ArrayLike, *, scale: ArrayLike = 1.0) -> Array:
     r"""Takes logarithms of class frequencies, to add to logits in the loss of a long tail.
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from softjax._exact import capped
+from softjax._elementary import capped
 from softjax._inputs import (
     Classes,
     broadcast,

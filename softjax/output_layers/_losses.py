@@ -14,8 +14,8 @@ from jax.custom_derivatives import SymbolicZero
 
 from softjax._blocks import scan_blocks
 from softjax._inputs import Classes, computing_dtype
-from softjax._varying import vary
-from softjax.losses._rows import constant_where_infinite, times_nats
+from softjax._mesh import vary
+from softjax.losses._labels import constant_where_infinite, times_nats
 from softjax.losses.means import sum_of_counted
 from softjax.output_layers._layer import Layer
 from softjax.output_layers._stream import ENTRIES, Plan, statistics

@@ -10,13 +10,15 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
 from softjax._blocks import scan_blocks
-from softjax._exact import FAR, log1p, where_finite
-from softjax._exponential import mark_peaks, split_at_peak
+from softjax._elementary import log1p
+from softjax._float import where_finite
 from softjax._inputs import check_int, computing_dtype
+from softjax._mesh import vary
+from softjax._scores import FAR
 from softjax._slices import AlongAxes
-from softjax._varying import vary
-from softjax.losses._surprise import below_peak
-from softjax.losses._surprise import statistics as row_statistics
+from softjax._softmax import mark_peaks, split_at_peak
+from softjax.losses._softmax_stats import below_peak
+from softjax.losses._softmax_stats import statistics as row_statistics
 from softjax.output_layers._layer import Layer, layer_scores
 
 ENTRIES = 2**20  # logits formed at once

@@ -10,16 +10,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from softjax._api import api
 from softjax._blocks import scan_blocks
-from softjax._inputs import (
-    Classes,
-    computing_dtype,
-    known_labels,
-    labels_of,
-    public,
-    to_float,
-)
-from softjax._varying import vary
+from softjax._inputs import Classes, computing_dtype, known_labels, labels_of, to_float
+from softjax._mesh import vary
 from softjax.output_layers._layer import Layer, prepare_layer, without
 from softjax.output_layers._stream import plan_for, statistics
 
@@ -37,7 +31,7 @@ def _check_tails(given: dict[str, Any]) -> None:
         raise TypeError(f"`tails` must be pairs of a projection and weights, got {tails!r}.")
 
 
-@public("ignore_index", "block_size", refuse=_check_tails)
+@api("ignore_index", "block_size", refuse=_check_tails)
 def adaptive_log_softmax(
     features: ArrayLike,
     head_weights: ArrayLike,

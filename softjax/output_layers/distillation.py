@@ -12,9 +12,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from softjax import _online as online
+from softjax._api import POSITIVE, api
 from softjax._blocks import scan_blocks
-from softjax._exact import expm1_over_twice, log1p
-from softjax._inputs import POSITIVE, Problem, public
+from softjax._elementary import expm1_over_twice, log1p
+from softjax._inputs import Problem
 from softjax.entropies import divergence
 from softjax.losses.means import over_mass, shares_and_masses, sum_of_counted
 from softjax.output_layers._layer import (
@@ -32,7 +33,7 @@ __all__ = ["linear_distillation_loss"]
 _FIRST = 8  # classes that tell about how far the logits are apart
 
 
-@public("reduction", "block_size", temperature=POSITIVE)
+@api("reduction", "block_size", temperature=POSITIVE)
 def linear_distillation_loss(
     features: ArrayLike,
     weights: ArrayLike,

@@ -8,15 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._inputs import (
-    NONNEGATIVE,
-    POSITIVE,
-    PROBABILITY,
-    check_flag,
-    is_zero,
-    per_class,
-    public,
-)
+from softjax._api import NONNEGATIVE, POSITIVE, PROBABILITY, api
+from softjax._inputs import check_flag, is_zero, per_class
 from softjax.losses.means import over_mass, shares_and_masses, sum_of_counted
 from softjax.output_layers._layer import idle_tokens, prepare_layer, token_labels, without
 from softjax.output_layers._losses import token_losses, total_with_gradient
@@ -34,7 +27,7 @@ class Statistics(NamedTuple):
     log_prob: Array | None
 
 
-@public(
+@api(
     "ignore_index",
     "reduction",
     "block_size",
@@ -164,7 +157,7 @@ def linear_cross_entropy(
     return over_mass(total, masses) if reduction == "mean" else total
 
 
-@public("block_size", temperature=POSITIVE, soft_cap=POSITIVE)
+@api("block_size", temperature=POSITIVE, soft_cap=POSITIVE)
 def linear_statistics(
     features: ArrayLike,
     weights: ArrayLike,

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from softjax._api import POSITIVE, api
 from softjax._blocks import scan_blocks
-from softjax._inputs import POSITIVE, check_int, public
-from softjax._noise import check_key
-from softjax.losses._surprise import surprise
+from softjax._inputs import check_int
+from softjax._random import check_key
+from softjax.losses._softmax_stats import surprise
 from softjax.output_layers._layer import (
     Layer,
     cooled,
@@ -28,7 +29,7 @@ from softjax.output_layers._stream import ENTRIES
 __all__ = ["sampled_cross_entropy"]
 
 
-@public("num_samples", "ignore_index", temperature=POSITIVE)
+@api("num_samples", "ignore_index", temperature=POSITIVE)
 def sampled_cross_entropy(
     key: Array,
     features: ArrayLike,

@@ -17,22 +17,20 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import log1p
-from softjax._exponential import SOFTMAX
+from softjax._api import NONNEGATIVE, PROBABILITY, api
+from softjax._elementary import log1p
 from softjax._inputs import (
-    NONNEGATIVE,
-    PROBABILITY,
     Axis,
     Problem,
     equal,
     is_zero,
     per_slice,
     prepare,
-    public,
     resolve_one_axis,
     to_integers,
 )
 from softjax._slices import AlongAxes
+from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
 from softjax.entropies import pick, softmax_entropy
 from softjax.sampling import sample
@@ -40,7 +38,7 @@ from softjax.sampling import sample
 __all__ = ["policy_entropy", "policy_log_prob", "policy_probs", "select_action"]
 
 
-@public("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+@api("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
 def select_action(
     key: Array,
     values: ArrayLike,
@@ -98,7 +96,7 @@ def select_action(
     return actions, chosen(log_probs, actions, axis)
 
 
-@public("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+@api("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
 def policy_log_prob(
     values: ArrayLike,
     actions: ArrayLike,
@@ -145,7 +143,7 @@ def policy_log_prob(
     return chosen(mixture(problem, epsilon).log_probs, actions, axis)
 
 
-@public("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+@api("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
 def policy_probs(
     values: ArrayLike,
     *,
@@ -185,7 +183,7 @@ def policy_probs(
     return mixture(problem, epsilon).probs.astype(problem.dtype)
 
 
-@public("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+@api("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
 def policy_entropy(
     values: ArrayLike,
     *,

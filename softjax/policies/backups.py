@@ -18,27 +18,19 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import log1p, where_finite
-from softjax._exponential import SOFTMAX, weigh
-from softjax._inputs import (
-    NONNEGATIVE,
-    PROBABILITY,
-    Axis,
-    broadcast,
-    computing_dtype,
-    per_slice,
-    prepare,
-    public,
-    to_float,
-)
+from softjax._api import NONNEGATIVE, PROBABILITY, api
+from softjax._elementary import log1p
+from softjax._float import where_finite
+from softjax._inputs import Axis, broadcast, computing_dtype, per_slice, prepare, to_float
 from softjax._slices import AlongAxes
+from softjax._softmax import SOFTMAX, weigh
 from softjax._threshold import solve
 from softjax.policies.actions import mixture
 
 __all__ = ["actor_critic_value", "bellman_target", "expected_value", "soft_value"]
 
 
-@public("axis", temperature=NONNEGATIVE)
+@api("axis", temperature=NONNEGATIVE)
 def soft_value(
     values: ArrayLike,
     *,
@@ -113,7 +105,7 @@ def _soft_maximum_jvp(
     return row, jnp.where(jnp.isinf(row), 0, row_dot)
 
 
-@public("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+@api("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
 def expected_value(
     values: ArrayLike,
     *,
@@ -162,13 +154,13 @@ def expected_value(
     peak = jax.lax.stop_gradient(slices.max(x))
     anchor = where_finite(peak)
     usual = (x != -jnp.inf) & (x != jnp.inf)
-    below = jnp.where(usual, x, slices.spread(anchor)) - slices.spread(anchor)
+    below = jnp.where(usual, x, slices.broadcast(anchor)) - slices.broadcast(anchor)
     mean = anchor + slices.sum(probs * below)
     row = jnp.where(peak == jnp.inf, peak, jnp.where(peak == -jnp.inf, 0, mean))
     return jnp.squeeze(row, problem.axes).astype(problem.dtype)
 
 
-@public("axis", temperature=NONNEGATIVE)
+@api("axis", temperature=NONNEGATIVE)
 def actor_critic_value(
     values: ArrayLike,
     logits: ArrayLike,
@@ -228,7 +220,7 @@ def actor_critic_value(
     possible = solution.probs != 0  # NaN is possible.
     peak = jax.lax.stop_gradient(slices.max(jnp.where(possible, x, -jnp.inf)))
     anchor = where_finite(peak)
-    below = jnp.where(possible, x, slices.spread(anchor)) - slices.spread(anchor)
+    below = jnp.where(possible, x, slices.broadcast(anchor)) - slices.broadcast(anchor)
     logs = jnp.where(solution.margins == -jnp.inf, 0, solution.margins)
     mean = anchor + slices.sum(solution.probs * below)
     row = mean + temperature * slices.sum(solution.probs * -logs)
@@ -236,7 +228,7 @@ def actor_critic_value(
     return jnp.squeeze(row, problem.axes).astype(out_dtype)
 
 
-@public()
+@api()
 def bellman_target(rewards: ArrayLike, discounts: ArrayLike, next_values: ArrayLike) -> Array:
     r"""Adds the discounted value of what follows to a reward.
 

@@ -14,14 +14,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._inputs import NONNEGATIVE, is_zero, prepare, public, to_float
+from softjax._api import NONNEGATIVE, api
+from softjax._inputs import is_zero, prepare, to_float
 from softjax._slices import AlongAxes
 from softjax.policies.actions import Mixture, check_actions, chosen, mixture, per_step
 
 __all__ = ["clipped_surrogate_loss", "policy_gradient_loss"]
 
 
-@public()
+@api()
 def policy_gradient_loss(
     logits: ArrayLike,
     actions: ArrayLike,
@@ -73,7 +74,7 @@ def policy_gradient_loss(
     return _finish(loss, policy, entropy_cost, log_probs)
 
 
-@public(clip=NONNEGATIVE)
+@api(clip=NONNEGATIVE)
 def clipped_surrogate_loss(
     logits: ArrayLike,
     actions: ArrayLike,

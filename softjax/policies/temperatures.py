@@ -17,18 +17,11 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._exact import log1p, where_finite
-from softjax._inputs import (
-    NONNEGATIVE,
-    Axis,
-    Problem,
-    broadcast,
-    per_slice,
-    prepare,
-    public,
-    to_float,
-)
-from softjax._search import bracketed_newton
+from softjax._api import NONNEGATIVE, api
+from softjax._elementary import log1p
+from softjax._float import where_finite
+from softjax._inputs import Axis, Problem, broadcast, per_slice, prepare, to_float
+from softjax._rootfinding import bracketed_newton
 from softjax._slices import AlongAxes
 from softjax.reductions import mellowmax
 
@@ -40,7 +33,7 @@ __all__ = [
 ]
 
 
-@public(initial=NONNEGATIVE, half_life=NONNEGATIVE, final=NONNEGATIVE)
+@api(initial=NONNEGATIVE, half_life=NONNEGATIVE, final=NONNEGATIVE)
 def exponential_temperature(
     step: ArrayLike, *, initial: ArrayLike, half_life: ArrayLike, final: ArrayLike = 0.0
 ) -> Array:
@@ -86,7 +79,7 @@ def exponential_temperature(
     return (final + (initial - final) * kept).astype(dtype)
 
 
-@public("axis", counts=NONNEGATIVE)
+@api("axis", counts=NONNEGATIVE)
 def visit_count_temperature(
     values: ArrayLike,
     counts: ArrayLike,
@@ -144,7 +137,7 @@ def visit_count_temperature(
     return jnp.where(empty, 0, row).astype(problem.dtype)
 
 
-@public("axis", target=NONNEGATIVE)
+@api("axis", target=NONNEGATIVE)
 def target_entropy_temperature(
     values: ArrayLike,
     target: ArrayLike,
@@ -214,7 +207,7 @@ def _missing_entropy(
     return target - (jnp.log(num_peaks) + log1p(others) + mean)
 
 
-@public("axis")
+@api("axis")
 def mellowmax_temperature(
     values: ArrayLike,
     *,
@@ -291,10 +284,10 @@ def _below(problem: Problem, slices: AlongAxes) -> tuple[Array, Array]:
     peak = jax.lax.stop_gradient(where_finite(slices.max(x)))
     legal = (x != -jnp.inf) & (x != jnp.inf)
     # Eighths: the difference of huge values may overflow, and the inverse of it underflow.
-    eighths = jnp.where(legal, x, slices.spread(peak)) / 8 - slices.spread(peak / 8)
+    eighths = jnp.where(legal, x, slices.broadcast(peak)) / 8 - slices.broadcast(peak / 8)
     depth = jax.lax.stop_gradient(slices.max(-eighths))
     depth = jnp.where(depth > 0, depth, 0.125)
-    below = eighths / slices.spread(depth)
+    below = eighths / slices.broadcast(depth)
     return jnp.where(x == -jnp.inf, -jnp.inf, below), 8 * depth
 
 

@@ -15,16 +15,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softjax._blocks import by_one_thread
-from softjax._exact import (
-    FAR,
-    centre,
-    exp_of_sum,
-    log1p,
-    log1p_in_two,
-    sum_in_pairs,
-    sum_in_two,
-    two_difference,
-)
+from softjax._elementary import exp_of_sum, log1p, log1p_in_two
+from softjax._float import sum_in_pairs, sum_in_two, two_difference
+from softjax._scores import FAR, centre
 from softjax._slices import Slices, join_parts
 from softjax._threshold import Family, Solution
 
@@ -46,7 +39,7 @@ def _solve(
         peak = jnp.maximum(peak, lax.stop_gradient(sink))
     weights = weigh(slices, logits, peak, temperature)
     peak = weights.peak
-    scores = centre(logits, peak, temperature, slices.spread)
+    scores = centre(logits, peak, temperature, slices.broadcast)
     num_peaks, others, sink_weight = weights.num_peaks, weights.others, None
     if sink is not None:
         sink_weight = exponentials(sink, peak, temperature)
@@ -62,7 +55,7 @@ def _solve(
     total /= jnp.where(empty, 2, 1)
     log_total = threshold, lost + weights.lost / total
     probs = _divide(slices, logits, temperature, weights, total, log_total)
-    margins = scores.minus(slices.spread(threshold))
+    margins = scores.minus(slices.broadcast(threshold))
     threshold = jnp.where(empty, -jnp.inf, threshold)
     leak = None if sink_weight is None else sink_weight / UNIT / total
     return Solution(probs, margins, threshold, lost, others / total, leak)
@@ -92,7 +85,7 @@ class Weights(NamedTuple):
 def weigh(slices: Slices, x: Array, peak: Array, temperature: Array | None) -> Weights:
     """The weights of x, whose slices have these peaks."""
     args = (x, peak, temperature)
-    form = functools.partial(exponentials, spread=slices.spread)
+    form = functools.partial(exponentials, spread=slices.broadcast)
     marked: Array | None = None
     if slices.parts(x) is None:
         marked = by_one_thread(lambda *args: mark_peaks(form(*args)), slices, *args)
@@ -140,7 +133,9 @@ def _divide(
         vanish = entries == 0
         # (Of a divisor that is one number a slice XLA would take the rounded inverse. In the
         # unit of the weights its square, which plain differentiation divides by, would be inf.)
-        return jnp.where(vanish, 0, entries / UNIT / jnp.where(vanish, 1, slices.spread(total)))
+        return jnp.where(
+            vanish, 0, entries / UNIT / jnp.where(vanish, 1, slices.broadcast(total))
+        )
 
     is_plain = temperature is None and x.dtype == jnp.float32
     if is_plain and slices.parts(x) is not None and x.shape[-1] >= FROM_BASE:
@@ -210,7 +205,7 @@ def _split_in_parts(
     sums = join_parts([_add_up(parts, peak, temperature) for parts in groups])
     num_peaks = slices.sum(_positive(-jnp.sign(lax.stop_gradient(sums))))
     others = slices.total(sums, jnp.abs)
-    leading, rest = sum_in_two(lax.stop_gradient(jnp.abs(sums)), slices.sum, slices.spread)
+    leading, rest = sum_in_two(lax.stop_gradient(jnp.abs(sums)), slices.sum, slices.broadcast)
     lost = (leading - lax.stop_gradient(others)) + rest
     return num_peaks, others / UNIT, lost / UNIT
 
@@ -219,8 +214,8 @@ def _split_at_once(
     slices: Slices, x: Array, peak: Array, temperature: Array | None
 ) -> tuple[Array, Array, Array]:
     """The numbers of `Weights`, by one sum of them: for two they would be written out."""
-    is_peak = x == slices.spread(jnp.where(peak == -jnp.inf, jnp.nan, peak))
-    weights = exponentials(x, peak, temperature, spread=slices.spread)
+    is_peak = x == slices.broadcast(jnp.where(peak == -jnp.inf, jnp.nan, peak))
+    weights = exponentials(x, peak, temperature, spread=slices.broadcast)
     others = slices.total(_beside_peak(weights, is_peak)) / UNIT
     return slices.sum(is_peak.astype(x.dtype)), others, jnp.zeros_like(others)
 

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._exact import where_finite
+from softjax._float import where_finite
 from softjax._inputs import computing_dtype
-from softjax._varying import vary
+from softjax._mesh import vary
 from softjax.attentions._operands import (
     Floats,
     Others,
@@ -33,7 +33,12 @@ from softjax.attentions._operands import (
     weighted,
     widened,
 )
-from softjax.attentions._walks import only_tile, over_keys, over_queries, sum_over_keys
+from softjax.attentions._tile_loops import (
+    map_query_blocks,
+    only_tile,
+    scan_key_blocks,
+    sum_over_keys,
+)
 
 WHOLE = Place(0, 0)
 
@@ -79,11 +84,11 @@ def average(program: Program, floats: Floats, others: Others) -> tuple[Array, Ar
             sums = weighted(drop(weights, others, at), part.values)
             return _Seen(peak, total, seen.sums * fade[..., None] + sums)
 
-        seen = over_keys(grid, i, visit, start, kinds, *parts)
+        seen = scan_key_blocks(grid, i, visit, start, kinds, *parts)
         total = jnp.where(seen.total == 0, 1, seen.total)
         return seen.sums / total[..., None], _log_sum(seen.peak, seen.total)
 
-    return over_queries(grid, block, (floats,), kinds)
+    return map_query_blocks(grid, block, (floats,), kinds)
 
 
 def _at_once(scores: Array, part: Floats, others: Others) -> tuple[Array, Array, Array]:
@@ -133,7 +138,7 @@ def _average_jvp(program: Program, primals: Any, tangents: Any) -> tuple[Any, An
 
     # (Widened, or the cotangents of half precision would be rounded with every block.)
     dots = widened(dots)
-    dots = over_queries(grid, block, (floats, dots), kinds, out, lse, remember=False)
+    dots = map_query_blocks(grid, block, (floats, dots), kinds, out, lse, remember=False)
     return (out, lse), dots
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from softjax._exact import expm1_over
+from softjax._elementary import expm1_over
 from softjax._slices import AlongAxes
 from softjax._threshold import Family, solve
 from softjax.entropies import pick

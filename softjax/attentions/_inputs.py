@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._hoist import hoist_floats
+from softjax._closures import hoist_floats
 from softjax._inputs import computing_dtype, nan_unless_positive, one_number, to_float
+from softjax._mesh import vary
 from softjax._tiles import Grid, grid_of, per_score
-from softjax._varying import vary
 from softjax.attentions._dropout import words_of
 from softjax.attentions._operands import Floats, Others, Program
 from softjax.masks import Inside, Mask

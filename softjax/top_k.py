@@ -17,10 +17,11 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from softjax._api import NONNEGATIVE, api
 from softjax._blocks import in_blocks
-from softjax._exact import centre_at
-from softjax._inputs import NONNEGATIVE, Axis, per_slice, prepare, public, resolve_axes
-from softjax._search import bracketed_newton, from_ordered, largest_threshold, ordered
+from softjax._inputs import Axis, per_slice, prepare, resolve_axes
+from softjax._rootfinding import bracketed_newton, from_ordered, largest_threshold, ordered
+from softjax._scores import centre_at
 from softjax._slices import AlongAxes
 from softjax._threshold import Family, Solution, reciprocal, weigh
 
@@ -34,7 +35,7 @@ def _refuse_large_k(given: dict[str, Any]) -> None:
         raise ValueError(f"`k` must be at most the size of a slice, {size}, got {k}.")
 
 
-@public("kind", "axis", temperature=NONNEGATIVE, k=NONNEGATIVE, refuse=_refuse_large_k)
+@api("kind", "axis", temperature=NONNEGATIVE, k=NONNEGATIVE, refuse=_refuse_large_k)
 def soft_top_k(
     logits: ArrayLike,
     k: ArrayLike,
@@ -105,7 +106,7 @@ def _budget_family(
         budget: Array,
         *__: None,
     ) -> Solution:
-        spread = slices.spread
+        spread = slices.broadcast
         kept = logits != -jnp.inf
         unknown = slices.sum(jnp.isnan(logits).astype(logits.dtype)) > 0
         if temperature is not None:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softjax._blocks import in_blocks
-from softjax._exact import high_half, log1p, two_difference, two_quotient
+from softjax._elementary import log1p
+from softjax._float import high_half, two_difference, two_quotient
+from softjax._mesh import vary
 from softjax._slices import AlongAxes
-from softjax._varying import vary
 
 
 class Missed(NamedTuple):

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from softjax._mesh import replicated_axes
 from softjax._tiles import Grid
-from softjax._varying import shared_axes
 from softjax.attentions._operands import Floats, Place
 
 Parts = tuple[Floats, ...]
@@ -32,7 +32,7 @@ def only_tile(floats: Parts) -> Parts:
     return tuple(map(whole, floats))
 
 
-def over_queries(
+def map_query_blocks(
     grid: Grid, body: Callable[..., Any], floats: Parts, *rows: Any, remember: bool = True
 ) -> Any:
     """body(i, floats of block i, *rows of block i) for all i, stacked.
@@ -80,14 +80,14 @@ def _agreed(kinds: Array, floats: Parts) -> Array:
     (Such a sum, in a branch that only some of them take, would wait for the others forever. A
     function's captured arrays alone are shared still; all others were made to vary before.)
     """
-    axes = shared_axes(kinds, floats)
+    axes = replicated_axes(kinds, floats)
     if not axes:
         return kinds
     low, high = lax.pmin(kinds, axes), lax.pmax(kinds, axes)
     return jnp.where(low == high, low, 1)
 
 
-def over_keys(
+def scan_key_blocks(
     grid: Grid, i: Any, visit: Visit, state: Any, kinds: Array, floats: Floats
 ) -> Any:
     """The state after the blocks of keys whose tiles are not empty.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softjax._wide import WORD, Wide
+from softjax._uint64 import WORD, Wide
 
 ABOVE = 200.0  # by which an infinite logit is above all others: exp(-200) is 1e-87
 

@@ -20,9 +20,11 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from softjax._blocks import by_one_thread
-from softjax._exact import FAR, exp_of_sum, log1p, two_difference, where_finite
+from softjax._elementary import exp_of_sum, log1p
+from softjax._float import two_difference, where_finite
+from softjax._mesh import is_sharded
+from softjax._scores import FAR
 from softjax._slices import FOLDED, PARTS, AlongAxes, add_parts
-from softjax._varying import is_spread
 from softjax.entropies import pick
 
 
@@ -66,14 +68,14 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
         shares.peak,
         shares.log_total,
     )
-    by_row = functools.partial(jnp.expand_dims, axis=axis)
+    expand = functools.partial(jnp.expand_dims, axis=axis)
     total = lambda x: jnp.squeeze(AlongAxes((axis,)).sum(x), axis)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tangent(others: Array, rows: Any, kept: Any, logits: Any, dots: Any) -> Statistics:
         logits_dot, _, weights_dot = dots
-        certain, missing, inverse, own, peak, log_total = map(by_row, rows)
-        hit = _places(others, labels, axis) == by_row(labels)
+        certain, missing, inverse, own, peak, log_total = map(expand, rows)
+        hit = _places(others, labels, axis) == expand(labels)
         zero = jnp.zeros_like(found.surprise)
         surprise_dot = logsumexp_dot = zero
         if logits_dot is not None:
@@ -134,7 +136,7 @@ def _share_unwritten(axis: int, logits: Array, labels: Array) -> _Shares:
     # not added up part by part, a mask in arithmetic keeps it from writing them.)
     whole = math.prod(logits.shape)  # It may be open, in an export for any size.
     is_usual = isinstance(whole, int) and axis == logits.ndim - 1
-    is_small = is_usual and whole < FOLDED and not is_spread((logits, labels))
+    is_small = is_usual and whole < FOLDED and not is_sharded((logits, labels))
     in_parts = AlongAxes((axis,)).parts(logits, _num_parts(logits, axis)) is not None
     mask = _differs if is_small or in_parts else _distance
     return _share(axis, mask, logits, labels, written=False)._replace(others=None)
@@ -170,7 +172,7 @@ def _weigh(
     scale = jnp.where(jnp.abs(peak) > limits.max / 4, 0.5, 1).astype(logits.dtype)
     anchor = jnp.where(peak == jnp.inf, limits.max, where_finite(peak) * scale)
     floor = anchor - jnp.maximum(FAR, 4 * limits.eps * jnp.abs(anchor))
-    by_row = functools.partial(jnp.expand_dims, axis=axis)
+    expand = functools.partial(jnp.expand_dims, axis=axis)
 
     def weights(z: Array, scale: Array, anchor: Array, floor: Array) -> Array:
         # (In this order: XLA's CPU backend lets a NaN through as the second operand.)
@@ -181,7 +183,7 @@ def _weigh(
         weights = jnp.exp(below)
         return weights + weights * lax.stop_gradient(error)
 
-    slices, rows = AlongAxes((axis,)), tuple(map(by_row, (scale, anchor, floor)))
+    slices, rows = AlongAxes((axis,)), tuple(map(expand, (scale, anchor, floor)))
     cut: Callable[[Array], Any] = lambda x: slices.parts(x, _num_parts(x, axis))
     others = by_one_thread(
         lambda z, counts, *rows: weights(z, *rows) * counts,
@@ -237,8 +239,8 @@ def _conclude(
     if class_weights is None:
         return found
     kept = logits != -jnp.inf
-    by_row = functools.partial(jnp.expand_dims, axis=axis)
-    costs = below_peak(by_row(shares.peak), logits) + by_row(shares.log_total)
+    expand = functools.partial(jnp.expand_dims, axis=axis)
+    costs = below_peak(expand(shares.peak), logits) + expand(shares.log_total)
     costs = jnp.where(kept & (class_weights != 0), costs * class_weights, 0)
     total = jnp.squeeze(AlongAxes((axis,)).sum(costs), axis)
     return found._replace(even=total / _count(kept, axis, logits.dtype))

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import zero_from_primal
 
-from softjax._exact import where_finite
+from softjax._float import where_finite
 from softjax._inputs import computing_dtype
+from softjax._mesh import vary
 from softjax._threshold import reciprocal
-from softjax._varying import vary
 from softjax.attentions._operands import (
     Floats,
     Others,
@@ -36,7 +36,7 @@ from softjax.attentions._operands import (
     weighted,
     widened,
 )
-from softjax.attentions._walks import over_keys, over_queries, sum_over_keys
+from softjax.attentions._tile_loops import map_query_blocks, scan_key_blocks, sum_over_keys
 
 
 def _sparsemax(margins: Array) -> Array:
@@ -87,7 +87,7 @@ def sparse_average(program: Program, floats: Floats, others: Others, reach: Arra
         rows = (found.tau, found.peak)
         return sum_over_keys(grid, i, term, start, found.kinds, parts, *rows)
 
-    out = over_queries(grid, block, (floats,), found, remember=False)
+    out = map_query_blocks(grid, block, (floats,), found, remember=False)
     return jnp.where(jnp.isnan(found.tau)[..., None], jnp.nan, out)
 
 
@@ -112,7 +112,7 @@ def _threshold(program: Program, floats: Floats, others: Others, reach: Array) -
             return jnp.maximum(peak, jnp.max(scores_of(program, part, others, at), -1))
 
         lowest = vary(jnp.full(rows, -jnp.inf, dtype), floats, others)
-        peak = where_finite(over_keys(grid, i, higher, lowest, kinds, *parts))
+        peak = where_finite(scan_key_blocks(grid, i, higher, lowest, kinds, *parts))
 
         def sums(tau: Array, kinds: Array) -> tuple[Array, Array, Array]:
             """Of weights and slopes; and which tiles reach above the thresholds."""
@@ -128,9 +128,9 @@ def _threshold(program: Program, floats: Floats, others: Others, reach: Array) -
 
             zero = jnp.zeros_like(tau)
             start = vary((zero, zero, jnp.zeros_like(kinds)), tau)
-            return over_keys(grid, i, visit, start, kinds, *parts)
+            return scan_key_blocks(grid, i, visit, start, kinds, *parts)
 
-        def climb(state: _Climb) -> _Climb:
+        def newton_from_left(state: _Climb) -> _Climb:
             total, slope, live = sums(state.tau, state.kinds)
             above = (total > 1) & (slope > 0)
             step = jnp.where(above, (total - 1) / jnp.where(above, slope, 1), 0)
@@ -140,10 +140,10 @@ def _threshold(program: Program, floats: Floats, others: Others, reach: Array) -
 
         start = _Climb(jnp.full(rows, -reach), kinds, jnp.array(True), jnp.array(0))
         start = vary(start, floats, others)
-        found = lax.while_loop(lambda s: s.moving & (s.steps < STEPS), climb, start)
+        found = lax.while_loop(lambda s: s.moving & (s.steps < STEPS), newton_from_left, start)
         return _Found(found.tau, peak, found.kinds)
 
-    return over_queries(grid, block, (floats,), tile_kinds(others))
+    return map_query_blocks(grid, block, (floats,), tile_kinds(others))
 
 
 def _threshold_jvp(program: Program, primals: Any, tangents: Any) -> tuple[_Found, _Found]:
@@ -176,7 +176,7 @@ def _threshold_jvp(program: Program, primals: Any, tangents: Any) -> tuple[_Foun
         moved = sum_over_keys(grid, i, term, zero, found.kinds, parts, *rows)
         return moved * reciprocal(slope)
 
-    tau_dot = over_queries(grid, block, (floats, dots), found, remember=False)
+    tau_dot = map_query_blocks(grid, block, (floats, dots), found, remember=False)
     fixed = [zero_from_primal(x, symbolic_zeros=True) for x in (found.peak, found.kinds)]
     return found, _Found(tau_dot, *fixed)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softjax import _search
+from softjax import _rootfinding
 from softjax._slices import AlongAxes
 from tests.helpers import INF, NAN, assert_close, assert_same, draw, eps
 
@@ -16,18 +16,20 @@ def threshold(keys, weights, amount):
     keys = jnp.asarray(keys)
     weights = None if weights is None else jnp.asarray(weights)
     amount = jnp.broadcast_to(jnp.asarray(amount, keys.dtype), (len(keys), 1))
-    found = _search.largest_threshold(LAST, _search.ordered(keys), weights, amount)
-    return np.asarray(_search.from_ordered(found, keys.dtype))
+    found = _rootfinding.largest_threshold(LAST, _rootfinding.ordered(keys), weights, amount)
+    return np.asarray(_rootfinding.from_ordered(found, keys.dtype))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_ordered_integers_have_the_order_of_the_numbers(dtype):
     info = np.finfo(dtype)
     numbers = [-INF, info.min, -1.0, -info.tiny, 0.0, info.tiny, 1.0, 1.5, info.max, INF, NAN]
-    integers = _search.ordered(jnp.asarray(numbers, dtype))
+    integers = _rootfinding.ordered(jnp.asarray(numbers, dtype))
     assert (jnp.diff(integers) > 0).all()
-    assert_same(_search.from_ordered(integers[:-1], dtype), jnp.asarray(numbers[:-1], dtype))
-    zeros = _search.ordered(jnp.asarray([0.0, -0.0], dtype))
+    assert_same(
+        _rootfinding.from_ordered(integers[:-1], dtype), jnp.asarray(numbers[:-1], dtype)
+    )
+    zeros = _rootfinding.ordered(jnp.asarray([0.0, -0.0], dtype))
     assert zeros[0] == zeros[1]
 
 
@@ -61,16 +63,16 @@ def test_climb_finds_roots_of_convex_functions():
     target = jnp.array([[0.5], [3.0], [40.0]])
     step = lambda tau: (jnp.exp(-tau) - target, jnp.exp(-tau))
     start = jnp.full((3, 1), -10.0)
-    tau = _search.climb(step, start)
+    tau = _rootfinding.newton_from_left(step, start)
     assert_close(tau, -jnp.log(target), rtol=8 * eps("float64"))
     for i in range(3):
         alone = lambda t, i=i: (jnp.exp(-t) - target[i : i + 1], jnp.exp(-t))
-        assert_same(_search.climb(alone, start[i : i + 1]), tau[i : i + 1])
+        assert_same(_rootfinding.newton_from_left(alone, start[i : i + 1]), tau[i : i + 1])
 
 
 def test_climb_gives_up_on_nan_in_its_own_slice_only():
     step = lambda tau: (jnp.exp(-tau) - 1, jnp.exp(-tau))
-    tau = _search.climb(step, jnp.array([[NAN], [-3.0]]))
+    tau = _rootfinding.newton_from_left(step, jnp.array([[NAN], [-3.0]]))
     assert_close(tau[1:], [[0.0]], rtol=0, atol=1e-15)
 
 
@@ -79,10 +81,10 @@ def test_bracketed_newton_where_newton_alone_diverges():
     shift = jnp.array([[-7.0], [0.25], [9.0]])
     step = lambda tau: (-jnp.arctan(20 * (tau - shift)), 20 / (1 + 400 * (tau - shift) ** 2))
     low, high = jnp.full((3, 1), -10.0), jnp.full((3, 1), 10.0)
-    tau = _search.bracketed_newton(step, low, high, low)
+    tau = _rootfinding.bracketed_newton(step, low, high, low)
     assert_close(tau, shift, rtol=4 * eps("float64"))
     flat = lambda tau: (jnp.where(tau < 1, 1.0, jnp.where(tau > 2, -1.0, 0.0)), 0 * tau)
-    tau = _search.bracketed_newton(flat, low, high, low)
+    tau = _rootfinding.bracketed_newton(flat, low, high, low)
     assert ((tau >= 1) & (tau <= 2)).all()
 
 
@@ -95,11 +97,11 @@ def test_climb_ends_at_the_root_or_after_a_short_step():
         return tau * tau - 2, -2 * tau
 
     start = jnp.full((1,), -4.0)
-    root = _search.climb(step, start)
+    root = _rootfinding.newton_from_left(step, start)
     assert_close(root, [-np.sqrt(2)], rtol=2 * eps("float64"))
     jax.effects_barrier()
     patient = len(seen)
-    near = _search.climb(step, start, 1e-4)
+    near = _rootfinding.newton_from_left(step, start, 1e-4)
     jax.effects_barrier()
     assert len(seen) - patient < patient
     assert_close(near, [-np.sqrt(2)], rtol=1e-8)

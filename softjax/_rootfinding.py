@@ -1,6 +1,6 @@
 """Searches for a number a slice by reductions alone: nothing is sorted.
 
-`climb` and `bracketed_newton` find where a decreasing function crosses zero;
+`newton_from_left` and `bracketed_newton` find where a decreasing function crosses zero;
 `largest_threshold` finds a threshold among the entries themselves, by halving the range of
 their bit patterns, or, on accelerators, digit by digit: there few passes count, and to look
 whether a loop is done takes as long as one.
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softjax._exact import sum_in_pairs
+from softjax._float import sum_in_pairs
+from softjax._mesh import vary
 from softjax._slices import AlongAxes
-from softjax._varying import vary
 
 DIGIT = 3  # bits that one pass finds
 State = TypeVar("State", bound=tuple[Any, ...])
@@ -23,7 +23,7 @@ Step = Callable[[Array], tuple[Array, Array]]  # tau -> (excess, -slope), one a 
 Bracket = tuple[Array, Array, Array, Array, Array, Array]  # low, high, tau, last, moving, count
 
 
-def climb(step: Step, start: Array, close: float = 0.0) -> Array:
+def newton_from_left(step: Step, start: Array, close: float = 0.0) -> Array:
     """Newton's method from the left of the root of a decreasing convex function.
 
     There it only ever moves right, so it stops when rounding stops it (for a piecewise

@@ -28,7 +28,7 @@ def vary(tree: Tree, *others: Any) -> Tree:
     return jax.tree.map(cast, tree)
 
 
-def is_spread(tree: Any) -> bool:
+def is_sharded(tree: Any) -> bool:
     """Whether an array's type says that it is spread over devices (on a mesh of explicit axes).
 
     Such an array is not cut into blocks: these would be spread over the devices again.
@@ -37,7 +37,7 @@ def is_spread(tree: Any) -> bool:
     return any(axis is not None for x in arrays for axis in jax.typeof(x).sharding.spec)
 
 
-def shared_axes(x: Any, *others: Any) -> tuple[str, ...]:
+def replicated_axes(x: Any, *others: Any) -> tuple[str, ...]:
     """The axes over which `x` varies and an array among `others` does not."""
     by_all = _axes(x).intersection(*map(_axes, jax.tree.leaves(others)))
     return tuple(sorted(_axes(x) - by_all))

@@ -16,10 +16,11 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax import _online, masks
-from softjax._hoist import Captured
-from softjax._inputs import computing_dtype, named, public, to_float, to_integers
-from softjax._varying import vary
-from softjax.attentions._prepare import per_head
+from softjax._api import api, named
+from softjax._closures import Captured
+from softjax._inputs import computing_dtype, to_float, to_integers
+from softjax._mesh import vary
+from softjax.attentions._inputs import per_head
 from softjax.attentions.attend import Argument, attention, held_by, with_sink
 
 __all__ = ["merge_attention", "paged_attention"]
@@ -27,7 +28,7 @@ __all__ = ["merge_attention", "paged_attention"]
 AT_ONCE = 512  # keys that are gathered at once, about
 
 
-@public()
+@api()
 def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
     r"""Merges attention over disjoint sets of keys into attention over all of them.
 

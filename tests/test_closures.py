@@ -10,7 +10,7 @@ import pytest
 
 import softjax as sj
 from softjax import masks
-from softjax._hoist import Captured
+from softjax._closures import Captured
 
 SLOPE = 1.0
 
