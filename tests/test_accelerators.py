@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import softjax as sj
-from tests import test_parts, test_scores, test_search
+from tests import test_parts, test_rootfinding, test_scores
 from tests.helpers import assert_same
 from tests.test_sharding import mesh
 
@@ -33,12 +33,12 @@ test_filters_at_the_edges = test_scores.test_filters_at_the_edges
 test_filters_of_long_slices = test_scores.test_filters_of_long_slices
 test_top_k_of_special_numbers = test_scores.test_top_k_of_special_numbers
 
-test_by_count = test_search.test_largest_threshold_by_count_is_the_kth_largest
-test_by_weight = test_search.test_largest_threshold_by_weight
-test_climb = test_search.test_climb_finds_roots_of_convex_functions
-test_climb_of_nan = test_search.test_climb_gives_up_on_nan_in_its_own_slice_only
-test_the_end_of_a_climb = test_search.test_climb_ends_at_the_root_or_after_a_short_step
-test_bracketed_newton = test_search.test_bracketed_newton_where_newton_alone_diverges
+test_by_count = test_rootfinding.test_largest_threshold_by_count_is_the_kth_largest
+test_by_weight = test_rootfinding.test_largest_threshold_by_weight
+test_climb = test_rootfinding.test_climb_finds_roots_of_convex_functions
+test_climb_of_nan = test_rootfinding.test_climb_gives_up_on_nan_in_its_own_slice_only
+test_the_end_of_a_climb = test_rootfinding.test_climb_ends_at_the_root_or_after_a_short_step
+test_bracketed_newton = test_rootfinding.test_bracketed_newton_where_newton_alone_diverges
 
 
 def test_the_other_way_is_taken():

@@ -9,7 +9,7 @@ import pytest
 
 import softjax as sj
 from softjax import masks
-from softjax.attentions import _sparse
+from softjax.attentions import _threshold_tiles
 from softjax.attentions._inputs import prepare, with_weigher
 from tests import oracles
 from tests.helpers import NAN, assert_close, eps
@@ -148,8 +148,8 @@ def test_tiles_without_weight_are_skipped():
         block_size=(4, 4),
         implementation=None,
     )
-    problem = with_weigher(problem, _sparse.MAPS["sparsemax"][0])
-    found = _sparse._threshold(*problem[:3], jnp.array(1.0))
+    problem = with_weigher(problem, _threshold_tiles.MAPS["sparsemax"][0])
+    found = _threshold_tiles._threshold(*problem[:3], jnp.array(1.0))
     np.testing.assert_array_equal(found.kinds, [[0, 2, 0, 2]] * 2)
 
 
