@@ -90,7 +90,7 @@ def test_merging_nothing():
 @pytest.mark.parametrize("num_splits", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_pages(num_splits, monkeypatch):
     """Two pages at a time; with a sink and a soft cap; whatever stands in other pages."""
-    monkeypatch.setattr("softjax.attentions.decoding.AT_ONCE", 2 * PAGE)
+    monkeypatch.setattr("softjax.attentions.paged.AT_ONCE", 2 * PAGE)
     queries, keys, values, table = pages()
     options = {"sink": jnp.arange(N) / 4, "soft_cap": 2.0}
     call = lambda *a: sj.paged_attention(*a, table, LENGTHS, num_splits=num_splits, **options)
