@@ -34,8 +34,8 @@ class Rows(NamedTuple):
         """exp((x - peak) / temperature) of logits with the rows along their first axis."""
         grow = lambda row: row.reshape(-1, *(1,) * (x.ndim - 1))
         temperature = None if self.temperature is None else grow(self.temperature)
-        scores = centre(x, grow(self.peak), temperature, lambda row: row)
-        return jnp.where(scores.dead, 0, jnp.exp(scores.near))
+        scores = centre(x, grow(self.peak), temperature)
+        return jnp.where(scores.is_far, 0, jnp.exp(scores.near))
 
 
 class Parts(NamedTuple):

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softjax._float import sum_in_pairs
 from softjax._mesh import vary
 from softjax._slices import AlongAxes
 
@@ -116,24 +115,7 @@ def largest_threshold(
 
         return lax.while_loop(lambda s: jnp.any(s[0] + 1 < s[1]), halve, (low, high + 1))[0]
 
-    def by_digits(low: Array, high: Array, spare: Array, *entries: Array) -> Array:
-        # One pass finds a digit, as the sums below all that it can be are taken together.
-        info = jnp.iinfo(low.dtype)
-        num_digits = -(-info.bits // DIGIT)
-
-        def find(i: Array, found: Array) -> Array:
-            shift = ((num_digits - 1 - i) * DIGIT).astype(low.dtype)
-            digits = [jnp.array(digit, low.dtype) for digit in range(1, 2**DIGIT)]
-            sums = slices.sums([below(*entries, found + (digit << shift)) for digit in digits])
-            # (Of the first digit there may be fewer bits.)
-            is_one = [lax.shift_right_logical(d << shift, shift) == d for d in digits]
-            enough = [valid & (x <= spare) for valid, x in zip(is_one, sums, strict=True)]
-            return found + (sum_in_pairs([x.astype(low.dtype) for x in enough]) << shift)
-
-        found = lax.fori_loop(0, num_digits, find, jnp.full_like(low, info.min))
-        return jnp.clip(found, low, high)
-
-    return lax.platform_dependent(low, high, spare, *entries, cpu=by_halves, default=by_digits)
+    return by_halves(low, high, spare, *entries)
 
 
 def ordered(x: Array) -> Array:

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, PROBABILITY, api
-from softjax._blocks import in_blocks
+from softjax._cpu import blocked_over_slices
 from softjax._float import where_finite
 from softjax._inputs import Axis, per_slice, prepare
 from softjax._rootfinding import largest_threshold, ordered
@@ -147,7 +147,7 @@ def _filter(logits: ArrayLike, axis: Axis, amount: ArrayLike, name: str, rank: R
     x, slices = jax.lax.stop_gradient(problem.logits), AlongAxes(problem.axes)
     row = jax.lax.stop_gradient(per_slice(amount, x, problem.axes, name=name))
 
-    @in_blocks
+    @blocked_over_slices
     def keep(slices: AlongAxes, x: Array, amount: Array) -> Array:
         keys, weights = rank(slices, x)
         # All of a mass that adds up to 1 is everything, whatever the sum rounds to.

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from softjax._api import api
 from softjax._elementary import expm1_over, log1p_over
-from softjax._float import two_difference, where_finite
+from softjax._float import where_finite
 from softjax._inputs import Axis, broadcast, per_slice, prepare, to_float
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX
@@ -73,13 +73,10 @@ def logsumexp(
 
 
 def log_sum(logits: Array, axes: tuple[int, ...]) -> Array:
-    """`logsumexp` of what has been prepared, with the axes kept."""
+    """`logsumexp` of prepared logits, with the axes kept."""
     slices = AlongAxes(axes)
-    peak = slices.max(jax.lax.stop_gradient(logits))
     solution = solve(SOFTMAX, slices, logits)
-    row, error = two_difference(peak, -solution.threshold)
-    error = jax.lax.stop_gradient(error + solution.lost)
-    return row + jnp.where(jnp.isfinite(row), error, 0)
+    return slices.max(jax.lax.stop_gradient(logits)) + solution.threshold
 
 
 def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> Array:

@@ -126,10 +126,10 @@ def _as_rows(problem: Problem, axis: int) -> tuple[Array, Array | None]:
 def _by_gumbel(key: Array, x: Array, temperature: Array | None, num_draws: int) -> Array:
     peak = jnp.max(x, 1, keepdims=True)
     temperature = None if temperature is None else temperature[:, None]
-    scores = centre(x, peak, temperature, lambda row: row)
+    scores = centre(x, peak, temperature)
     noise = _random.gumbel(key, (num_draws, *x.shape), x.dtype)
-    perturbed = jnp.where(scores.dead[None], -jnp.inf, scores.near[None] + noise)
-    none = jnp.all(scores.dead, 1) | jnp.any(jnp.isnan(scores.near), 1)
+    perturbed = jnp.where(scores.is_far[None], -jnp.inf, scores.near[None] + noise)
+    none = jnp.all(scores.is_far, 1) | jnp.any(jnp.isnan(scores.near), 1)
     return jnp.where(none[None], -1, jnp.argmax(perturbed, -1).astype(jnp.int32))
 
 

@@ -20,8 +20,8 @@ PACKAGE = ROOT / "softjax"
 
 # A module imports only from those before it.
 ORDER = [
-    *("_mesh", "_api", "_inputs", "_autodiff", "_float", "_elementary", "_scores"),
-    *("_slices", "_blocks", "_rootfinding", "_threshold", "_softmax", "_divergence"),
+    *("_mesh", "_api", "_inputs", "_autodiff", "_float", "_elementary", "_scores", "_scan"),
+    *("_cpu", "_slices", "_rootfinding", "_threshold", "_softmax", "_divergence"),
     *("_online", "_uint64", "_random", "_inverse_cdf", "_closures", "_tiles"),
     *("reductions", "dense", "sparse", "top_k", "segments", "scores", "filters", "decoding"),
     *("entropies", "losses", "output_layers", "contrastive", "sampling", "subsets"),

@@ -11,10 +11,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import POSITIVE, api
-from softjax._blocks import scan_blocks
 from softjax._inputs import check_int
 from softjax._random import check_key
-from softjax.losses._softmax_stats import surprise
+from softjax._scan import scan_blocks
+from softjax.losses._softmax_stats import nll
 from softjax.output_layers._layer import (
     Layer,
     cooled,
@@ -123,7 +123,7 @@ def sampled_cross_entropy(
         chosen = chosen if own.bias is None else chosen + own.bias
         chosen = chosen if heat is None else cooled(chosen, heat)
         together = jnp.concatenate([chosen[:, None], scores], 1)
-        return surprise(together, jnp.zeros_like(labels), 1)
+        return nll(together, jnp.zeros_like(labels), 1)
 
     blocks = (layer.features, layer.temperature, rows.labels, _classes(layer, rows.labels))
     nats = scan_blocks(visit, None, blocks, max(1, ENTRIES // num_samples))[1]

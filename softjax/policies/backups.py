@@ -19,11 +19,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, PROBABILITY, api
-from softjax._elementary import log1p
 from softjax._float import where_finite
 from softjax._inputs import Axis, broadcast, computing_dtype, per_slice, prepare, to_float
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX, weigh
+from softjax._softmax import SOFTMAX, normalizer
 from softjax._threshold import solve
 from softjax.policies.actions import mixture
 
@@ -79,8 +78,8 @@ def soft_value(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _soft_maximum(axes: tuple[int, ...], x: Array, temperature: Array | None) -> Array:
     slices = AlongAxes(axes)
-    weights = weigh(slices, x, jax.lax.stop_gradient(slices.max(x)), temperature)
-    row, extra = weights.peak, log1p(weights.beside_one())
+    found = normalizer(slices, x, temperature)
+    row, extra = found.peak, found.log_total
     if temperature is not None:
         unlimited = jnp.isinf(temperature)
         row = jnp.where(unlimited & (extra > 0), jnp.inf, row)
