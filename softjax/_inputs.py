@@ -4,7 +4,9 @@ Everything public passes through here first, so that an error names the argument
 came and what was wanted, and so that one dtype policy and one mask policy hold.
 """
 
-from typing import NamedTuple
+import functools
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,8 +77,66 @@ def is_zero(option: ArrayLike | None) -> bool:
     return isinstance(option, float) and option == 0
 
 
+def as_given(x: Any, *, name: str, functions: bool = False) -> Any:
+    """The array, number, or tree of them that was given, refused if JAX cannot hold it.
+
+    An object with `__jax_array__` (a parameter of a neural network library, for example) stands
+    for its array. Integers that are wider than JAX's are refused if one does not fit, because
+    JAX would take it for another number. With `functions`, what is no array stays as it is.
+    """
+    if isinstance(x, (jax.Array, float, complex, np.ndarray, np.generic, int)):
+        if not fits(x):
+            dtype = jax.dtypes.canonicalize_dtype(getattr(x, "dtype", np.dtype("int64")))
+            raise ValueError(
+                f"`{name}` holds a number that {dtype} cannot hold, as wide as JAX's integers"
+                " are now: give smaller ones or floats, or set `jax_enable_x64`."
+            )
+        if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "OSUMm":
+            raise TypeError(f"`{name}` must hold numbers, got {x.dtype}.")
+        return x
+    if _stands_for_an_array(x):
+        return as_given(x.__jax_array__(), name=name)
+    is_function = callable(x) or isinstance(x, (str, bytes))
+    if is_function or jax.tree_util.all_leaves([x]):
+        if functions:
+            return x
+        raise TypeError(f"`{name}` must be an array or a number, got {type(x).__name__}.")
+    leaves, structure = jax.tree.flatten(x, is_leaf=_stands_for_an_array)
+    held = [as_given(leaf, name=name, functions=functions) for leaf in leaves]
+    if all(map(operator.is_, held, leaves)):
+        return x
+    return jax.tree.unflatten(structure, held)
+
+
+def _stands_for_an_array(x: Any) -> bool:
+    return hasattr(type(x), "__jax_array__")
+
+
+def fits(x: Any) -> bool:
+    """Whether JAX holds the integers of `x` unchanged."""
+    if isinstance(x, int):
+        low, high = limits_of(jax.dtypes.canonicalize_dtype(np.int64)) or (0, 0)
+        return low <= x <= high
+    if isinstance(x, (np.ndarray, np.generic)) and x.dtype.itemsize == 8 and x.size:
+        held = jax.dtypes.canonicalize_dtype(x.dtype)
+        limits = limits_of(held)
+        if held != x.dtype and limits is not None:
+            return bool(limits[0] <= x.min() and x.max() <= limits[1])
+    return True
+
+
+@functools.cache
+def limits_of(dtype: np.dtype) -> tuple[int, int] | None:
+    """The least and the largest integer of a dtype; None for other dtypes."""
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return None
+    limits = jnp.iinfo(dtype)
+    return int(limits.min), int(limits.max)
+
+
 def to_array(x: ArrayLike, *, name: str) -> Array:
     """An array of what is one, or a number; lists are refused."""
+    x = as_given(x, name=name)
     if not isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float)):
         kind = type(x).__name__
         hint = " (`jnp.asarray` makes one)" if kind in ("list", "tuple") else ""
@@ -85,7 +145,12 @@ def to_array(x: ArrayLike, *, name: str) -> Array:
 
 
 def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
-    """The array in its computing dtype, float32 or wider, and the dtype of the result."""
+    """The array in its computing dtype, float32 or wider, and the dtype of the result.
+
+    The result has the dtype of the array, with two exceptions. Integers, of any width, become
+    the default float. Floats of fewer than 16 bits become float32, because several of their
+    dtypes have no inf, which marks what is dropped.
+    """
     x = to_array(x, name=name)
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"`{name}` must be real, got {x.dtype}.")
@@ -94,7 +159,7 @@ def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
             raise TypeError(f"`{name}` must hold numbers, got {x.dtype}.")
         x = x.astype(jnp.result_type(float))
     wide = computing_dtype(x.dtype)
-    return x.astype(wide), x.dtype
+    return x.astype(wide), wide if x.dtype.itemsize < 2 else x.dtype
 
 
 def computing_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "softjax"
 
 # A module imports only from those before it.
 ORDER = [
-    *("_mesh", "_api", "_inputs", "_autodiff", "_float", "_elementary", "_scores"),
+    *("_mesh", "_inputs", "_api", "_autodiff", "_float", "_elementary", "_scores"),
     *("_slices", "_blocks", "_rootfinding", "_threshold", "_softmax", "_divergence"),
     *("_online", "_uint64", "_random", "_inverse_cdf", "_closures", "_tiles"),
     *("reductions", "dense", "sparse", "top_k", "segments", "scores", "filters", "decoding"),
