@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from softjax._inputs import as_given, fits, limits_of
+from softjax._inputs import as_given, fits, limits_of, widened
 from softjax._mesh import vary
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -76,7 +76,7 @@ def _jitted(function: Callable[..., Any], static: tuple[str, ...]) -> Callable[.
     @functools.partial(jax.jit, static_argnames=static)
     @functools.wraps(function)
     def jitted(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = vary((args, kwargs))
+        args, kwargs = jax.tree.map(widened, vary((args, kwargs)))
         return function(*args, **kwargs)
 
     return jitted

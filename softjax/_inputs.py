@@ -147,11 +147,10 @@ def to_array(x: ArrayLike, *, name: str) -> Array:
 def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
     """The array in its computing dtype, float32 or wider, and the dtype of the result.
 
-    The result has the dtype of the array, with two exceptions. Integers, of any width, become
-    the default float. Floats of fewer than 16 bits become float32, because several of their
-    dtypes have no inf, which marks what is dropped.
+    The result has the dtype of the array, with two exceptions: integers of any width become the
+    default float, and floats of fewer than 16 bits become float32.
     """
-    x = to_array(x, name=name)
+    x = widened(to_array(x, name=name))
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"`{name}` must be real, got {x.dtype}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -159,7 +158,13 @@ def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
             raise TypeError(f"`{name}` must hold numbers, got {x.dtype}.")
         x = x.astype(jnp.result_type(float))
     wide = computing_dtype(x.dtype)
-    return x.astype(wide), wide if x.dtype.itemsize < 2 else x.dtype
+    return x.astype(wide), x.dtype
+
+
+def widened(x: Any) -> Any:
+    """Floats of fewer than 16 bits in float32, because several of their dtypes have no inf."""
+    is_array = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype(jnp.float32) if is_array and x.dtype.itemsize < 2 else x
 
 
 def computing_dtype(dtype: DTypeLike) -> jnp.dtype:

@@ -35,7 +35,7 @@ def _check_sample(given: dict[str, Any]) -> None:
 def _check_shape(given: dict[str, Any]) -> None:
     shape = given.get("shape", ())
     if not isinstance(shape, tuple):
-        raise TypeError(f"`shape` must be a tuple of ints, got {shape!r}.")
+        raise TypeError(f"`shape` must be an int or a tuple of ints, got {shape!r}.")
     for size in shape:
         if not isinstance(size, int) or size < 0:
             raise ValueError(f"`shape` must hold whole numbers from 0 on, got {shape}.")
