@@ -30,13 +30,13 @@ def api(
     """Makes a function public: its arguments are checked by name, then it is jitted.
 
     The arguments that `static` names are ints, flags, names or tuples of them, which are known
-    while tracing; integers of NumPy and JAX become Python's. All other arguments are arrays, and
-    `as_given` says what counts as one. `ranges` names the arguments that are numbers, with the
-    range outside of which a Python number is refused: inside of `jit` nobody can see it any
-    more. (The docstrings say what becomes of numbers in arrays, which nobody can see at all.)
+    while tracing; integers of NumPy and JAX become Python's there. All other arguments are
+    arrays as `as_given` takes them. `ranges` names arguments that are numbers, and a Python
+    number outside of its range is refused. This must happen before `jit`, which hides the
+    number; the docstrings say what becomes of numbers in arrays, which are always hidden.
     `refuse` may look at all arguments that were given.
 
-    With `jit=False` the arguments are checked alone, and functions may be among them.
+    With `jit=False` the arguments are only checked, and functions may be among them.
     """
 
     def decorate(function: Function) -> Function:

@@ -6,7 +6,7 @@ came and what was wanted, and so that one dtype policy and one mask policy hold.
 
 import functools
 import operator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 Axis = int | tuple[int, ...] | None
+Leaf = TypeVar("Leaf")
 
 
 def check_int(value: int, *, name: str, least: int | None = None) -> int:
@@ -161,10 +162,11 @@ def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
     return x.astype(wide), x.dtype
 
 
-def widened(x: Any) -> Any:
+def widened(x: Leaf) -> Leaf:
     """Floats of fewer than 16 bits in float32, because several of their dtypes have no inf."""
-    is_array = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
-    return x.astype(jnp.float32) if is_array and x.dtype.itemsize < 2 else x
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating):
+        return x if x.dtype.itemsize >= 2 else cast(Leaf, x.astype(jnp.float32))
+    return x
 
 
 def computing_dtype(dtype: DTypeLike) -> jnp.dtype:

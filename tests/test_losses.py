@@ -735,7 +735,8 @@ def test_an_ignore_index_that_the_labels_cannot_hold():
     }.items():
         labels = jnp.array([0, 1], dtype)
         for index in indices:
-            with pytest.raises(ValueError, match=f"`ignore_index` must be .* {dtype} .* {index}"):
+            match = f"`ignore_index` must be .* {dtype} .* {index}"
+            with pytest.raises(ValueError, match=match):
                 sj.cross_entropy(jnp.zeros((2, 3)), labels, ignore_index=index)
             with pytest.raises(ValueError, match="`ignore_index` must be"):
                 sj.mean_loss(jnp.ones(2), labels, ignore_index=index)
