@@ -44,7 +44,7 @@ def api(
         names = tuple(parameters)
         num_by_place = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values())
         checks = {
-            name: functools.partial(_as_shape if name == "shape" else as_static, name)
+            name: functools.partial(as_static, name)
             if name in static
             else _check_of(name, parameter.default, ranges.get(name), functions=not jit)
             for name, parameter in parameters.items()
@@ -111,7 +111,7 @@ def _check_of(name: str, default: Any, bounds: Range | None, *, functions: bool)
             if is_number:
                 raise TypeError(f"`{name}` must be a number, got {value}.")
             return value
-        if isinstance(value, (int, float, np.number)):
+        if isinstance(value, (int, float, np.integer, np.floating)):
             if bounds is not None and not low <= value <= high:
                 wanted = "positive" if low == POSITIVE[0] else f"in [{low:g}, {high:g}]"
                 raise ValueError(f"`{name}` must be {wanted}, got {value}.")
@@ -146,12 +146,6 @@ def as_static(name: str, value: Any) -> Any:
             f"`{name}` must be an int, a flag, a name or a tuple of these, got {kind.__name__}."
         )
     return value
-
-
-def _as_shape(name: str, value: Any) -> Any:
-    """An int is a shape of one axis."""
-    shape = as_static(name, value)
-    return (shape,) if type(shape) is int else shape
 
 
 def _check_ignored(*, labels: Any = None, ignore_index: Any = None, **_: Any) -> None:
