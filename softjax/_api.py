@@ -1,4 +1,8 @@
-"""The decorator of every public function: it refuses bad arguments by name, and jits."""
+"""The decorator of every public function: it refuses bad arguments by name, and jits.
+
+The checks of a function are made once, when it is decorated, because a call outside of `jit`
+pays for all that happens here.
+"""
 
 import functools
 import inspect
@@ -19,6 +23,7 @@ Range = tuple[float, float]
 NONNEGATIVE = (0.0, math.inf)
 POSITIVE = (math.ulp(0.0), math.inf)
 PROBABILITY = (0.0, 1.0)
+PLAIN = frozenset({int, bool, str, type(None)})
 
 
 def api(
@@ -52,7 +57,7 @@ def api(
         by_place = tuple(checks[name] for name in names[:num_by_place])
         known = checks.keys()
         run = _jitted(function, static) if jit else function
-        has_ignored = {"labels", "ignore_index"} <= known
+        label_place = names.index("labels") if "labels" in known else 0
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -61,8 +66,9 @@ def api(
             args = tuple([check(x) for check, x in zip(by_place, args, strict=False)])
             for name, value in kwargs.items():
                 kwargs[name] = checks[name](value)
-            if has_ignored and kwargs.get("ignore_index") is not None:
-                _check_ignored(**(dict(zip(names, args, strict=False)) | kwargs))
+            if "ignore_index" in kwargs:
+                labels = args[label_place] if len(args) > label_place else kwargs.get("labels")
+                _check_ignored(kwargs["ignore_index"], labels)
             if refuse is not None:
                 refuse(dict(zip(names, args, strict=False)) | kwargs)
             return run(*args, **kwargs)
@@ -105,18 +111,17 @@ def _check_of(name: str, default: Any, bounds: Range | None, *, functions: bool)
     low, high = bounds or (-math.inf, math.inf)
 
     def check(value: Any) -> Any:
-        if isinstance(value, jax.Array):
-            return value
-        if value is None or isinstance(value, (bool, np.bool_)):
-            if is_number:
-                raise TypeError(f"`{name}` must be a number, got {value}.")
-            return value
-        if isinstance(value, (int, float, np.integer, np.floating)):
-            if bounds is not None and not low <= value <= high:
-                wanted = "positive" if low == POSITIVE[0] else f"in [{low:g}, {high:g}]"
-                raise ValueError(f"`{name}` must be {wanted}, got {value}.")
-            if is_number and isinstance(value, (int, np.integer)) and not fits(value):
-                return float(value)
+        kind = type(value)
+        if (kind is float and low <= value <= high) or isinstance(value, jax.Array):
+            return value  # Most arguments end here, because this test is short.
+        if is_number and (value is None or kind in (bool, np.bool_)):
+            raise TypeError(f"`{name}` must be a number, got {value}.")
+        is_real = isinstance(value, (int, float, np.integer, np.floating))
+        if is_real and bounds is not None and not low <= value <= high:
+            wanted = "positive" if low == POSITIVE[0] else f"in [{low:g}, {high:g}]"
+            raise ValueError(f"`{name}` must be {wanted}, got {value}.")
+        if is_number and isinstance(value, (int, np.integer)) and not fits(value):
+            return float(value)  # A large number of any kind is a number.
         return as_given(value, name=name, functions=functions)
 
     return check
@@ -125,7 +130,7 @@ def _check_of(name: str, default: Any, bounds: Range | None, *, functions: bool)
 def as_static(name: str, value: Any) -> Any:
     """An argument that is known while tracing; integers of any kind become Python's."""
     kind = type(value)
-    if kind in (int, str, bool, type(None)):
+    if kind in PLAIN:
         return value
     if isinstance(value, jax.core.Tracer):
         raise TypeError(
@@ -148,13 +153,12 @@ def as_static(name: str, value: Any) -> Any:
     return value
 
 
-def _check_ignored(*, labels: Any = None, ignore_index: Any = None, **_: Any) -> None:
+def _check_ignored(index: Any, labels: Any) -> None:
     """Refuses an ignored label that no label can equal, because their dtype lacks it."""
-    if type(ignore_index) is int and isinstance(labels, (jax.Array, np.ndarray, np.generic)):
-        dtype = jax.dtypes.canonicalize_dtype(labels.dtype)
-        limits = limits_of(dtype)
-        if limits is not None and not limits[0] <= ignore_index <= limits[1]:
+    if type(index) is int and isinstance(labels, (jax.Array, np.ndarray, np.generic)):
+        limits = limits_of(labels.dtype)
+        if limits is not None and not limits[0] <= index <= limits[1]:
             raise ValueError(
-                f"`ignore_index` must be a number that `labels` of {dtype} can hold, got"
-                f" {ignore_index}."
+                f"`ignore_index` must be a number that `labels` can hold, which JAX takes for"
+                f" {jax.dtypes.canonicalize_dtype(labels.dtype)}, got {index}."
             )

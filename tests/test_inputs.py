@@ -1,5 +1,7 @@
 """What is wrong is refused at once, by an error that names the argument."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,6 +223,29 @@ def test_python_and_numpy_scalars_and_arrays_are_taken():
     twos = (2, 2.0, np.float32(2), np.asarray(2), jnp.asarray(2, "bfloat16"), jnp.asarray(2))
     for temperature in twos:
         assert_same(sj.softmax(Z, temperature=temperature), sj.softmax(Z, temperature=2.0))
+
+
+def test_a_call_costs_few_steps():
+    """Outside of `jit`, every call checks its arguments: Python functions are counted."""
+    z, labels, steps = jnp.zeros((2, 3)), jnp.array([0, 1]), []
+
+    def count(frame, event, arg):
+        if event == "call":
+            steps.append(frame.f_code.co_name)
+
+    for call, limit in (
+        (lambda: sj.softmax(z), 6),
+        (lambda: sj.softmax(z, axis=-1, temperature=0.5), 9),
+        (lambda: sj.cross_entropy(z, labels, ignore_index=-1, label_smoothing=0.1), 16),
+    ):
+        call()
+        steps.clear()
+        sys.setprofile(count)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+        assert 3 < len(steps) <= limit, steps
 
 
 def test_errors_come_while_tracing():
