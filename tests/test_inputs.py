@@ -245,7 +245,8 @@ def test_a_call_costs_few_steps():
             call()
         finally:
             sys.setprofile(None)
-        assert 3 < len(steps) <= limit, steps
+        assert "call" in steps
+        assert len(steps) <= limit, steps
 
 
 def test_errors_come_while_tracing():
