@@ -16,15 +16,15 @@ from softjax._uint64 import WORD, Wide
 ABOVE = 200.0  # by which an infinite logit is above all others: exp(-200) is 1e-87
 
 
-def check_key(key: Array) -> None:
+def check_key(key: Array, *, name: str = "key") -> None:
     """Refuses what is not one random key."""
     if not isinstance(key, jax.Array):
-        raise TypeError(f"`key` must be a key of jax.random, got {type(key).__name__}.")
+        raise TypeError(f"`{name}` must be a key of jax.random, got {type(key).__name__}.")
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not typed and key.dtype != WORD:
-        raise TypeError(f"`key` must be a key of jax.random, got an array of {key.dtype}.")
+        raise TypeError(f"`{name}` must be a key of jax.random, got an array of {key.dtype}.")
     if key.ndim != (0 if typed else 1):
-        raise ValueError(f"`key` must be one key, got an array of shape {key.shape}.")
+        raise ValueError(f"`{name}` must be one key, got an array of shape {key.shape}.")
 
 
 def bits(key: Array, shape: tuple[int, ...]) -> Wide:

@@ -8,8 +8,6 @@ an estimate. Each docstring says which, how far its mean is off (bias), and how 
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +17,7 @@ from jax.typing import ArrayLike
 from softjax import _random
 from softjax._api import NONNEGATIVE, POSITIVE, api
 from softjax._autodiff import with_gradient_of
-from softjax._inputs import prepare, resolve_one_axis, to_float
+from softjax._inputs import check_int, prepare, resolve_one_axis, to_float
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
@@ -170,7 +168,7 @@ def relaxed_log_density(
     return jnp.where(num > 1, volume + total, 0)
 
 
-@api("num_samples", "axis", temperature=NONNEGATIVE, num_samples=(1, math.inf))
+@api("num_samples", "axis", temperature=NONNEGATIVE)
 def rao_blackwell_gumbel_softmax(
     key: Array,
     logits: ArrayLike,
@@ -229,6 +227,7 @@ def rao_blackwell_gumbel_softmax(
         slices = AlongAxes((axis,))
         return solve(SOFTMAX, slices, _fixed(noisy, scores), problem.temperature).probs
 
+    num_samples = check_int(num_samples, name="num_samples", least=1)
     soft = jnp.mean(jax.vmap(relaxed)(jax.random.split(noise_key, num_samples)), 0)
     return with_gradient_of(soft, hard).astype(problem.dtype)
 

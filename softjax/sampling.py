@@ -8,7 +8,8 @@ a kept logit is NaN, the class is -1.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from softjax import _inverse_cdf, _random
 from softjax._api import NONNEGATIVE, api
-from softjax._inputs import Problem, labels_of, prepare, resolve_one_axis
+from softjax._inputs import Problem, check_int, labels_of, prepare, resolve_one_axis
 from softjax._scores import centre
 from softjax.reductions import log_sum
 
@@ -26,27 +27,12 @@ __all__ = ["gumbel", "gumbel_given_argmax", "sample"]
 METHODS = ("inverse", "gumbel")
 
 
-def _check_sample(given: dict[str, Any]) -> None:
-    _check_shape(given)
-    if given.get("method", "inverse") not in METHODS:
-        raise ValueError(f"`method` must be one of {METHODS}, got {given['method']!r}.")
-
-
-def _check_shape(given: dict[str, Any]) -> None:
-    shape = given.get("shape", ())
-    if not isinstance(shape, tuple):
-        raise TypeError(f"`shape` must be a tuple of ints, got {shape!r}.")
-    for size in shape:
-        if not isinstance(size, int) or size < 0:
-            raise ValueError(f"`shape` must hold whole numbers from 0 on, got {shape}.")
-
-
-@api("shape", "axis", "method", refuse=_check_sample, temperature=NONNEGATIVE)
+@api("shape", "axis", "method", temperature=NONNEGATIVE)
 def sample(
     key: Array,
     logits: ArrayLike,
     *,
-    shape: tuple[int, ...] = (),
+    shape: int | Sequence[int] = (),
     axis: int = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
@@ -59,7 +45,8 @@ def sample(
     Args:
         key: random key, one for all draws.
         logits: scores z, `[*shape]`, real or -inf (dropped).
-        shape: how many draws from each slice, as leading axes of the result.
+        shape: how many draws from each slice, as leading axes of the result; an int is a
+            shape of one axis.
         axis: the one axis of the classes.
         where: mask m, bool, broadcastable to the logits; True keeps an entry.
         temperature: T in [0, inf], one number or one a slice. At 0 the draws are greedy, and
@@ -75,7 +62,7 @@ def sample(
 
     Raises:
         TypeError: `key` is no random key, `logits` not real, `where` not bool, `axis` not one
-            int, or `shape` not a tuple.
+            int, or `shape` not of ints.
         ValueError: `where` or `temperature` does not broadcast, `axis` is out of range,
             `temperature` is a negative Python number, or `method` is unknown.
 
@@ -94,6 +81,9 @@ def sample(
         Maddison, Tarlow and Minka (2014), A* sampling, for the second method.
     """
     _random.check_key(key)
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+    shape = _sizes(shape)
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     slices = problem.logits.shape[:axis] + problem.logits.shape[axis + 1 :]
@@ -107,6 +97,14 @@ def sample(
     else:
         index = _by_gumbel(key, x, per_row, num_draws)
     return index.reshape(*shape, *slices)
+
+
+def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """A shape as a tuple, which an int is of one axis."""
+    if not isinstance(shape, (int, tuple)):
+        raise TypeError(f"`shape` must be an int or a tuple of ints, got {shape!r}.")
+    sizes = shape if isinstance(shape, tuple) else (shape,)
+    return tuple(check_int(size, name="shape", least=0) for size in sizes)
 
 
 def _as_rows(problem: Problem, axis: int) -> tuple[Array, Array | None]:
@@ -133,15 +131,15 @@ def _by_gumbel(key: Array, x: Array, temperature: Array | None, num_draws: int) 
     return jnp.where(none[None], -1, jnp.argmax(perturbed, -1).astype(jnp.int32))
 
 
-@api("shape", "dtype", refuse=_check_shape)
-def gumbel(key: Array, shape: tuple[int, ...] = (), *, dtype: DTypeLike = float) -> Array:
+@api("shape", "dtype")
+def gumbel(key: Array, shape: int | Sequence[int] = (), *, dtype: DTypeLike = float) -> Array:
     r"""Draws standard Gumbel noise, whose argmax with logits is a sample of their softmax.
 
     .. math:: P(G \le g) = \exp(-e^{-g})
 
     Args:
         key: random key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is a shape of one axis.
         dtype: float32 or float64; narrower noise would not be random enough (in bfloat16 it
             takes 128 values), so that half precision is refused.
 
@@ -150,7 +148,7 @@ def gumbel(key: Array, shape: tuple[int, ...] = (), *, dtype: DTypeLike = float)
         random bits a number.
 
     Raises:
-        TypeError: `key` is no random key, `shape` not a tuple, or `dtype` not one of the two.
+        TypeError: `key` is no random key, `shape` not of ints, or `dtype` not one of the two.
         ValueError: `shape` holds a negative number.
 
     Example:
@@ -165,7 +163,7 @@ def gumbel(key: Array, shape: tuple[int, ...] = (), *, dtype: DTypeLike = float)
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     if dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"`dtype` must be float32 or float64, got {dtype}.")
-    return _random.gumbel(key, shape, dtype)
+    return _random.gumbel(key, _sizes(shape), dtype)
 
 
 @api("axis")

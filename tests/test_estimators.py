@@ -249,7 +249,7 @@ def test_wrong_arguments():
         (ValueError, "`temperature` of", lambda: sj.gumbel_softmax(KEY, z, temperature=z)),
         (
             ValueError,
-            "`num_samples` must be in",
+            "`num_samples` must be at least 1",
             lambda: sj.rao_blackwell_gumbel_softmax(KEY, z, num_samples=0),
         ),
         (

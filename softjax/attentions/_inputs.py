@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from softjax._closures import hoist_floats
 from softjax._inputs import computing_dtype, nan_unless_positive, one_number, to_float
 from softjax._mesh import vary
+from softjax._random import check_key
 from softjax._tiles import Grid, grid_of, per_score
 from softjax.attentions._dropout import words_of
 from softjax.attentions._operands import Floats, Others, Program
@@ -101,6 +102,7 @@ def prepare(
     if score is not None:
         program, floats, others = _with_score(score, program, floats, others, wide)
     if dropout_key is not None:
+        check_key(dropout_key, name="dropout_key")
         rate = one_number(dropout_rate, name="dropout_rate")
         rate = jnp.where((rate >= 0) & (rate <= 1), rate, jnp.nan)
         others = others._replace(dropout=(words_of(dropout_key), rate.astype(wide)))

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax import masks
-from softjax._api import named
+from softjax._api import api
 from softjax._closures import Captured
 from softjax._inputs import computing_dtype
 from softjax._mesh import vary
@@ -25,7 +25,7 @@ from softjax.attentions._threshold_tiles import MAPS, sparse_average
 __all__ = ["attention"]
 
 
-@named
+@api("block_size", "implementation", "return_lse", jit=False)
 def attention(
     queries: ArrayLike,
     keys: ArrayLike,

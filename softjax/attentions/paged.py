@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax import _online, masks
-from softjax._api import api, named
+from softjax._api import api
 from softjax._closures import Captured
 from softjax._inputs import computing_dtype, to_float, to_integers
 from softjax._mesh import vary
@@ -73,7 +73,7 @@ def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
     return out.astype(out_dtype), jnp.where(some, jnp.inf, lse)
 
 
-@named
+@api("num_splits", jit=False)
 def paged_attention(
     queries: ArrayLike,
     key_pages: ArrayLike,
