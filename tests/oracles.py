@@ -354,6 +354,15 @@ def logsumexp(logits, *, axis=None, where=None, weights=None, keepdims=False):
     return _reduce(_logsumexp_row, -INF, (logits, weights), axis, where, keepdims)
 
 
+def segment_logsumexp(logits, segment_ids, *, num_segments, where=None):
+    """Group by group, each a logsumexp; ids out of range are dropped."""
+    logits = np.asarray(logits).astype(np.float64)
+    keep = np.broadcast_to(True if where is None else np.asarray(where), logits.shape)
+    groups = [np.asarray(segment_ids) == segment for segment in range(num_segments)]
+    rows = [logsumexp(logits[g], axis=0, where=keep[g]) for g in groups]
+    return np.stack(rows) if rows else np.zeros((0, *logits.shape[1:]))
+
+
 def logmeanexp(logits, *, axis=None, where=None, keepdims=False):
     """Divides by the number of entries that are kept: -inf does not count."""
     logits, mask, axes = _prepare(logits, axis, where)
@@ -705,6 +714,12 @@ def _smallest_set(costs, probs, mass):
     return [cost <= last for cost in costs]
 
 
+def _at_least(marks, costs, least):
+    """The marks, and the `least` entries of least cost, ties with the last one too."""
+    edge = sorted(costs)[min(least, len(costs)) - 1]
+    return [mark or cost <= edge for mark, cost in zip(marks, costs, strict=True)]
+
+
 def top_k_filter(logits, k, *, axis=-1):
     def rule(values, k):
         edge = sorted(values, reverse=True)[min(int(k), len(values)) - 1]
@@ -713,29 +728,64 @@ def top_k_filter(logits, k, *, axis=-1):
     return _filter(rule, logits, axis, k=k)
 
 
-def top_p_filter(logits, p, *, axis=-1):
+def top_p_filter(logits, p, *, axis=-1, min_tokens_to_keep=1):
     def rule(values, p):
         probs = [mp.exp(v) for v in _log_softmax_row(values, mp.mpf(1), -INF)]
-        return _smallest_set([-v for v in values], probs, p)
+        costs = [-v for v in values]
+        return _at_least(_smallest_set(costs, probs, p), costs, min_tokens_to_keep)
 
     return _filter(rule, logits, axis, p=p)
 
 
-def min_p_filter(logits, min_p, *, axis=-1):
+def min_p_filter(logits, min_p, *, axis=-1, min_tokens_to_keep=1):
     def rule(values, min_p):
         peak = max(values)
-        return [mp.exp(v - peak) >= min_p for v in values]
+        marks = [mp.exp(v - peak) >= min_p for v in values]
+        return _at_least(marks, [-v for v in values], min_tokens_to_keep)
 
     return _filter(rule, logits, axis, min_p=min_p)
 
 
-def typical_filter(logits, mass, *, axis=-1):
+def typical_filter(logits, mass, *, axis=-1, min_tokens_to_keep=1):
     def rule(values, mass):
         logs = _log_softmax_row(values, mp.mpf(1), -INF)
         entropy = -mp.fsum(mp.exp(v) * v for v in logs)
-        return _smallest_set([abs(-v - entropy) for v in logs], map(mp.exp, logs), mass)
+        costs = [abs(-v - entropy) for v in logs]
+        return _at_least(
+            _smallest_set(costs, map(mp.exp, logs), mass), costs, min_tokens_to_keep
+        )
 
     return _filter(rule, logits, axis, mass=mass)
+
+
+def epsilon_filter(logits, epsilon, *, axis=-1, min_tokens_to_keep=1):
+    def rule(values, epsilon):
+        logs = _log_softmax_row(values, mp.mpf(1), -INF)
+        marks = [mp.exp(v) >= epsilon for v in logs]
+        return _at_least(marks, [-v for v in values], min_tokens_to_keep)
+
+    return _filter(rule, logits, axis, epsilon=epsilon)
+
+
+def eta_filter(logits, epsilon, *, axis=-1, min_tokens_to_keep=1):
+    def rule(values, epsilon):
+        logs = _log_softmax_row(values, mp.mpf(1), -INF)
+        entropy = -mp.fsum(mp.exp(v) * v for v in logs)
+        bound = min(mp.mpf(epsilon), mp.sqrt(epsilon) * mp.exp(-entropy))
+        marks = [mp.exp(v) >= bound for v in logs]
+        return _at_least(marks, [-v for v in values], min_tokens_to_keep)
+
+    return _filter(rule, logits, axis, epsilon=epsilon)
+
+
+def top_n_sigma_filter(logits, n, *, axis=-1, min_tokens_to_keep=1):
+    def rule(values, n):
+        mean = mp.fsum(values) / len(values)
+        sigma = mp.sqrt(mp.fsum((v - mean) ** 2 for v in values) / len(values))
+        marks = [v >= max(values) - n * sigma for v in values]
+        return _at_least(marks, [-v for v in values], min_tokens_to_keep)
+
+    return _filter(rule, logits, axis, n=n)
 
 
 # The fast family: the last axis, in 80-bit arithmetic.
