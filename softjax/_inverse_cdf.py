@@ -133,7 +133,7 @@ def _draw_from_sums(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array:
     one = Wide(jnp.zeros_like(weight.high), jnp.ones_like(weight.low))
     rest = _uint64.smaller(rest, _uint64.subtract(weight, one))
     read = lambda array, place: jnp.take_along_axis(array, place[..., None], 2)[..., 0]
-    inside = _bisect(lambda place: Wide(*(read(a, place) for a in prefix)), block, rest)
+    inside = bisect(lambda place: Wide(*(read(a, place) for a in prefix)), block, rest)
     inside = jnp.where(
         _uint64.is_zero(weight), jnp.argmax(hit, -1).astype(inside.dtype), inside
     )
@@ -148,7 +148,7 @@ def _draw_from_prefixes(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array
     which, rest, total = _find_block(Wide(*(a[..., -1] for a in prefixes)), bits)
     flat = Wide(*(a.reshape(num_rows, -1) for a in prefixes))
     start = which * block
-    inside = _bisect(lambda place: _read(flat, start + place), block, rest)
+    inside = bisect(lambda place: _read(flat, start + place), block, rest)
     return _or_none(start + inside, total, jnp.sum(parts.high, (1, 2)))
 
 
@@ -158,7 +158,7 @@ def _find_block(sums: Wide, bits: Wide) -> tuple[Array, Wide, Wide]:
     total = Wide(ends.high[:, -1:], ends.low[:, -1:])
     target = _uint64.multiply_high(bits, total)
     size = ends.low.shape[1]
-    which = jnp.minimum(_bisect(lambda place: _read(ends, place), size, target), size - 1)
+    which = jnp.minimum(bisect(lambda place: _read(ends, place), size, target), size - 1)
     before = _read(ends, jnp.maximum(which - 1, 0))
     before = Wide(*(jnp.where(which > 0, word, 0) for word in before))
     return which, _uint64.subtract(target, before), total
@@ -175,7 +175,7 @@ def _prefix(scale: Scale, parts: Parts) -> Wide:
     return scale.join(sums)
 
 
-def _bisect(read: Callable[[Array], Wide], size: int, target: Wide) -> Array:
+def bisect(read: Callable[[Array], Wide], size: int, target: Wide) -> Array:
     """How many of `size` sums in ascending order are at most the target."""
     num_steps = size.bit_length()
 

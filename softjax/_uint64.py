@@ -16,6 +16,11 @@ class Wide(NamedTuple):
     low: Array
 
 
+def constant(number: int) -> Wide:
+    """A Python int in [0, 2^64)."""
+    return Wide(*(jnp.array(word, WORD) for word in divmod(number, 2**32)))
+
+
 def add(a: Wide, b: Wide) -> Wide:
     low = a.low + b.low
     return Wide(a.high + b.high + (low < b.low).astype(WORD), low)
@@ -46,6 +51,11 @@ def shifted(word: Array, shift: int) -> Wide:
     if shift < 32:
         return Wide(word >> (32 - shift), word << shift)
     return Wide(word << (shift - 32), jnp.zeros_like(word))
+
+
+def shift_left(a: Wide, shift: int) -> Wide:
+    """2^shift a, for shifts from 1 to 31."""
+    return Wide((a.high << shift) | (a.low >> (32 - shift)), a.low << shift)
 
 
 def from_parts(high: Array, low: Array, shift: int) -> Wide:
