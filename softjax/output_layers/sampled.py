@@ -88,9 +88,11 @@ def sampled_cross_entropy(
         it is drawn as well. Classes are drawn in integers of 64 bits, so that every one of up
         to 2^31 has its share. The logarithm of the sum is biased: the loss is too small by
         about half the relative variance of the sum, O(1 / m), and the gradient is biased alike.
-        Train with it, and report `linear_cross_entropy`. O(N (m + 1) D) time; O(N + m) numbers beside the
-        features and the drawn rows are kept, as the derivative forms the logits again. The
-        derivative holds the drawn classes fixed. Both modes, any order.
+        Train with it, and report `linear_cross_entropy`.
+
+        O(N (m + 1) D) time; O(N + m) numbers beside the features and the drawn rows are kept,
+        because the derivative forms the logits again. The derivative holds the drawn classes
+        fixed. Both modes, any order.
 
     Reference:
         Bengio and Senecal (2008), Adaptive importance sampling to accelerate training of a
