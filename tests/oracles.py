@@ -335,11 +335,15 @@ def segment_softmax(logits, segment_ids, *, num_segments, where=None, temperatur
 
 
 def _logsumexp_row(values, weights):
-    if any(map(_isnan, values)) or any(map(_isnan, weights)):
+    pairs = [(v, w) for v, w in zip(values, weights, strict=True) if w != 0]
+    if any(_isnan(v) or _isnan(w) for v, w in pairs):
         return NAN
-    if INF in values:
-        total = sum(w for v, w in zip(values, weights, strict=True) if v == INF)
-        return INF if total > 0 else NAN
+    infinite = [w for v, w in pairs if v == INF]
+    if infinite:
+        return INF if min(infinite) > 0 else NAN
+    if not pairs:
+        return -INF
+    values, weights = zip(*pairs, strict=True)
     peak = max(values)
     pairs = zip(values, weights, strict=True)
     total = mp.fsum(w * mp.exp(v - peak) for v, w in pairs)
