@@ -206,8 +206,8 @@ def gumbel_given_argmax(
 
     .. math:: z + G \mid \arg\max_i (z_i + G_i) = y
 
-    The largest is a Gumbel variable around the log-sum-exp of the logits, and the others are
-    Gumbel variables cut off at it.
+    The largest is a Gumbel variable around the logsumexp of the logits. The others are Gumbel
+    variables that are cut off at it.
 
     Args:
         key: random key.
@@ -233,8 +233,8 @@ def gumbel_given_argmax(
         [0 1 2 3]
 
     Note:
-        O(n). Drawn after `sample`, it is distributed like logits with fresh noise, so that
-        whatever follows can be averaged over the noise while the choice stays.
+        O(n). If the label comes from `sample`, the result is distributed like logits with fresh
+        noise, so that a function of it can be averaged over the noise at a fixed choice.
 
     Reference:
         Maddison, Tarlow and Minka (2014), A* sampling.
