@@ -328,6 +328,24 @@ def test_transformations(method, size):
 
 
 @pytest.mark.slow
+def test_classes_beyond_the_integers_of_float32():
+    """Even classes above 2^24 alone, in both ways, and none of their shares is lost."""
+    size, first = 2**24 + 2**15, 2**24 + 2
+    classes = np.arange(size)
+    kept = (classes >= first) & (classes % 2 == 0)
+    logits = jnp.asarray(np.where(kept, 0.0, -INF)[None], jnp.float32)
+    draws = [sj.sample(KEY, logits, shape=(n,)) for n in (2**12, 2**18)]
+    draws = np.concatenate([np.asarray(d)[:, 0] for d in draws])
+    assert kept[draws].all()
+    counts = np.bincount((draws - first) // 2 % 64, minlength=64)
+    shares = np.bincount((classes[kept] - first) // 2 % 64, minlength=64)
+    assert g_test(counts, shares / shares.sum()) > 1e-4
+    logits = logits.at[0, -1].set(1.0)
+    greedy = sj.sample(KEY, logits, temperature=0.0, ties="first")
+    assert greedy.tolist() == [size - 1]
+
+
+@pytest.mark.slow
 def test_without_jit():
     logits = jnp.asarray(draw(8, (2, 4), dtype="float32")[0])
     with jax.disable_jit():
