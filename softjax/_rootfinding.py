@@ -95,7 +95,7 @@ def largest_threshold(
         below = lambda key, weight, limit: jnp.where(key < limit, weight, 0)
     bits = jnp.iinfo(keys.dtype).bits
     least = ~int(np.array(np.inf, f"float{bits}").view(f"int{bits}"))
-    bounds = np.array([least, jnp.iinfo(keys.dtype).max], keys.dtype)
+    bounds = jnp.array([least, jnp.iinfo(keys.dtype).max], keys.dtype)
     return _last_within(slices, below, entries, spare, bounds)
 
 
@@ -107,7 +107,7 @@ def first_of_ties(slices: AlongAxes, keys: Array, threshold: Array, amount: Arra
         place = place * keys.shape[axis] + lax.broadcasted_iota(place.dtype, keys.shape, axis)
     above = keys > slices.broadcast(threshold)
     missing = to_count(amount, size) - slices.sum(_as_count(above))
-    bounds = np.array([0, size + 1], place.dtype)
+    bounds = jnp.array([0, size + 1], place.dtype)
 
     def ties_before(key: Array, place: Array, limit: Array, threshold: Array) -> Array:
         return _as_count((key == threshold) & (place < limit))
@@ -121,7 +121,7 @@ def _last_within(
     term: Callable[..., Array],
     entries: tuple[Array, ...],
     spare: Array,
-    bounds: np.ndarray,
+    bounds: Array,
     *rows: Array,
 ) -> Array:
     """The largest v in [low, high), the bounds, for which the sum of `term` is at most `spare`.

@@ -86,10 +86,10 @@ def logsumexp(
     Example:
         >>> print(logsumexp(jnp.zeros(70000, jnp.float16)))
         11.16
-        >>> logits, weights = jnp.array([0.0, 1.0]), jnp.array([1.0, -1.0])
-        >>> log_size, sign = logsumexp(logits, weights=weights, return_sign=True)
+        >>> weights = jnp.array([1.0, -3.0])
+        >>> log_size, sign = logsumexp(jnp.zeros(2), weights=weights, return_sign=True)
         >>> print(log_size, sign)
-        0.5413248 -1.0
+        0.6931472 -1.0
 
     Note:
         O(n) time. Along the last axis of a large array a sixteenth of it as temporary memory,
