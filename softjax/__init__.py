@@ -53,7 +53,15 @@ from softjax.estimators import (
     reinmax,
     relaxed_log_density,
 )
-from softjax.filters import min_p_filter, top_k_filter, top_p_filter, typical_filter
+from softjax.filters import (
+    epsilon_filter,
+    eta_filter,
+    min_p_filter,
+    top_k_filter,
+    top_n_sigma_filter,
+    top_p_filter,
+    typical_filter,
+)
 from softjax.gradients import clip_gradient, reverse_gradient, score_function, straight_through
 from softjax.losses import (
     check_labels,
@@ -99,7 +107,7 @@ from softjax.scores import (
     soft_cap,
     taylor_scores,
 )
-from softjax.segments import segment_softmax
+from softjax.segments import segment_logsumexp, segment_softmax
 from softjax.sparse import entmax, entmax15, sparsemax
 from softjax.subsets import ranking_log_prob, sample_without_replacement, weighted_subset
 from softjax.top_k import soft_top_k
@@ -123,6 +131,8 @@ __all__ = [
     "entmax15",
     "entmax_loss",
     "entropy",
+    "epsilon_filter",
+    "eta_filter",
     "expected_value",
     "exponential_temperature",
     "focal_loss",
@@ -162,6 +172,7 @@ __all__ = [
     "scalable_queries",
     "scalable_scores",
     "score_function",
+    "segment_logsumexp",
     "segment_softmax",
     "select_action",
     "siglip_loss",
@@ -177,6 +188,7 @@ __all__ = [
     "target_entropy_temperature",
     "taylor_scores",
     "top_k_filter",
+    "top_n_sigma_filter",
     "top_p_filter",
     "typical_filter",
     "visit_count_temperature",

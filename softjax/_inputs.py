@@ -314,3 +314,8 @@ def equal(labels: Array, index: int) -> Array:
     limits = jnp.iinfo(labels.dtype)
     held = limits.min <= index <= limits.max
     return labels == index if held else jnp.zeros(labels.shape, jnp.bool_)
+
+
+def statically_greater(a: Any, b: Any) -> bool:
+    """Whether a > b; False if that is open, as the sizes of an export may be."""
+    return isinstance(a, int) and isinstance(b, int) and a > b

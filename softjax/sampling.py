@@ -1,6 +1,6 @@
 """Samples: from logits to classes, exactly and fast, and the noise that couples them.
 
-Noise and sums are float32 or wider, with 64 random bits a number, whatever the dtype of the
+Noise and sums are float32 or wider, with 64 random bits per number, whatever the dtype of the
 logits. A dropped class (masked by `where`, or -inf) is never drawn; where nothing is kept, or
 a kept logit is NaN, the class is -1.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,31 @@ from jax.typing import ArrayLike, DTypeLike
 
 from softjax import _inverse_cdf, _random
 from softjax._api import NONNEGATIVE, api
-from softjax._inputs import Problem, check_int, labels_of, prepare, resolve_one_axis
+from softjax._inputs import (
+    Problem,
+    check_int,
+    labels_of,
+    prepare,
+    resolve_one_axis,
+    statically_greater,
+)
 from softjax._scores import centre
 from softjax.reductions import log_sum
 
 __all__ = ["gumbel", "gumbel_given_argmax", "sample"]
 
 METHODS = ("inverse", "gumbel")
+TIES = ("random", "first")
 
 
-@api("shape", "axis", "method", temperature=NONNEGATIVE)
+def _check_sample(given: dict[str, Any]) -> None:
+    if given.get("method", "inverse") not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}, got {given['method']!r}.")
+    if given.get("ties", "random") not in TIES:
+        raise ValueError(f"`ties` must be one of {TIES}, got {given['ties']!r}.")
+
+
+@api("shape", "axis", "method", "ties", refuse=_check_sample, temperature=NONNEGATIVE)
 def sample(
     key: Array,
     logits: ArrayLike,
@@ -37,6 +52,7 @@ def sample(
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     method: Literal["inverse", "gumbel"] = "inverse",
+    ties: Literal["random", "first"] = "random",
 ) -> Array:
     r"""Draws classes from the softmax of logits.
 
@@ -49,11 +65,15 @@ def sample(
             shape of one axis.
         axis: the one axis of the classes.
         where: mask m, bool, broadcastable to the logits; True keeps an entry.
-        temperature: T in [0, inf], one number or one a slice. At 0 the draws are greedy, and
-            the largest kept entries share them equally; at inf all kept entries do.
-        method: "inverse" inverts the distribution function, with 64 random bits a draw;
-            "gumbel" takes the argmax of scores with Gumbel noise, one number an entry and
+        temperature: T in [0, inf], one number or one per slice. At 0 the draws are greedy:
+            `ties` says which of the largest kept entries is drawn. At inf all kept entries
+            share the draws equally.
+        method: "inverse" inverts the distribution function, with 64 random bits per draw;
+            "gumbel" takes the argmax of scores with Gumbel noise, one number per entry and
             draw, so that draws with the same key from similar logits mostly agree.
+        ties: at temperature 0, "random" lets the largest kept entries share the draws equally,
+            which is the limit of small temperatures; "first" draws the first of them, whatever
+            the key. (In bfloat16 one row in sixty of 32000 random logits has a tie.)
 
     Returns:
         Classes, int32, `[*shape, *slices]`, the slices being the axes of the logits without
@@ -64,7 +84,8 @@ def sample(
         TypeError: `key` is no random key, `logits` not real, `where` not bool, `axis` not one
             int, or `shape` not of ints.
         ValueError: `where` or `temperature` does not broadcast, `axis` is out of range,
-            `temperature` is a negative Python number, or `method` is unknown.
+            `temperature` is a negative Python number, `method` or `ties` is unknown, or there
+            are more classes than an int32 can number.
 
     Example:
         >>> logits = jnp.array([[0.0, -jnp.inf, -jnp.inf], [-jnp.inf, -jnp.inf, 0.0]])
@@ -74,8 +95,9 @@ def sample(
          [0 2]]
 
     Note:
-        With "inverse", O(n + draws) time and memory a slice, and every probability is right
-        to about 1e-6 of itself and 2^-40 of the largest. With "gumbel", O(n draws).
+        With "inverse", O(n + draws) time and memory per slice, and every probability is right
+        to about 1e-6 of itself and 2^-40 of the largest (2^-36 for 2^26 classes). With
+        "gumbel", O(n draws).
 
     Reference:
         Maddison, Tarlow and Minka (2014), A* sampling, for the second method.
@@ -89,6 +111,8 @@ def sample(
     slices = problem.logits.shape[:axis] + problem.logits.shape[axis + 1 :]
     x, per_row = _as_rows(problem, axis)
     num_draws = math.prod(shape)
+    if statically_greater(x.shape[1], int(jnp.iinfo(jnp.int32).max)):
+        raise ValueError(f"`logits` have {x.shape[1]} classes, more than an int32 can number.")
     if x.size == 0 or num_draws == 0:
         return jnp.full((*shape, *slices), -1, jnp.int32)
     if method == "inverse":
@@ -96,6 +120,10 @@ def sample(
         index = _inverse_cdf.draw(x, per_row, bits).T
     else:
         index = _by_gumbel(key, x, per_row, num_draws)
+    if ties == "first" and per_row is not None:
+        # A temperature below the normal numbers may be flushed to 0, and counts as 0.
+        greedy = (jnp.abs(per_row) < jnp.finfo(x.dtype).tiny)[None] & (index >= 0)
+        index = jnp.where(greedy, _first_largest(x)[None], index)
     return index.reshape(*shape, *slices)
 
 
@@ -105,6 +133,14 @@ def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"`shape` must be an int or a tuple of ints, got {shape!r}.")
     sizes = shape if isinstance(shape, tuple) else (shape,)
     return tuple(check_int(size, name="shape", least=0) for size in sizes)
+
+
+def _first_largest(x: Array) -> Array:
+    """The first of the largest entries of each row."""
+    # Two plain reductions, because XLA's CPU backend takes an argmax entry by entry.
+    is_peak = x == jnp.max(x, 1, keepdims=True)
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.min(jnp.where(is_peak, places, x.shape[1]), 1)
 
 
 def _as_rows(problem: Problem, axis: int) -> tuple[Array, Array | None]:
@@ -145,7 +181,7 @@ def gumbel(key: Array, shape: int | Sequence[int] = (), *, dtype: DTypeLike = fl
 
     Returns:
         Noise `[*shape]`, from about -3.8 to 44, to full relative precision of exp(-g): 64
-        random bits a number.
+        random bits per number.
 
     Raises:
         TypeError: `key` is no random key, `shape` not of ints, or `dtype` not one of the two.
@@ -175,12 +211,12 @@ def gumbel_given_argmax(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    r"""Draws logits with Gumbel noise, of which the argmax is known.
+    r"""Draws logits with Gumbel noise whose argmax is known.
 
     .. math:: z + G \mid \arg\max_i (z_i + G_i) = y
 
-    The largest is a Gumbel variable around the log-sum-exp of the logits, and the others are
-    Gumbel variables cut off at it.
+    The largest is a Gumbel variable around the logsumexp of the logits. The others are Gumbel
+    variables that are cut off at it.
 
     Args:
         key: random key.
@@ -206,8 +242,8 @@ def gumbel_given_argmax(
         [0 1 2 3]
 
     Note:
-        O(n). Drawn after `sample`, it is distributed like logits with fresh noise, so that
-        whatever follows can be averaged over the noise while the choice stays.
+        O(n). If the label comes from `sample`, the result is distributed like logits with fresh
+        noise, so that a function of it can be averaged over the noise at a fixed choice.
 
     Reference:
         Maddison, Tarlow and Minka (2014), A* sampling.

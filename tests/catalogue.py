@@ -241,6 +241,17 @@ CATALOGUE = (
         ),
     ),
     _both(
+        "segment_logsumexp",
+        lambda m, z, ids, w: m.segment_logsumexp(z, ids, num_segments=3, where=w),
+        make=_make(
+            lambda rng: rng.standard_normal(7),
+            others=(
+                lambda rng: rng.permutation(np.array([0, 0, 1, 1, 2, 2, 7])),
+                lambda rng: rng.permutation(np.arange(7) > 0),
+            ),
+        ),
+    ),
+    _both(
         "entropy",
         lambda m, z, w: m.entropy(z, where=w),
         make=_make(_logits),
@@ -364,6 +375,9 @@ CATALOGUE = (
     _filter_entry("top_p_filter", lambda rng: _per_slice(rng, 0.3, 0.8)),
     _filter_entry("min_p_filter", lambda rng: _per_slice(rng, 0.2, 0.6)),
     _filter_entry("typical_filter", lambda rng: _per_slice(rng, 0.3, 0.8)),
+    _filter_entry("epsilon_filter", lambda rng: _per_slice(rng, 0.1, 0.25)),
+    _filter_entry("eta_filter", lambda rng: _per_slice(rng, 0.4, 0.9)),
+    _filter_entry("top_n_sigma_filter", lambda rng: _per_slice(rng, 0.5, 2.0)),
     _both(
         "scalable_scores",
         lambda m, z, s: m.scalable_scores(z, s),
