@@ -138,6 +138,6 @@ def _row(record: dict[str, Any]) -> list[str]:
         *(measure.at_most(limits["ratio"]), measure.verdict(record["ratio_passed"])),
         measure.scaled(record["temporary_bytes"], 2**-20),
         measure.scaled(record["rival_temporary_bytes"], 2**-20),
-        *(measure.number(record["numbers"]), measure.at_most(limits["numbers"])),
+        *(measure.scaled(record["numbers"], 1), measure.at_most(limits["numbers"])),
         measure.verdict(record["numbers_passed"]),
     ]
