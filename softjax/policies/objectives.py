@@ -167,7 +167,8 @@ def clipped_surrogate_loss(
         policy.probs,
         policy.log_probs,
     )
-    loss = -jnp.where(beyond, advantages * jnp.where(beyond, bound, 0), weighed)
+    bounded = _times_exp(advantages, jnp.zeros_like(ratio), jnp.where(beyond, bound, 0))
+    loss = -jnp.where(beyond, bounded, weighed)
     return loss - steps.bonus(policy, entropy_cost)
 
 

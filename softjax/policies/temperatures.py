@@ -132,7 +132,7 @@ def visit_count_temperature(
     empty = highest == -jnp.inf
     spread = jnp.where(empty, 0, highest - jnp.where(empty, 0, lowest))
     visited = ~(counts <= 1)
-    logs = jnp.log(jnp.where(visited, counts, 2))
+    logs = jnp.log(jnp.where(visited & ~empty, counts, 2))
     temperature = jnp.where(visited, spread / logs, jnp.inf)
     return jnp.where(empty, 0, temperature).astype(problem.dtype)
 
