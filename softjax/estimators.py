@@ -194,19 +194,19 @@ def relaxed_log_density(
         raise ValueError(
             f"`log_samples` of shape {log_y.shape} must have the shape {x.shape} of `logits`."
         )
-    temperature = problem.temperature
-    if temperature is None:
-        temperature = jnp.ones((1,) * x.ndim, x.dtype)
+    temperatures = problem.temperature
+    if temperatures is None:
+        temperatures = jnp.ones((1,) * x.ndim, x.dtype)
     kept = x != -jnp.inf
     log_y = jnp.where(kept, log_y.astype(x.dtype), 0)
-    scores = jnp.where(kept, jnp.where(kept, x, 0) - temperature * log_y, -jnp.inf)
+    scores = jnp.where(kept, jnp.where(kept, x, 0) - temperatures * log_y, -jnp.inf)
     margins = solve(SOFTMAX, AlongAxes((axis,)), scores).margins
     total = jnp.sum(jnp.where(kept, jnp.where(kept, margins, 0) - log_y, 0), axis)
     num = jnp.sum(kept, axis)
     # A table of factorials is right to the last digit; XLA's lgamma is 1e-6 off in float32.
     log_factorials = np.cumsum(np.log(np.maximum(1, np.arange(x.shape[axis] + 1))))
     log_gamma = jnp.asarray(log_factorials, x.dtype)[jnp.maximum(num, 1) - 1]
-    log_temperature = jnp.log(jnp.squeeze(temperature, axis))
+    log_temperature = jnp.log(jnp.squeeze(temperatures, axis))
     volume = log_gamma + (num - 1).astype(x.dtype) * log_temperature
     return jnp.where(num > 1, volume + total, 0)
 

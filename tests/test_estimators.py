@@ -236,7 +236,7 @@ def test_logarithms_of_relaxed_samples(hard):
     relaxed = sj.gumbel_softmax(KEY, logits, temperature=0.4)
     assert_close(jnp.exp(logs), relaxed, rtol=1e-13)
     assert sj.gumbel_softmax(KEY, logits.astype("bfloat16"), return_log=True)[1].dtype == "f4"
-    total = lambda z: jnp.sum(jnp.where(z == -INF, 0, call(z)) * jnp.arange(4.0))
+    total = lambda z: jnp.sum(jnp.where(z == -INF, 0, call(z)) * jnp.arange(4.0)[None])
     call = lambda z: sj.gumbel_softmax(KEY, z, return_log=True, **options)[1]
     by_logs = jax.grad(total)(logits)
     call = lambda z: jnp.log(
