@@ -538,21 +538,22 @@ CATALOGUE = (
     ),
     _both(
         "policy_gradient_loss",
-        lambda m, z, b, c, a: m.policy_gradient_loss(z, a, b, entropy_cost=c),
-        make=_make(_logits, _advantages, _per_label(0.1, 0.4), others=(_labels,)),
+        lambda m, z, b, t, c, a: m.policy_gradient_loss(z, a, b, temperature=t, entropy_cost=c),
+        make=_make(_logits, _advantages, _temperature, _per_label(0.1, 0.4), others=(_labels,)),
         invariants=("shift",),
         wide=True,
     ),
     _both(
         "clipped_surrogate_loss",
-        lambda m, z, o, b, d, c, a: m.clipped_surrogate_loss(
-            z, a, o, b, clip=d, entropy_cost=c
+        lambda m, z, o, b, d, t, c, a: m.clipped_surrogate_loss(
+            z, a, o, b, clip=d, temperature=t, entropy_cost=c
         ),
         make=_make(
             _logits,
             _per_label(-2.5, -1.0),
             _advantages,
             _per_label(0.1, 0.2),
+            _temperature,
             _per_label(0.1, 0.4),
             others=(_labels,),
         ),
@@ -571,8 +572,10 @@ CATALOGUE = (
     ),
     _both(
         "actor_critic_value",
-        lambda m, q, z, t, w: m.actor_critic_value(q, z, temperature=t, where=w),
-        make=_make(_logits, _logits, _temperature),
+        lambda m, q, z, t, u, w: m.actor_critic_value(
+            q, z, temperature=t, policy_temperature=u, where=w
+        ),
+        make=_make(_logits, _logits, _temperature, _temperature),
     ),
     _both(
         "bellman_target",

@@ -1099,19 +1099,31 @@ def policy_entropy(values, *, temperature=1.0, epsilon=0.0, axis=-1, where=None)
     return _with_options(rule, 0.0, values, axis, where, **options)
 
 
-def policy_gradient_loss(logits, actions, advantages, *, entropy_cost=0.0, where=None):
-    logs = policy_log_prob(logits, actions, where=where)
+def policy_gradient_loss(
+    logits, actions, advantages, *, temperature=1.0, entropy_cost=0.0, where=None
+):
+    options = {"temperature": temperature, "where": where}
+    logs = policy_log_prob(logits, actions, **options)
     advantages = np.broadcast_to(np.asarray(advantages).astype(np.longdouble), logs.shape)
     with np.errstate(all="ignore"):
         loss = np.where((advantages == 0) & (logs == -np.inf), 0, -advantages * logs)
     costs = np.asarray(entropy_cost).astype(np.longdouble)
-    return loss - costs * policy_entropy(logits, where=where)
+    return loss - costs * policy_entropy(logits, **options)
 
 
 def clipped_surrogate_loss(
-    logits, actions, old_log_probs, advantages, *, clip=0.2, entropy_cost=0.0, where=None
+    logits,
+    actions,
+    old_log_probs,
+    advantages,
+    *,
+    clip=0.2,
+    temperature=1.0,
+    entropy_cost=0.0,
+    where=None,
 ):
-    logs = policy_log_prob(logits, actions, where=where)
+    options = {"temperature": temperature, "where": where}
+    logs = policy_log_prob(logits, actions, **options)
     old, advantages, clip, costs = (
         np.asarray(x).astype(np.longdouble)
         for x in (old_log_probs, advantages, clip, entropy_cost)
@@ -1119,7 +1131,7 @@ def clipped_surrogate_loss(
     ratio = np.exp(logs - old)
     clipped = np.clip(ratio, 1 - clip, 1 + clip)
     surrogate = np.minimum(ratio * advantages, clipped * advantages)
-    return -surrogate - costs * policy_entropy(logits, where=where)
+    return -surrogate - costs * policy_entropy(logits, **options)
 
 
 def soft_value(values, *, temperature=1.0, axis=-1, where=None):
@@ -1146,9 +1158,11 @@ def expected_value(values, *, temperature=1.0, epsilon=0.0, axis=-1, where=None)
     return _with_options(rule, 0.0, values, axis, where, **options)
 
 
-def actor_critic_value(values, logits, *, temperature=1.0, axis=-1, where=None):
-    probs = softmax(logits, axis=axis, where=where)
-    logs = log_softmax(logits, axis=axis, where=where)
+def actor_critic_value(
+    values, logits, *, temperature=1.0, policy_temperature=1.0, axis=-1, where=None
+):
+    options = {"axis": axis, "where": where, "temperature": policy_temperature}
+    probs, logs = softmax(logits, **options), log_softmax(logits, **options)
     temperature = np.asarray(temperature).astype(np.longdouble)
     values = np.asarray(values).astype(np.longdouble)
     with np.errstate(all="ignore"):
