@@ -93,6 +93,7 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
     return (row, shift), (tangent(primals, tangents, row, shift), jnp.zeros_like(shift))
 
 
+@jax.jit
 def _third_order(ratio: Array) -> Array:
     """2 (exp(-r) - 1 + r) + r (exp(-r) - 1) within 1 of 0: r^3 / 6 - r^4 / 12 + ..."""
     num_terms = 21 if ratio.dtype == jnp.float64 else 13
@@ -104,6 +105,7 @@ def _third_order(ratio: Array) -> Array:
     return ratio * ratio * ratio * series
 
 
+@jax.jit
 def _log_ratio(
     x: Array, y: Array, x_peak: Array, y_peak: Array, temperature: Array | None, shift: Array
 ) -> Array:
@@ -113,18 +115,21 @@ def _log_ratio(
     return ((p.near - far) - shift) + (p.errors - jnp.where(q.is_far, 0, q.errors))
 
 
+@jax.jit
 def _nats(p: Array, q: Array, ratio: Array) -> Array:
     """The terms p log(p / q) + q - p."""
     near, _, curve = _expand(ratio)
     return jnp.where(near & (p != 0), p * curve, p * ratio + (q - p))
 
 
+@jax.jit
 def _gain(p: Array, q: Array, ratio: Array) -> Array:
     """The difference q - p, to full precision where the two are close."""
     near, close, curve = _expand(ratio)
     return jnp.where(near & (p != 0), p * (curve - close), q - p)
 
 
+@jax.jit
 def _expand(ratio: Array) -> tuple[Array, Array, Array]:
     """Where r = log(p / q) is small, r, and q / p - 1 + r."""
     near = jnp.abs(ratio) < 1

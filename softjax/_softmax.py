@@ -7,6 +7,7 @@ of one peak, so that a log-probability near 0 keeps its digits.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -33,6 +34,7 @@ class Normalizer(NamedTuple):
         return log1p(self.rest)
 
 
+@jax.jit
 def normalizer(
     slices: Slices, x: Array, temperature: Array | None, sink: Array | None = None
 ) -> Normalizer:

@@ -62,7 +62,13 @@ def solve(
     sink: Array | None = None,
 ) -> Solution:
     """Finds the threshold. Each argument after `logits` is one number per slice, or None."""
-    return family.solve(slices, logits, temperature, alpha, k, sink)
+    return _traced_once(family, slices, logits, temperature, alpha, k, sink)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _traced_once(family: Family, *args: Any) -> Solution:
+    # A derivative traces the value again; this trace is remembered.
+    return family.solve(*args)
 
 
 def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, Solution]:
