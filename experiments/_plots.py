@@ -88,10 +88,10 @@ def finish(
 def _logarithmic(panel: Any, axis: Any, scale: Scale) -> None:
     base = 2 if scale == "log2" else 10
     set_scale = panel.set_xscale if axis is panel.xaxis else panel.set_yscale
-    drawn = [
-        line.get_xdata() if axis is panel.xaxis else line.get_ydata() for line in panel.lines
-    ]
-    values = np.concatenate([np.ravel(np.asarray(data, float)) for data in drawn] or [[1.0]])
+    values = np.ones(0)
+    for line in panel.lines:
+        data = line.get_xdata() if axis is panel.xaxis else line.get_ydata()
+        values = np.append(values, np.asarray(data, float))
     positive = values[values > 0]
     if axis is panel.yaxis and positive.size and (values == 0).any():
         # An exact zero has no logarithm. Below the smallest value the axis is linear, so that
@@ -243,7 +243,7 @@ def heatmap(
     if extent is not None:
         options |= {"extent": extent, "origin": "lower"}
     image = panel.imshow(values, **options)
-    finish(panel, x, y)
+    finish(panel, x, y, whole=extent is None)
     panel.grid(visible=False)
     if scale is not None:
         figure.colorbar(image, ax=panel, label=scale)

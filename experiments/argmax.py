@@ -98,10 +98,11 @@ def run(config: Config, track: Track = untracked) -> Arrays:
         probs = jax.nn.sigmoid(logits) if names[number] == "sigmoids" else sj.softmax(logits)
         arrays[f"sum/{names[number]}"] = np.asarray(jnp.sum(probs, axis=-1))
 
+    # The inputs are made by NumPy, because every operation of JAX takes time to compile.
     row = jnp.array(ROW)
-    temperatures = jnp.geomspace(0.02, 100, 160)
-    several = jnp.broadcast_to(row, (len(temperatures), len(ROW)))
-    x = jnp.linspace(-8, 8, 321)
+    temperatures = np.geomspace(0.02, 100, 160).astype(row.dtype)
+    several = np.tile(np.asarray(row), (len(temperatures), 1))
+    x = np.linspace(-8, 8, 321).astype(row.dtype)
     radius, angle = np.arange(1, 11)[:, None] / 5, np.linspace(0, 2 * np.pi, 361)
     basis = np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])
     circles = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1) @ basis
@@ -109,7 +110,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
         "temperatures": temperatures,
         "limits": sj.softmax(several, temperature=temperatures[:, None]),
         "x": x,
-        "two classes": sj.softmax(jnp.stack([x, jnp.zeros_like(x)], axis=-1))[:, 0],
+        "two classes": np.asarray(sj.softmax(np.stack([x, np.zeros_like(x)], axis=-1)))[:, 0],
         "sigmoid": jax.nn.sigmoid(x),
         "jacobian/softmax": jax.jacobian(sj.softmax)(row),
         "jacobian/sigmoids": jax.jacobian(jax.nn.sigmoid)(row),
@@ -234,8 +235,17 @@ def _draw_sharing(arrays: Arrays) -> Figure:
     for panel, name in zip(axes, ("softmax", "sigmoids"), strict=False):
         jacobian = arrays[f"jacobian/{name}"]
         texts = [[f"{entry:.2f}" for entry in row] for row in jacobian]
-        labels = {"x": "logit", "y": "class", "scale": "derivative"}
-        heatmap(figure, panel, jacobian, **labels, numbers=texts, low=-0.25, high=0.25)
+        heatmap(
+            figure,
+            panel,
+            jacobian,
+            x="logit",
+            y="class",
+            scale="derivative",
+            numbers=texts,
+            low=-0.25,
+            high=0.25,
+        )
         panel.set_xticks(range(len(ROW)))
         panel.set_yticks(range(len(ROW)))
     for number, name in enumerate(("softmax", "sigmoids")):
@@ -248,7 +258,7 @@ def _draw_sharing(arrays: Arrays) -> Figure:
             label=name,
         )
     axes[2].legend(fontsize=8)
-    finish(axes[2], "sum over the classes (above 2 drawn as 2)", "test images of all seeds")
+    finish(axes[2], "sum over the classes", "test images of all seeds")
     return figure
 
 

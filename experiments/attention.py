@@ -439,9 +439,16 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     )
     for axis, name in zip(axes, names, strict=True):
         image = np.log10(np.maximum(arrays[f"weights/{name}"][:, :shown], 1e-4))
-        scale = "log10 of the weight"
-        labels = {"x": "rank of the item by priority", "y": "example"}
-        heatmap(weights, axis, image, **labels, scale=scale, low=-4, high=0)
+        heatmap(
+            weights,
+            axis,
+            image,
+            x="rank of the item by priority",
+            y="example",
+            scale="log10 of the weight",
+            low=-4,
+            high=0,
+        )
     training = curves(
         arrays,
         "round of training",

@@ -96,11 +96,11 @@ class Config(Options):
 
     @classmethod
     def reduced(cls) -> Self:
-        """A twentieth of the steps, taken with larger ones, and targets to go with them."""
+        """A fortieth of the steps, taken with larger ones, and targets to go with them."""
         return cls(
             quick=True,
             num_seeds=2,
-            num_updates=48,
+            num_updates=24,
             learning_rate=2e-3,
             min_return=60.0,
             min_greedy_return=60.0,
@@ -387,8 +387,11 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     panel.fill_between(steps, smooth.min(0), smooth.max(0), color=COLOURS[0], alpha=0.2)
     panel.plot(steps, smooth.T, color=COLOURS[0], linewidth=0.6, alpha=0.5)
     panel.plot(steps, smooth.mean(0), color=COLOURS[0], label=f"mean of {len(curve)} seeds")
-    levels = {"500: the longest episode": 500, "475: the task counts as solved": 475}
-    levels["mean return of the uniform policy"] = float(np.mean(arrays["trials/uniform"]))
+    levels = {
+        "500: the longest episode": 500.0,
+        "475: the task counts as solved": 475.0,
+        "mean return of the uniform policy": float(np.mean(arrays["trials/uniform"])),
+    }
     for (name, level), dashes in zip(levels.items(), ("-", "--", ":"), strict=True):
         panel.axhline(level, color=COLOURS[-1], linewidth=0.9, linestyle=dashes, label=name)
     panel.set_ylim(0, 520)

@@ -17,7 +17,7 @@ losses agree within 1 % and their accuracies within 1 point on every seed.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,16 @@ import softjax as sj
 from experiments._data import digits
 from experiments._networks import Layers, mlp
 from experiments._plots import curves, finish, legend, panels, style
-from experiments._run import Arrays, Experiment, Measure, Options, Track, launch, untracked
+from experiments._run import (
+    Arrays,
+    Experiment,
+    Measure,
+    Options,
+    Track,
+    arms_of,
+    launch,
+    untracked,
+)
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
@@ -38,8 +47,7 @@ LOSSES: dict[str, Callable[[Array, Array], Array]] = {
     "softjax": sj.cross_entropy,
     "optax": optax.softmax_cross_entropy_with_integer_labels,
 }
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-ARMS = {f"{loss}, {dtype}": (loss, dtype) for dtype in DTYPES for loss in LOSSES}
+DtypeName = Literal["float32", "bfloat16"]
 NETWORK = mlp([64, 64, 10])
 
 
@@ -49,6 +57,8 @@ class Config(Options):
 
     num_seeds: int = 5
     """Number of independent repetitions, run side by side."""
+    dtypes: tuple[DtypeName, ...] = ("float32", "bfloat16")
+    """Dtypes of the logits, float32 among them: most targets are for it."""
     num_scale_steps: int = 240
     """Steps of the scale."""
     scale_step: float = 0.25
@@ -62,10 +72,20 @@ class Config(Options):
     max_gap: float = 0.01
     """Target: largest relative difference of the test losses in float32."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "float32" not in self.dtypes:
+            raise ValueError(f"dtypes must include float32, got {self.dtypes}.")
+
+    @property
+    def arms(self) -> dict[str, tuple[str, DtypeName]]:
+        """The loss and the dtype of each arm."""
+        return {f"{loss}, {dtype}": (loss, dtype) for dtype in self.dtypes for loss in LOSSES}
+
     @classmethod
     def reduced(cls) -> Self:
-        """Fewer seeds and steps of the network; the targets stay."""
-        return cls(quick=True, num_seeds=2, num_steps=60)
+        """One dtype, and fewer seeds and steps of the network; the targets stay."""
+        return cls(quick=True, num_seeds=2, dtypes=("float32",), num_steps=60)
 
 
 def run(config: Config, track: Track = untracked) -> Arrays:
@@ -77,9 +97,9 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     labels = jnp.asarray(data.labels[rows])
     keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     arrays: Arrays = {"scale_step": np.array(config.scale_step)}
-    arms = list(ARMS)
+    arms = list(config.arms)
     for number in track(range(len(arms)), "losses and dtypes"):
-        loss, dtype = ARMS[arms[number]]
+        loss, dtype = config.arms[arms[number]]
         arrays[f"scale/{arms[number]}"] = np.asarray(_train_scale(loss, dtype, config))
         scores = _train(keys, images, labels, loss, dtype, data.num_train, config)
         names = ("train_loss", "test_loss", "test_accuracy")
@@ -89,12 +109,12 @@ def run(config: Config, track: Track = untracked) -> Arrays:
 
 
 @functools.partial(jax.jit, static_argnames=("loss", "dtype", "config"))
-def _train_scale(loss: str, dtype: str, config: Config) -> Array:
+def _train_scale(loss: str, dtype: DtypeName, config: Config) -> Array:
     """The scale after each step, `[steps]`, for ten classes of which the first is right."""
 
     def step(scale: Array, _: None) -> tuple[Array, Array]:
         def of_scale(scale: Array) -> Array:
-            one_hot = jnp.zeros(10, DTYPES[dtype]).at[0].set(1)
+            one_hot = jnp.zeros(10, dtype).at[0].set(1)
             return LOSSES[loss](scale.astype(one_hot.dtype) * one_hot, jnp.array(0, jnp.int32))
 
         slope = jax.grad(lambda scale: of_scale(scale).astype(jnp.float32))(scale)
@@ -110,7 +130,7 @@ def _train(
     images: Array,
     labels: Array,
     loss: str,
-    dtype: str,
+    dtype: DtypeName,
     num_train: int,
     config: Config,
 ) -> tuple[Array, Array, Array]:
@@ -126,7 +146,7 @@ def _train(
 
         def mean_loss(layers: Layers) -> tuple[Array, Array]:
             logits = NETWORK.apply(layers, images[:num_train])
-            losses = LOSSES[loss](logits.astype(DTYPES[dtype]), labels[:num_train])
+            losses = LOSSES[loss](logits.astype(dtype), labels[:num_train])
             exact = jnp.mean(sj.cross_entropy(logits, labels[:num_train]))
             return jnp.mean(losses.astype(images.dtype)), exact
 
@@ -148,7 +168,7 @@ def _train(
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
     """Where each scale is after all steps, and how far the networks differ."""
-    reached = {arm: arrays[f"scale/{arm}"][-1] for arm in ARMS}
+    reached = {arm: arrays[f"scale/{arm}"][-1] for arm in config.arms}
     known = config.scale_step * config.num_scale_steps
     limits = {"optax, float32": config.max_optax_scale, "optax, bfloat16": 9.0}
     measures = [
@@ -162,7 +182,7 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
     ]
     final = {
         (arm, measure): arrays[f"curves/{arm}/{measure}"][:, -1]
-        for arm in ARMS
+        for arm in config.arms
         for measure in ("test_loss", "test_accuracy")
     }
     ours, theirs = "softjax, float32", "optax, float32"
@@ -170,8 +190,8 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
     points = np.abs(final[ours, "test_accuracy"] - final[theirs, "test_accuracy"])
     return [
         *measures,
-        *(Measure(f"test loss, {arm}, nats", final[arm, "test_loss"]) for arm in ARMS),
-        *(Measure(f"test accuracy, {arm}", final[arm, "test_accuracy"]) for arm in ARMS),
+        *(Measure(f"test loss, {arm}, nats", final[arm, "test_loss"]) for arm in config.arms),
+        *(Measure(f"test accuracy, {arm}", final[arm, "test_accuracy"]) for arm in config.arms),
         Measure(
             "float32: relative difference of the test losses",
             gap,
@@ -192,10 +212,11 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         " 0, so that an exact loss climbs for ever. A flat curve has stalled.",
         size=5.0,
     )
-    steps = np.arange(1, len(arrays[f"scale/{next(iter(ARMS))}"]) + 1)
+    arms = list(arms_of(arrays))
+    steps = np.arange(1, len(arrays[f"scale/{arms[0]}"]) + 1)
     known = float(arrays["scale_step"]) * steps
     panel.plot(steps, known, color="black", linewidth=4, alpha=0.15, label="known answer")
-    for number, arm in enumerate(ARMS):
+    for number, arm in enumerate(arms):
         panel.plot(steps, arrays[f"scale/{arm}"], **style(number), label=arm)
     finish(panel, "step", "scale: margin of the right class, nats", whole=True)
     legend(figure)

@@ -97,9 +97,9 @@ class Config(Options):
             num_seeds=2,
             arms=("relaxed",),
             num_rounds=2,
-            num_epochs=6,
+            num_epochs=5,
             learning_rate=5e-3,
-            num_judged=4,
+            num_judged=2,
             max_nelbo=24.5,
         )
 

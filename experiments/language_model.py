@@ -99,7 +99,7 @@ class Config(Options):
             num_features=32,
             num_rounds=4,
             num_control_rounds=1,
-            num_steps=100,
+            num_steps=60,
             batch_size=128,
             learning_rate=5e-3,
             sample_length=100,

@@ -17,22 +17,26 @@ from experiments._networks import Layer, cnn, mlp
 
 NAMES = tuple(command_line.questions())
 FIGURES = {
+    "argmax": {"limits", "sharing", "simplex", "training"},
     "attention": {"accuracy", "curves", "weights"},
     "bandit": {"exploration", "gradient", "parameters"},
     "blobs": {"curves", "regions"},
     "cartpole": {"return"},
     "classification": {"confusion", "curves"},
+    "confidence": {"scale", "training"},
     "gumbel_vae": {"nelbo", "reconstructions"},
     "language_model": {"loss", "memory"},
     "precision": {"precision"},
     "toy": {"loss", "steps"},
 }
 IMPOSSIBLE = {
+    "argmax": {"min_accuracy": 1.01},
     "attention": {"min_recall": 1.01},
     "bandit": {"tolerance": -0.01},
     "blobs": {"max_loss": -1.0},
     "cartpole": {"min_return": 501.0},
     "classification": {"min_mlp_accuracy": 1.01},
+    "confidence": {"max_gap": -1.0},
     "gumbel_vae": {"max_nelbo": -1.0},
     "language_model": {"max_loss": -1.0},
     "precision": {"max_ulps": -1.0},
