@@ -1,10 +1,10 @@
-"""Images with labels, and text: what every machine has, or files of your own.
+"""Images with labels, and text: sets that come with Python packages, or your own files.
 
 Images are scikit-learn's digits, or MNIST, CIFAR and .npz files; text is Python's reference, or
 a UTF-8 file. Nothing is downloaded. A folder given as `--data-dir` is searched for the files of
 each data set in turn, under the names that they are published by; when no set is complete, one
-line says what was looked for, and the digits, or the reference, are used. A file that is there
-but malformed is an error.
+line names the files that were looked for, and the digits or the reference are used. A malformed
+file is an error.
 """
 
 import gzip

@@ -42,8 +42,8 @@ class Map(NamedTuple):
     """Attention under one map: of a learnt number, queries, keys, values and a mask."""
 
     attend: Attend
-    start: float = 0.0  # of the learnt number, where there is one
-    trained_as: MapName | None = None  # Another map, whose weights are used.
+    start: float = 0.0  # Start of the learnt number, where there is one.
+    trained_as: MapName | None = None  # The map whose weights are used, where it is another.
 
 
 def _normalizer(name: str) -> Attend:
@@ -61,7 +61,7 @@ def _scalable(scale: Array, q: Array, k: Array, v: Array, mask: masks.Mask | Non
 
 
 def _adaptive(_: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None) -> Array:
-    """Softmax, sharpened by a polynomial in its entropy (that of the paper on retrieval)."""
+    """Softmax, sharpened by a polynomial in its entropy, as in the paper on retrieval."""
     attend = functools.partial(sj.attention, mask=mask)
     mean_key, lse = attend(q, k, k, return_lse=True)
     mean_score = jnp.sum(q * mean_key, -1) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
@@ -390,7 +390,7 @@ def _weights(params: Params, key: Array, name: MapName, config: Config) -> Array
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
-    """Accuracies of all maps, and what scalable softmax gains."""
+    """Accuracies of all maps, and the gain of scalable softmax."""
     measures = []
     for name in config.maps:
         target = config.min_recall if name == "softmax" else None

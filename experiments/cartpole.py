@@ -107,7 +107,7 @@ class Config(Options):
         )
 
 
-NUM_ROUNDS = 16  # Parts of the training that progress is shown after.
+NUM_ROUNDS = 16  # The training is run in so many parts, and progress is shown after each.
 
 
 class Weights(NamedTuple):
@@ -148,7 +148,7 @@ class Examples(NamedTuple):
 
 
 def run(config: Config, track: Track = untracked) -> Arrays:
-    """Trains one policy a seed, and tries each greedily."""
+    """Trains one policy per seed, and tries each greedily."""
     keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     learners = _start(keys, config)
     first = _mean_entropy(learners, config)
@@ -401,7 +401,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
 
 
 def _smooth(row: NDArray, width: int = 15) -> NDArray:
-    """Running means over what there is on both sides."""
+    """Running means over as many neighbours as there are on both sides."""
     ones = np.ones(min(width, len(row)))
     sums, counts = (np.convolve(x, ones, mode="same") for x in (row, np.ones_like(row)))
     return np.asarray(sums / counts)

@@ -83,9 +83,9 @@ class Config(Options):
     arms: tuple[ArmName, ...] = tuple(ARMS)
     """Losses that are compared; the targets need softmax and soft cap."""
     rates: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4)
-    """Shares of wrong labels; the targets need 0, and are judged at the largest but 0.4."""
+    """Shares of wrong labels, 0 among them; the largest below 0.35 is judged."""
     factor: float = 5.0
-    """What the images with wrong labels are multiplied by when they are far."""
+    """Factor of the images with wrong labels when they are far."""
     num_steps: int = 300
     """Steps of Adam, each over all training images."""
     learning_rate: float = 0.05
@@ -96,6 +96,13 @@ class Config(Options):
     """Target: accuracy of the soft cap, less that of softmax, with far wrong labels."""
     min_auroc: float = 0.85
     """Target: how well the soft cap's loss tells far wrong labels from right ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not {"softmax", "soft cap"} <= set(self.arms):
+            raise ValueError(f"arms must include softmax and soft cap, got {self.arms}.")
+        if 0.0 not in self.rates or not any(0 < rate < 0.35 for rate in self.rates):
+            raise ValueError(f"rates must include 0 and one below 0.35, got {self.rates}.")
 
     @classmethod
     def reduced(cls) -> Self:
@@ -195,7 +202,7 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
     """Accuracy without and with wrong labels, and how well the losses find them."""
     measures = []
     clean = config.rates.index(0.0)
-    judged = max(i for i, rate in enumerate(config.rates) if rate < 0.4)
+    judged = max(i for i, rate in enumerate(config.rates) if rate < 0.35)
     rate = config.rates[judged]
     for arm in config.arms:
         target = config.min_clean if arm == "softmax" else None
@@ -257,8 +264,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         for number, (flag, label) in enumerate(((False, "right label"), (True, "wrong label"))):
             shown = np.clip(losses[is_wrong == flag], 0, edges[-1])
             panel.hist(shown, edges, histtype="step", **style(number), label=label)
-        finish(panel, "loss of the example", "training images")
-        panel.set_yscale("log")
+        finish(panel, "loss of the example", "training images", y_scale="log")
     legend(pulls)
     return {"rates": by_rate, "losses": pulls}
 
