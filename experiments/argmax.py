@@ -179,12 +179,12 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
         ),
         Measure("sigmoids: test accuracy", accuracy["sigmoids"][:, -1]),
         Measure(
-            "sigmoids: images whose sum misses 1 by 0.1, share",
+            "sigmoids: sums that miss 1 by 0.1, share",
             missed,
             at_least=config.min_missed,
         ),
         Measure(
-            "softmax: sum of the probabilities, less 1",
+            "softmax: sum, less 1",
             np.abs(arrays["sum/softmax"] - 1),
             at_most=10 * eps,
             summary="max",
@@ -195,10 +195,10 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
             at_most=4 * eps,
         ),
         Measure(
-            "low T: distance from argmax over its bound", to_argmax.max(), at_most=rounding
+            "low T: distance from argmax, over its bound", to_argmax.max(), at_most=rounding
         ),
         Measure(
-            "high T: distance from equal shares, times T over range",
+            "high T: distance from 1 / K, times T / range",
             to_uniform.max(),
             at_most=0.5,
         ),

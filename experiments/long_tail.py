@@ -213,7 +213,7 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
             for arm in ARMS[1:]
         ),
         Measure(
-            f"{BALANCED}: predictions changed by the adjustment",
+            f"{BALANCED}: predictions changed",
             arrays["changed"],
             at_most=0,
             summary="max",

@@ -219,9 +219,7 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
         for arm in config.arms:
             auroc = arrays[f"auroc/{kind}/{arm}"][:, judged]
             goal = config.min_auroc if (kind, arm) == ("far", "soft cap") else None
-            measures.append(
-                Measure(f"AUROC of the loss, {kind} wrong labels, {arm}", auroc, at_least=goal)
-            )
+            measures.append(Measure(f"AUROC, {kind} wrong labels, {arm}", auroc, at_least=goal))
     control = arrays["shuffled/near/softmax"][:, judged]
     return [
         *measures,
@@ -230,7 +228,7 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
             capped - plain,
             at_least=config.min_gain,
         ),
-        Measure("AUROC of the loss, shuffled flags", control, at_least=0.45, at_most=0.55),
+        Measure("AUROC, shuffled flags", control, at_least=0.45, at_most=0.55),
     ]
 
 
