@@ -254,7 +254,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     pulls, axes = panels(
         arms,
         "Loss of each training example at the highest rate of far wrong labels, for the first"
-        " seed, after training: the examples on the right pull the most.",
+        " seed, after training; where the curves lie apart, the loss finds the wrong labels.",
     )
     for panel, arm in zip(axes, arms, strict=True):
         losses, is_wrong = arrays[f"losses/{arm}/far"], arrays[f"wrong/{arm}/far"]
