@@ -105,7 +105,7 @@ class Config(Options):
             num_seeds=2,
             num_runs=100,
             num_steps=200,
-            learners=(*JUDGED, "Boltzmann"),
+            learners=JUDGED,
             stride=2,
             with_baseline=0.61,
             without_baseline=0.36,
