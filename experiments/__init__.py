@@ -1,1 +1,1 @@
-"""Experiments: one script a question; `python -m experiments` lists them."""
+"""Experiments: one script per question; `python -m experiments` lists them."""

@@ -1,10 +1,10 @@
-"""Images with labels, and text: what every machine has, or files of your own.
+"""Images with labels, and text: sets that come with Python packages, or your own files.
 
 Images are scikit-learn's digits, or MNIST, CIFAR and .npz files; text is Python's reference, or
 a UTF-8 file. Nothing is downloaded. A folder given as `--data-dir` is searched for the files of
 each data set in turn, under the names that they are published by; when no set is complete, one
-line says what was looked for, and the digits, or the reference, are used. A file that is there
-but malformed is an error.
+line names the files that were looked for, and the digits or the reference are used. A malformed
+file is an error.
 """
 
 import gzip
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.datasets import load_digits
 
-from experiments._types import NDArray
+from experiments._run import NDArray
 
 __all__ = [
     "REFERENCE",
@@ -38,10 +38,8 @@ __all__ = [
 
 REFERENCE = "Python's reference"
 
-
-Examples = tuple[
-    NDArray, NDArray
-]  # images, [n, height, width, channels] or as read; labels, [n]
+# Images, `[n, height, width, channels]` or as they are read, and labels, `[n]`.
+Examples = tuple[NDArray, NDArray]
 
 
 class Dataset(NamedTuple):
@@ -150,8 +148,8 @@ def read_idx(path: Path) -> NDArray:
 def read_cifar(path: Path, num_classes: int) -> Examples:
     """Images `[n, 32, 32, 3]` and labels `[n]` of one file of CIFAR-10 or CIFAR-100 (binary).
 
-    A row has one byte for the label (CIFAR-100: one for the coarse label before it, which is
-    left out), and then the red, green and blue planes of the image.
+    A row has one byte for the label, and then the red, green and blue planes of the image. In
+    CIFAR-100 a byte with the coarse label comes first; it is left out.
 
     Raises:
         ValueError: the size is wrong or a label is too large; the message names the file.

@@ -67,7 +67,7 @@ def cnn(
 
 
 def _he_uniform(key: Array, shapes: Sequence[tuple[int, int]]) -> Layers:
-    # One draw for all layers: each would take about half a second to compile.
+    # One draw serves all layers, because each draw takes half a second to compile.
     ends = np.cumsum([fan_in * fan_out for fan_in, fan_out in shapes])
     draws = jnp.split(jax.random.uniform(key, (ends[-1],), minval=-1, maxval=1), ends[:-1])
     return [

@@ -30,10 +30,38 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import softjax
-from experiments._plots import arms_of
-from experiments._types import Arrays, Track
 
-__all__ = ["Experiment", "Measure", "Options", "launch"]
+__all__ = [
+    "Arrays",
+    "Experiment",
+    "Measure",
+    "NDArray",
+    "Options",
+    "Track",
+    "arms_of",
+    "launch",
+    "untracked",
+]
+
+NDArray = npt.NDArray[Any]
+Arrays = dict[str, NDArray]
+Track = Callable[[range, str], Iterable[int]]  # Walks through a range and shows the progress.
+
+
+def untracked(steps: range, label: str) -> Iterable[int]:
+    """A `Track` that shows nothing."""
+    del label
+    return steps
+
+
+def arms_of(arrays: Arrays) -> dict[str, Arrays]:
+    """The curves `[seeds, steps]` of each arm by measure, from `curves/<arm>/<measure>`."""
+    arms: dict[str, Arrays] = {}
+    for name, values in arrays.items():
+        if name.startswith("curves/"):
+            _, arm, measure = name.split("/")
+            arms.setdefault(arm, {})[measure] = values
+    return arms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +80,7 @@ class Options:
     """Exit with code 1 when a target is missed."""
 
     def __post_init__(self) -> None:
-        # Every whole number but a seed counts something.
+        # Every integer option except a seed is a count.
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and not field.name.endswith("seed") and value < 1:
@@ -69,7 +97,7 @@ ConfigT = TypeVar("ConfigT", bound=Options)
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """A number that a run reports, from one value a seed, and its target, if it has one."""
+    """A number that a run reports, from one value per seed, and its target, if it has one."""
 
     name: str
     values: npt.ArrayLike
@@ -92,7 +120,7 @@ class Measure:
         return bool(lower <= self.got <= upper)
 
     def record(self) -> dict[str, Any]:
-        """What is logged of it."""
+        """The record that is logged."""
         values = np.ravel(self.values)
         error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
         fields = {"measure": self.name, "summary": self.summary, "got": self.got}
@@ -135,7 +163,7 @@ def launch(experiment: Experiment[ConfigT], args: Sequence[str] | None = None) -
         args=args,
     )
     if config.quick:
-        # XLA's optimizations would take longer than what they save in so short a run.
+        # In so short a run, XLA's optimizations take longer than they save.
         jax.config.update("jax_disable_most_optimizations", True)
     start = time.perf_counter()
     with _progress() as track:
@@ -163,7 +191,7 @@ def launch(experiment: Experiment[ConfigT], args: Sequence[str] | None = None) -
 
 @contextmanager
 def _progress() -> Iterator[Track]:
-    """A bar for each range that is walked through; a line for each when nobody watches."""
+    """Shows a bar per range on a terminal; otherwise prints a line per range."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _walk
@@ -188,7 +216,7 @@ def _table(title: str, measures: Iterable[Measure]) -> Table:
 
 
 def _steps(arrays: Arrays) -> Iterator[dict[str, Any]]:
-    """The mean over the seeds of every curve, one record an arm and step."""
+    """The mean over the seeds of every curve: one record per arm and step."""
     for arm, curves in arms_of(arrays).items():
         means = {
             measure: np.mean(values, axis=0).tolist() for measure, values in curves.items()

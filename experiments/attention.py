@@ -24,10 +24,8 @@ from matplotlib.figure import Figure
 
 import softjax as sj
 from experiments._networks import mlp
-from experiments._plots import COLOURS, curves, panels
-from experiments._run import Experiment, Measure, Options, launch
-from experiments._train import descend
-from experiments._types import Arrays, Track, untracked
+from experiments._plots import curves, finish, heatmap, legend, lines, panels
+from experiments._run import Arrays, Experiment, Measure, Options, Track, launch, untracked
 from softjax import masks
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
@@ -44,8 +42,8 @@ class Map(NamedTuple):
     """Attention under one map: of a learnt number, queries, keys, values and a mask."""
 
     attend: Attend
-    start: float = 0.0  # of the learnt number, where there is one
-    trained_as: MapName | None = None  # Another map, whose weights are used.
+    start: float = 0.0  # Start of the learnt number, where there is one.
+    trained_as: MapName | None = None  # The map whose weights are used, where it is another.
 
 
 def _normalizer(name: str) -> Attend:
@@ -63,7 +61,7 @@ def _scalable(scale: Array, q: Array, k: Array, v: Array, mask: masks.Mask | Non
 
 
 def _adaptive(_: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None) -> Array:
-    """Softmax, sharpened by a polynomial in its entropy (that of the paper on retrieval)."""
+    """Softmax, sharpened by a polynomial in its entropy, as in the paper on retrieval."""
     attend = functools.partial(sj.attention, mask=mask)
     mean_key, lse = attend(q, k, k, return_lse=True)
     mean_score = jnp.sum(q * mean_key, -1) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
@@ -104,15 +102,15 @@ class Config(Options):
     num_rounds: int = 10
     """Points of the training curves."""
     retrieval_steps: int = 50
-    """Steps a round of max-retrieval."""
+    """Steps per round of max-retrieval."""
     recall_steps: int = 80
-    """Steps a round of associative recall."""
+    """Steps per round of associative recall."""
     batch_size: int = 64
-    """Sequences a step."""
+    """Sequences per step."""
     num_test: int = 96
     """Sequences in testing."""
     learning_rate: float = 2e-3
-    """Of Adam, at its peak."""
+    """Step size of Adam at the start; it falls to zero along a cosine."""
     min_recall: float = 0.995
     """Target: accuracy of associative recall under softmax."""
     min_retrieval: float = 0.97
@@ -185,7 +183,7 @@ def _retrieval_start(key: Array, number: Array, config: Config) -> Params:
 
 
 def _retrieval_sample(key: Array, count: int, config: Config, length: int) -> Any:
-    # One draw for both, here and below: each would take a second to compile.
+    # Here and below, one draw serves both, because each draw takes a second to compile.
     draws = jax.random.uniform(key, (count, 2 * length))
     priorities, draws = jnp.split(draws, 2, axis=1)
     classes = _whole(draws, NUM_CLASSES)
@@ -339,7 +337,8 @@ def _train(
         params, state = carry
         examples = TASKS[task].sample(key, config.batch_size, config, config.num_items)
         loss, grads = jax.value_and_grad(mean_loss)(params, *examples)
-        return descend(optimizer, grads, state, params), loss
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), loss
 
     def one_seed(params: Params, state: Any, key: Array) -> tuple[Params, Any, Array]:
         step_keys = jax.random.split(
@@ -356,7 +355,7 @@ def _right(
     params: Params, keys: Array, task: str, name: MapName, config: Config, length: int
 ) -> Array:
     def one_seed(params: Params, key: Array) -> Array:
-        # Beyond the numbers of all rounds: these examples are in no training.
+        # No round has this number, so these examples occur in no training.
         key = jax.random.fold_in(key, config.num_rounds + length)
 
         def some(key: Array) -> Array:
@@ -391,7 +390,7 @@ def _weights(params: Params, key: Array, name: MapName, config: Config) -> Array
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
-    """Accuracies of all maps, and what scalable softmax gains."""
+    """Accuracies of all maps, and the gain of scalable softmax."""
     measures = []
     for name in config.maps:
         target = config.min_recall if name == "softmax" else None
@@ -419,22 +418,44 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """Accuracy against length, training curves, and where each map puts its weight."""
     names = [key.removeprefix("retrieval/") for key in arrays if key.startswith("retrieval/")]
-    length, (panel,) = panels(["max-retrieval: accuracy by number of items"], size=4.2)
-    for name, colour in zip(names, COLOURS, strict=False):
-        accuracy = arrays[f"retrieval/{name}"]
-        panel.plot(arrays["lengths"], accuracy.T, color=colour, linewidth=0.5, alpha=0.3)
-        mean = np.mean(accuracy, 0)
-        panel.plot(arrays["lengths"], mean, color=colour, marker="o", markersize=3, label=name)
-    panel.set_xscale("log", base=2)
+    length, (panel,) = panels(
+        ["max-retrieval"],
+        f"Trained on {arrays['lengths'][0]} items, tested on more; thick: median of the seeds,"
+        " thin: each seed.",
+        size=5.0,
+    )
+    for number, name in enumerate(names):
+        lines(panel, arrays["lengths"], arrays[f"retrieval/{name}"], name, number)
+    finish(panel, "items in testing", "accuracy, share of queries", x_scale="log2")
+    panel.set_xticks(arrays["lengths"])
     panel.set_ylim(0, 1.02)
-    panel.legend(fontsize=7)
-    weights, axes = panels(names, size=2.2)
+    legend(length)
+    shown = min(32, arrays[f"weights/{names[0]}"].shape[1])
+    weights, axes = panels(
+        names,
+        f"Weight of the {shown} items of highest priority, highest first, in eight examples, as"
+        " the logarithm to base 10; weights below 0.0001 are shown as such.",
+        size=3.4,
+    )
     for axis, name in zip(axes, names, strict=True):
-        image = np.maximum(arrays[f"weights/{name}"][:, :32], 1e-6)
-        axis.imshow(np.log10(image), vmin=-4, vmax=0, aspect="auto", cmap="viridis")
-        axis.set_xlabel("items by priority")
-        axis.set_yticks([])
-    return {"accuracy": length, "curves": curves(arrays, "round"), "weights": weights}
+        image = np.log10(np.maximum(arrays[f"weights/{name}"][:, :shown], 1e-4))
+        heatmap(
+            weights,
+            axis,
+            image,
+            x="rank of the item by priority",
+            y="example",
+            scale="log10 of the weight",
+            low=-4,
+            high=0,
+        )
+    training = curves(
+        arrays,
+        "round of training",
+        "Mean cross-entropy by round; thick: median of the seeds, thin: each seed.",
+        names={"train_loss": "training loss, nats per answer"},
+    )
+    return {"accuracy": length, "curves": training, "weights": weights}
 
 
 def main(args: Sequence[str] | None = None) -> int:

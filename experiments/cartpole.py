@@ -1,7 +1,7 @@
 """Does a softmax policy learn to balance a pole within half a million steps of PPO?
 
 Proximal policy optimisation with the hyper-parameters that CleanRL publishes for CartPole-v1:
-4 carts by 128 steps an update, 4 passes of 4 minibatches, a step size of 2.5e-4 that falls to
+4 carts by 128 steps an update, 4 epochs of 4 minibatches, a step size of 2.5e-4 that falls to
 zero, two tanh networks of 64-64 units. Actions are drawn by `select_action`, the policy learns
 by `clipped_surrogate_loss`, the critic towards targets of `bellman_target`; the cart, the
 policy and the learner are one compiled program, with a seed to each lane of a `vmap`.
@@ -28,10 +28,17 @@ from matplotlib.figure import Figure
 import softjax as sj
 from experiments import _cartpole as cartpole
 from experiments._networks import Layer, Layers, Network, mlp
-from experiments._plots import COLOURS, panels
-from experiments._run import Experiment, Measure, Options, launch
-from experiments._train import descend
-from experiments._types import Arrays, NDArray, Track, untracked
+from experiments._plots import COLOURS, finish, legend, panels
+from experiments._run import (
+    Arrays,
+    Experiment,
+    Measure,
+    NDArray,
+    Options,
+    Track,
+    launch,
+    untracked,
+)
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
@@ -48,10 +55,10 @@ class Config(Options):
     """Carts that one policy drives at a time."""
     num_steps: int = 128
     """Steps of each cart between two updates."""
-    num_passes: int = 4
-    """Passes over the steps in an update."""
+    num_epochs: int = 4
+    """Passes over the steps of an update."""
     num_minibatches: int = 4
-    """Minibatches in a pass."""
+    """Minibatches in an epoch."""
     num_hidden: int = 64
     """Units of each of the two layers of either network."""
     learning_rate: float = 2.5e-4
@@ -89,18 +96,18 @@ class Config(Options):
 
     @classmethod
     def reduced(cls) -> Self:
-        """A twentieth of the steps, taken with larger ones, and targets to go with them."""
+        """A fortieth of the steps, taken with larger ones, and targets to go with them."""
         return cls(
             quick=True,
             num_seeds=2,
-            num_updates=48,
+            num_updates=24,
             learning_rate=2e-3,
             min_return=60.0,
             min_greedy_return=60.0,
         )
 
 
-NUM_ROUNDS = 16  # Parts of the training that progress is shown after.
+NUM_ROUNDS = 16  # The training is run in so many parts, and progress is shown after each.
 
 
 class Weights(NamedTuple):
@@ -111,7 +118,7 @@ class Weights(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """All that an update changes, for one seed."""
+    """Everything that an update changes, for one seed."""
 
     weights: Weights
     optimizer: Any
@@ -120,18 +127,18 @@ class Learner(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What happened, `[steps, carts, ...]`, or `[batch, ...]`."""
+    """The rollout of all carts, `[steps, carts, ...]`."""
 
     observation: Array
     action: Array
     log_prob: Array
-    following: Array  # the next observation, before a new episode
+    next_obs: Array  # before a new episode starts
     terminated: Array
     done: Array
 
 
 class Examples(NamedTuple):
-    """What is learnt from, `[batch, ...]`."""
+    """The examples of a minibatch, `[batch, ...]`."""
 
     observation: Array
     action: Array
@@ -141,7 +148,7 @@ class Examples(NamedTuple):
 
 
 def run(config: Config, track: Track = untracked) -> Arrays:
-    """Trains one policy a seed, and tries each greedily."""
+    """Trains one policy per seed, and tries each greedily."""
     keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     learners = _start(keys, config)
     first = _mean_entropy(learners, config)
@@ -149,7 +156,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     returned, losses = [], []
     for number in track(range(NUM_ROUNDS), "cart and pole"):
         learners, (of_carts, loss) = _train(learners, keys, jnp.asarray(rounds[number]), config)
-        # Fetched, and so waited for: `track` then shows what is done, not what is queued.
+        # Fetching waits for the round, so that the progress bar shows finished work.
         returned.append(np.asarray(of_carts))
         losses.append(np.asarray(loss))
     uniform, greedy = (
@@ -159,7 +166,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     return {
         "curves/ppo/return": np.concatenate(returned, axis=1),
         "curves/ppo/policy_loss": np.concatenate(losses, axis=1),
-        "steps_an_update": np.array(config.num_carts * config.num_steps),
+        "steps_per_update": np.array(config.num_carts * config.num_steps),
         "first_entropy": first,
         "trials/uniform": uniform,
         "trials/greedy": greedy,
@@ -180,7 +187,7 @@ def _values(layers: Layers, observations: Array, config: Config) -> Array:
 
 
 def _optimizer(config: Config) -> Any:
-    num_steps = config.num_updates * config.num_passes * config.num_minibatches
+    num_steps = config.num_updates * config.num_epochs * config.num_minibatches
     schedule = optax.linear_schedule(config.learning_rate, 0.0, num_steps)
     return optax.chain(
         optax.clip_by_global_norm(config.max_norm), optax.adam(schedule, eps=1e-5)
@@ -220,8 +227,8 @@ def _train(
 
     def one_seed(learner: Learner, key: Array) -> tuple[Learner, tuple[Array, Array]]:
         def update(learner: Learner, number: Array) -> tuple[Learner, tuple[Array, Array]]:
-            drive_key, learn_key = jax.random.split(jax.random.fold_in(key, number))
-            learner, steps = _drive(learner, drive_key, config)
+            rollout_key, learn_key = jax.random.split(jax.random.fold_in(key, number))
+            learner, steps = _rollout(learner, rollout_key, config)
             learner, loss = _learn(learner, steps, learn_key, config)
             return learner, (jnp.mean(learner.returned.astype(float)), loss)
 
@@ -230,16 +237,16 @@ def _train(
     return jax.vmap(one_seed)(learners, keys)
 
 
-def _drive(learner: Learner, key: Array, config: Config) -> tuple[Learner, Steps]:
-    """Lets the policy drive all carts for some steps; a new episode follows an old one."""
+def _rollout(learner: Learner, key: Array, config: Config) -> tuple[Learner, Steps]:
+    """The policy drives all carts for some steps; an episode that ends starts anew."""
 
     def move(state: tuple[cartpole.State, Array], key: Array) -> Any:
         carts, returned = state
         action_key, reset_key = jax.random.split(key)
         logits = _logits(learner.weights.policy, carts.motion, config)
         action, log_prob = sj.select_action(action_key, logits)
-        after, terminated, over = cartpole.step(carts, action)
-        done = terminated | over
+        after, terminated, truncated = cartpole.step(carts, action)
+        done = terminated | truncated
         fresh = cartpole.reset(reset_key, done.shape)
         started = cartpole.State(
             jnp.where(done[:, None], fresh.motion, after.motion),
@@ -254,12 +261,12 @@ def _drive(learner: Learner, key: Array, config: Config) -> tuple[Learner, Steps
 
 
 def _learn(learner: Learner, steps: Steps, key: Array, config: Config) -> tuple[Learner, Array]:
-    """Some passes over the steps, in minibatches; the mean loss of the policy."""
+    """Some epochs over the steps, in minibatches; the mean loss of the policy."""
     values = _values(learner.weights.critic, steps.observation, config)
-    following = _values(learner.weights.critic, steps.following, config)
-    # A pole that has fallen is worth nothing more; one whose time is over would go on.
+    next_values = _values(learner.weights.critic, steps.next_obs, config)
+    # A fallen pole earns nothing more; an episode cut off by the clock would go on.
     discounts = jnp.where(steps.terminated, 0, config.discount).astype(values.dtype)
-    targets = sj.bellman_target(jnp.ones_like(values), discounts, following)
+    targets = sj.bellman_target(jnp.ones_like(values), discounts, next_values)
     advantages = _advantages(targets - values, steps.done, config)
     size = config.num_carts * config.num_steps
     examples = Examples(steps.observation, steps.action, steps.log_prob, values, advantages)
@@ -270,12 +277,13 @@ def _learn(learner: Learner, steps: Steps, key: Array, config: Config) -> tuple[
         weights, optimizer_state = state
         batch = jax.tree.map(lambda leaf: leaf[rows], examples)
         (_, loss), grads = jax.value_and_grad(_loss, has_aux=True)(weights, batch, config)
-        return descend(optimizer, grads, optimizer_state, weights), loss
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, weights)
+        return (optax.apply_updates(weights, updates), optimizer_state), loss
 
     orders = jax.vmap(lambda key: jax.random.permutation(key, size))(
-        jax.random.split(key, config.num_passes)
+        jax.random.split(key, config.num_epochs)
     )
-    rows = orders.reshape(config.num_passes * config.num_minibatches, -1)
+    rows = orders.reshape(config.num_epochs * config.num_minibatches, -1)
     state, losses = jax.lax.scan(minibatch, (learner.weights, learner.optimizer), rows)
     weights, optimizer_state = state
     return learner._replace(weights=weights, optimizer=optimizer_state), jnp.mean(losses)
@@ -306,7 +314,7 @@ def _loss(weights: Weights, batch: Examples, config: Config) -> tuple[Array, Arr
             entropy_cost=config.entropy_cost,
         )
     )
-    # The critic, too, counts as no better than it is within the clipped distance.
+    # The critic's loss is clipped like the policy's: it takes the larger of both errors.
     values = _values(weights.critic, batch.observation, config)
     goals = batch.value + batch.advantage
     near = batch.value + jnp.clip(values - batch.value, -config.clip, config.clip)
@@ -368,20 +376,32 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """The returns of all seeds against the steps, with the range between them."""
     curve = arrays["curves/ppo/return"]
-    steps = np.arange(1, curve.shape[1] + 1) * int(arrays["steps_an_update"])
-    figure, (panel,) = panels(["return of the last episode"], size=4.0)
+    steps = np.arange(1, curve.shape[1] + 1) * int(arrays["steps_per_update"]) / 1000
+    figure, (panel,) = panels(
+        ["return of the last episodes"],
+        "Return of the last episode of each cart, mean over 15 updates; thin: each seed,"
+        " shaded: the range of the seeds.",
+        size=5.0,
+    )
     smooth = np.array([_smooth(row) for row in curve])
     panel.fill_between(steps, smooth.min(0), smooth.max(0), color=COLOURS[0], alpha=0.2)
     panel.plot(steps, smooth.T, color=COLOURS[0], linewidth=0.6, alpha=0.5)
     panel.plot(steps, smooth.mean(0), color=COLOURS[0], label=f"mean of {len(curve)} seeds")
-    panel.axhline(475, color=COLOURS[-1], linewidth=0.8, linestyle="--", label="475")
-    panel.set_xlabel("step")
-    panel.legend(fontsize=7)
+    levels = {
+        "500: the longest episode": 500.0,
+        "475: the task counts as solved": 475.0,
+        "mean return of the uniform policy": float(np.mean(arrays["trials/uniform"])),
+    }
+    for (name, level), dashes in zip(levels.items(), ("-", "--", ":"), strict=True):
+        panel.axhline(level, color=COLOURS[-1], linewidth=0.9, linestyle=dashes, label=name)
+    panel.set_ylim(0, 520)
+    finish(panel, "environment steps, thousands", "return, steps balanced", whole=True)
+    legend(figure)
     return {"return": figure}
 
 
 def _smooth(row: NDArray, width: int = 15) -> NDArray:
-    """Running means over what there is on both sides."""
+    """Running means over as many neighbours as there are on both sides."""
     ones = np.ones(min(width, len(row)))
     sums, counts = (np.convolve(x, ones, mode="same") for x in (row, np.ones_like(row)))
     return np.asarray(sums / counts)

@@ -12,28 +12,47 @@ commonest class by more than chance. An arm that misses, or a control that does 
 refute it.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import Array
 from matplotlib.figure import Figure
 
+import softjax as sj
 from experiments._data import Dataset, load
-from experiments._maps import MAPS, MapName
-from experiments._networks import Network, cnn, mlp
-from experiments._plots import curves, panels
-from experiments._run import Experiment, Measure, Options, launch
-from experiments._train import fit
-from experiments._types import Arrays, NDArray, Track, untracked
+from experiments._networks import Layers, Network, cnn, mlp
+from experiments._plots import curves, heatmap, panels
+from experiments._run import (
+    Arrays,
+    Experiment,
+    Measure,
+    NDArray,
+    Options,
+    Track,
+    launch,
+    untracked,
+)
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
 NetworkName = Literal["mlp", "cnn"]
+MapName = Literal["softmax", "sparsemax", "entmax15"]
+State = tuple[Layers, Any]  # Layers, and the state of the optimiser.
+
+# The loss of a map is 0 exactly where its probabilities are the label's, and its gradient is
+# p - y (Blondel, Martins, Niculae 2020, Learning with Fenchel-Young losses).
+LOSSES: dict[MapName, Callable[[Array, Array], Array]] = {
+    "softmax": sj.cross_entropy,
+    "sparsemax": sj.sparsemax_loss,
+    "entmax15": functools.partial(sj.entmax_loss, alpha=1.5),
+}
 
 
 @dataclass(frozen=True)
@@ -80,40 +99,47 @@ class Config(Options):
 def run(config: Config, track: Track = untracked) -> Arrays:
     """Trains every network with every map on the same splits, and the control."""
     data = load(config.data_dir)
+    if config.batch_size > data.num_train:
+        wanted = f"batch_size must be at most {data.num_train}, the images to train on"
+        raise ValueError(f"{wanted}; got {config.batch_size}.")
     rng = np.random.default_rng(config.seed)
     rows = np.stack([_split(rng, data) for _ in range(config.num_seeds)])
-    num_steps = config.num_epochs * (data.num_train // config.batch_size)
-    # No step at all is refused by `fit`, in clearer words than by the schedule.
-    schedule = optax.cosine_decay_schedule(config.learning_rate, max(num_steps, 1))
-    optimizer = optax.adam(schedule)
-    images = jnp.asarray(data.images, float)
-    networks = {name: _network(name, data) for name in config.networks}
-    arrays: Arrays = {"data": np.array(data.name)}
-
-    def train(arm: str, network: NetworkName, name: MapName, labels: NDArray) -> None:
-        result = fit(
-            jax.random.key(config.seed),
-            images,
-            jnp.asarray(labels),
-            jnp.asarray(rows),
-            network=networks[network],
-            output_map=MAPS[name],
-            optimizer=optimizer,
-            num_train=data.num_train,
-            num_epochs=config.num_epochs,
-            batch_size=config.batch_size,
-            track=track,
-            label=arm,
-        )
-        tested = labels[rows[:, data.num_train :]]
-        arrays.update({f"curves/{arm}/{curve}": of for curve, of in result.curves.items()})
-        arrays[f"confusion/{arm}"] = _confusion(tested, result.predicted, data.num_classes)
-
-    for network in config.networks:
-        for name in config.maps:
-            train(f"{network}, {name}", network, name, data.labels)
     shuffled = rng.permutation(data.labels)
-    train("shuffled labels", config.networks[0], config.maps[0], shuffled)
+    arms: dict[str, tuple[NetworkName, MapName, NDArray]] = {
+        f"{network}, {name}": (network, name, data.labels)
+        for network in config.networks
+        for name in config.maps
+    }
+    arms["shuffled labels"] = (config.networks[0], config.maps[0], shuffled)
+
+    arrays: Arrays = {"data": np.array(data.name)}
+    networks = {name: _network(name, data) for name in config.networks}
+    images = jnp.asarray(data.images, float)
+    train_rows, test_rows = jnp.split(jnp.asarray(rows), [data.num_train], axis=1)
+    start_keys, order_keys = jax.random.split(
+        jax.random.key(config.seed), (2, config.num_seeds)
+    )
+    for arm, (network, name, labels) in arms.items():
+        arm_of = {"network": networks[network], "loss": LOSSES[name]}
+        examples = images, jnp.asarray(labels)
+        state = _start(start_keys, networks[network], config, data.num_train)
+        scores = []
+        for epoch in track(range(config.num_epochs), arm):
+            keys = _fold_in(order_keys, jnp.int32(epoch))
+            state, train_loss = _epoch(
+                state, keys, *examples, train_rows, **arm_of, config=config
+            )
+            test_loss, predicted, accuracy = _test(state[0], *examples, test_rows, **arm_of)
+            # Fetching waits for the epoch, so that the progress bar shows finished work.
+            scores.append(jax.device_get((train_loss, test_loss, accuracy)))
+        for measure, values in zip(
+            ("train_loss", "test_loss", "test_accuracy"),
+            np.moveaxis(np.array(scores), 0, -1),
+            strict=True,
+        ):
+            arrays[f"curves/{arm}/{measure}"] = values
+        tested = labels[rows[:, data.num_train :]]
+        arrays[f"confusion/{arm}"] = _confusion(tested, np.asarray(predicted), data.num_classes)
     return arrays
 
 
@@ -128,6 +154,85 @@ def _network(name: NetworkName, data: Dataset) -> Network:
     if name == "mlp":
         return mlp([height * width * num_channels, 128, 64, data.num_classes])
     return cnn((height, width, num_channels), [32, 64], 64, data.num_classes)
+
+
+def _optimizer(config: Config, num_train: int) -> Any:
+    num_steps = config.num_epochs * (num_train // config.batch_size)
+    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps))
+
+
+@functools.partial(jax.jit, static_argnames=("network", "config", "num_train"))
+def _start(keys: Array, network: Network, config: Config, num_train: int) -> State:
+    """One network per seed, and the state of its optimiser."""
+
+    def start(key: Array) -> State:
+        layers = network.init(key)
+        return layers, _optimizer(config, num_train).init(layers)
+
+    return jax.vmap(start)(keys)
+
+
+@jax.jit
+def _fold_in(keys: Array, epoch: Array) -> Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, epoch)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "loss", "config"))
+def _epoch(
+    state: State,
+    keys: Array,
+    images: Array,
+    labels: Array,
+    rows: Array,
+    *,
+    network: Network,
+    loss: Callable[[Array, Array], Array],
+    config: Config,
+) -> tuple[State, Array]:
+    """One pass over the training rows `[seeds, n]`; the new state, and the mean loss."""
+    num_train = rows.shape[1]
+    num_batches = num_train // config.batch_size
+    optimizer = _optimizer(config, num_train)
+
+    def mean_loss(layers: Layers, batch: Array) -> Array:
+        return jnp.mean(loss(network.apply(layers, images[batch]), labels[batch]))
+
+    def step(state: State, batch: Array) -> tuple[State, Array]:
+        layers, optimizer_state = state
+        batch_loss, grads = jax.value_and_grad(mean_loss)(layers, batch)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
+        return (optax.apply_updates(layers, updates), optimizer_state), batch_loss
+
+    def one_seed(state: State, key: Array, rows: Array) -> tuple[State, Array]:
+        # A smaller last batch is left out; the next epoch has another order.
+        order = jax.random.permutation(key, rows)[: num_batches * config.batch_size]
+        state, losses = jax.lax.scan(step, state, order.reshape(num_batches, -1))
+        return state, jnp.mean(losses)
+
+    return jax.vmap(one_seed)(state, keys, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "loss"))
+def _test(
+    layers: Layers,
+    images: Array,
+    labels: Array,
+    rows: Array,
+    *,
+    network: Network,
+    loss: Callable[[Array, Array], Array],
+) -> tuple[Array, Array, Array]:
+    """Mean loss `[seeds]`, predictions `[seeds, rows]` and accuracy `[seeds]`."""
+
+    def one_seed(layers: Layers, rows: Array) -> tuple[Array, Array, Array]:
+        # The images of a large test set go through the network in parts that fit in memory.
+        apply = lambda row: network.apply(layers, images[row][None])[0]
+        logits = jax.lax.map(apply, rows, batch_size=min(512, len(rows)))
+        predicted = jnp.argmax(logits, axis=-1).astype(labels.dtype)  # Maps keep the order.
+        is_right = predicted == labels[rows]
+        return jnp.mean(loss(logits, labels[rows])), predicted, jnp.mean(is_right)
+
+    return jax.vmap(one_seed)(layers, rows)
 
 
 def _confusion(labels: NDArray, predicted: NDArray, num_classes: int) -> NDArray:
@@ -159,20 +264,42 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
 
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """The curves of all arms, and the confusion matrix of each."""
+    losses = curves(
+        arrays,
+        "epoch",
+        "Training and testing by epoch; thick: median of the seeds, thin: each seed. Every map"
+        " has a loss of its own, in its own unit, so losses are compared only within an arm.",
+        names={
+            "train_loss": "training",
+            "test_loss": "test",
+            "test_accuracy": "test accuracy, share of images",
+        },
+        apart=("train_loss", "test_loss"),
+    )
     arms = [name.removeprefix("confusion/") for name in arrays if name.startswith("confusion/")]
-    figure, axes = panels(arms)
+    figure, axes = panels(
+        arms,
+        "How often each class was taken for each, over all seeds: every row sums to 1;"
+        " the numbers are counts.",
+        size=3.9,
+    )
     for panel, arm in zip(axes, arms, strict=True):
         counts = arrays[f"confusion/{arm}"]
-        panel.imshow(np.log1p(counts), cmap="Blues")
-        panel.set_xlabel("predicted class")
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        texts = [[str(n) if n else "" for n in row] for row in counts]
+        heatmap(
+            figure,
+            panel,
+            shares,
+            x="predicted class",
+            y="class",
+            scale="share of the class",
+            numbers=texts if len(counts) <= 10 else None,
+        )
         if len(counts) <= 10:
-            for (row, column), count in np.ndenumerate(counts):
-                colour = "white" if row == column else "black"
-                panel.text(
-                    column, row, count or "", color=colour, ha="center", va="center", fontsize=5
-                )
-    axes[0].set_ylabel("class")
-    return {"curves": curves(arrays, "epoch"), "confusion": figure}
+            panel.set_xticks(range(len(counts)))
+            panel.set_yticks(range(len(counts)))
+    return {"curves": losses, "confusion": figure}
 
 
 def main(args: Sequence[str] | None = None) -> int:

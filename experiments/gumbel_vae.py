@@ -6,7 +6,7 @@ every pixel. Four arms differ in the gradient that comes back through the sample
 Gumbel-softmax samples at a falling temperature, the same straight through, ReinMax, and the
 score function of several samples with the others as baseline. All share the images, the first
 weights and the order of the batches. Judged is the negative evidence lower bound (NELBO) on
-images that were not trained on, in nats an image, with one-hot samples for all arms, and with
+images that were not trained on, in nats per image, with one-hot samples for all arms, and with
 relaxed ones too.
 
 Expected: less than 20 nats with one-hot samples in every arm, and straight through and ReinMax
@@ -32,10 +32,17 @@ from matplotlib.figure import Figure
 import softjax as sj
 from experiments._data import digits
 from experiments._networks import Layers, Network, mlp
-from experiments._plots import curves
-from experiments._run import Experiment, Measure, Options, launch
-from experiments._train import descend
-from experiments._types import Arrays, NDArray, Track, untracked
+from experiments._plots import curves, panels
+from experiments._run import (
+    Arrays,
+    Experiment,
+    Measure,
+    NDArray,
+    Options,
+    Track,
+    launch,
+    untracked,
+)
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
@@ -71,16 +78,16 @@ class Config(Options):
     last_temperature: float = 0.5
     """Temperature in the last; it falls by the same factor from round to round."""
     num_scored: int = 4
-    """Samples an image of the score function."""
+    """Samples per image of the score function."""
     num_judged: int = 16
-    """Samples an image that the NELBO is averaged over."""
+    """Samples per image that the NELBO is averaged over."""
     max_nelbo: float = 20.0
-    """Target: the largest mean NELBO with one-hot samples, in nats an image."""
+    """Target: the largest mean NELBO with one-hot samples, in nats per image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.arms:
-            raise ValueError("arms must name one at least.")
+            raise ValueError("arms must name at least one.")
 
     @classmethod
     def reduced(cls) -> Self:
@@ -90,15 +97,15 @@ class Config(Options):
             num_seeds=2,
             arms=("relaxed",),
             num_rounds=2,
-            num_epochs=6,
+            num_epochs=5,
             learning_rate=5e-3,
-            num_judged=4,
+            num_judged=2,
             max_nelbo=24.5,
         )
 
 
 class Model(NamedTuple):
-    """The weights of one model, or of one a seed along a leading axis."""
+    """The weights of one model, or of one model per seed along a leading axis."""
 
     encoder: Layers
     decoder: Layers
@@ -111,7 +118,7 @@ class _State(NamedTuple):
 
 Sampler = Callable[[Array, Array, Array], Array]  # key, logits, temperature -> samples
 
-# `sj.sample` and a surrogate serve the score function, which needs no derivative of a sample.
+# The score function needs no derivative of a sample: it uses `sj.sample` and a surrogate.
 SAMPLERS: dict[str, Sampler] = {
     "relaxed": lambda key, z, t: sj.gumbel_softmax(key, z, temperature=t),
     "straight through": lambda key, z, t: sj.gumbel_softmax(key, z, temperature=t, hard=True),
@@ -128,8 +135,10 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     rows = jnp.stack([jax.random.permutation(key, len(pixels)) for key in keys])
     train, test = pixels[rows[:, :num_train]], pixels[rows[:, num_train:]]
     start = _start(keys, config)
-    heats = jnp.geomspace(config.first_temperature, config.last_temperature, config.num_rounds)
-    (first_loss, _), _ = _judge(start.model, keys, test, heats[0], config)
+    temperatures = jnp.geomspace(
+        config.first_temperature, config.last_temperature, config.num_rounds
+    )
+    (first_loss, _), _ = _judge(start.model, keys, test, temperatures[0], config)
     arrays: Arrays = {
         "first_loss": np.asarray(first_loss),
         "independent": _independent(np.asarray(train), np.asarray(test)),
@@ -138,10 +147,10 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     for arm in config.arms:
         state, scores = start, []
         for number in track(range(config.num_rounds), arm):
-            heat = heats[number]
-            options = jnp.int32(number), train, heat, arm, config
+            temperature = temperatures[number]
+            options = jnp.int32(number), train, temperature, arm, config
             state, train_nelbo = _train(state, keys, *options)
-            judged = _judge(state.model, keys, test, heat, config)
+            judged = _judge(state.model, keys, test, temperature, config)
             hard, relaxed = (np.asarray(loss + rate) for loss, rate in judged)
             scores.append((np.asarray(train_nelbo), hard, relaxed))
         names = ("train_nelbo", "test_nelbo", "test_nelbo_of_relaxed_samples")
@@ -189,7 +198,7 @@ def _decode(model: Model, samples: Array, config: Config) -> Array:
 
 
 def _loss(model: Model, samples: Array, pixels: Array, config: Config) -> Array:
-    """What it costs to name the pixels, in nats, `[n]`."""
+    """The cost of naming the pixels, in nats, `[n]`."""
     logits = _decode(model, samples, config)
     return jnp.sum(jax.nn.softplus(logits) - pixels * logits, axis=-1)
 
@@ -199,12 +208,12 @@ def _one_hot(labels: Array, config: Config) -> Array:
 
 
 def _nelbo(
-    model: Model, key: Array, pixels: Array, heat: Array, arm: str, config: Config
+    model: Model, key: Array, pixels: Array, temperature: Array, arm: str, config: Config
 ) -> Array:
     """The bound, `[n]`, with the gradient that the arm stands for."""
     logits, rate = _encode(model, pixels, config)
     if arm != "score function":
-        return rate + _loss(model, SAMPLERS[arm](key, logits, heat), pixels, config)
+        return rate + _loss(model, SAMPLERS[arm](key, logits, temperature), pixels, config)
     labels = sj.sample(key, logits, shape=(config.num_scored,))
     losses = jax.vmap(lambda y: _loss(model, _one_hot(y, config), pixels, config))(labels)
     several = jnp.broadcast_to(logits[None], (*labels.shape, config.num_classes))
@@ -218,7 +227,7 @@ def _train(
     keys: Array,
     number: Array,
     images: Array,
-    heat: Array,
+    temperature: Array,
     arm: str,
     config: Config,
 ) -> tuple[_State, Array]:
@@ -230,10 +239,11 @@ def _train(
         key, rows = batch
 
         def mean_nelbo(model: Model) -> Array:
-            return jnp.mean(_nelbo(model, key, images[rows], heat, arm, config))
+            return jnp.mean(_nelbo(model, key, images[rows], temperature, arm, config))
 
         nelbo, grads = jax.value_and_grad(mean_nelbo)(state.model)
-        return _State(*descend(optimizer, grads, state.optimizer, state.model)), nelbo
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.model)
+        return _State(optax.apply_updates(state.model, updates), optimizer_state), nelbo
 
     def one_seed(state: _State, key: Array, images: Array) -> tuple[_State, Array]:
         batch_key, sample_key = jax.random.split(jax.random.fold_in(key, number))
@@ -250,7 +260,7 @@ def _train(
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _judge(
-    model: Model, keys: Array, images: Array, heat: Array, config: Config
+    model: Model, keys: Array, images: Array, temperature: Array, config: Config
 ) -> list[tuple[Array, Array]]:
     """Loss and rate `[seeds]`, with one-hot and with relaxed samples."""
 
@@ -259,7 +269,7 @@ def _judge(
 
         several = jnp.broadcast_to(logits[None], (config.num_judged, *logits.shape))
         hard = _one_hot(sj.sample(key, logits, shape=(config.num_judged,)), config)
-        relaxed = sj.gumbel_softmax(key, several, temperature=heat)
+        relaxed = sj.gumbel_softmax(key, several, temperature=temperature)
         loss = jax.vmap(lambda samples: _loss(model, samples, pixels, config))
         return [(jnp.mean(loss(y)), jnp.mean(rate)) for y in (hard, relaxed)]
 
@@ -274,7 +284,7 @@ def _reconstruct(model: Model, key: Array, pixels: Array, config: Config) -> Arr
 
 
 def _independent(train: NDArray, test: NDArray) -> NDArray:
-    """The loss `[seeds]` of pixels that know nothing of each other, but their rates."""
+    """The loss `[seeds]` of a model in which the pixels are independent."""
     rates = (train.sum(axis=1, keepdims=True) + 0.5) / (train.shape[1] + 1)
     losses = -np.log(np.where(test > 0.5, rates, 1 - rates))
     return np.asarray(losses.sum(axis=-1).mean(axis=-1))
@@ -317,15 +327,31 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """The curves of all arms, and images of the first seed with their reconstructions."""
     kinds = [name.removeprefix("images/") for name in arrays if name.startswith("images/")]
-    figure = Figure(figsize=(NUM_SHOWN, len(kinds) + 0.3), layout="constrained", dpi=110)
-    grid = figure.subplots(len(kinds), NUM_SHOWN, squeeze=False)
-    for panels, kind in zip(grid, kinds, strict=True):
-        for panel, image in zip(panels, arrays[f"images/{kind}"], strict=True):
-            panel.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
-            panel.set_xticks([])
-            panel.set_yticks([])
-        panels[0].set_ylabel(kind.replace(" ", "\n"), fontsize=8)
-    return {"nelbo": curves(arrays, "round"), "reconstructions": figure}
+    titles = [kind if column == 0 else "" for kind in kinds for column in range(NUM_SHOWN)]
+    figure, axes = panels(
+        titles,
+        "Test images of the first seed, and the probability of each pixel given one one-hot"
+        " sample of the latent variables: black is 1, white is 0.",
+        size=1.2,
+        columns=NUM_SHOWN,
+    )
+    images = np.concatenate([arrays[f"images/{kind}"] for kind in kinds])
+    for panel, image in zip(axes, images, strict=True):
+        panel.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
+        panel.set_xticks([])
+        panel.set_yticks([])
+    nelbo = curves(
+        arrays,
+        "round of training",
+        "Negative evidence lower bound by round, in nats per image; lower is better. Thick:"
+        " median of the seeds; thin: each seed.",
+        names={
+            "train_nelbo": "training images, nats",
+            "test_nelbo": "test images, one-hot samples, nats",
+            "test_nelbo_of_relaxed_samples": "test images, relaxed samples, nats",
+        },
+    )
+    return {"nelbo": nelbo, "reconstructions": figure}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""How many nats a character does a small language model need on text that it has not read?
+"""How many nats per character does a small language model need on text that it has not read?
 
 The model reads a window of characters, embeds them, and passes them through two dense layers to
 the features from which a linear layer predicts the next character. It is trained on the first
@@ -6,7 +6,7 @@ nine tenths of a real text and judged on the last tenth, all of it, by `linear_c
 which never stores the logits. The text is Python's own reference (`pydoc_data.topics`), or the
 .txt file in `--data-dir`.
 
-Expected on the topics: less than 1.8 nats a character on the last tenth. Controls: the output
+Expected on the topics: less than 1.8 nats per character on the last tenth. Controls: the output
 layer starts at zero, so that the first loss is the logarithm of the number of characters; and
 once the characters are shuffled nothing can be learnt from those before, so that the loss stays
 above the entropy of a single character. A model that does better there has seen what it
@@ -32,10 +32,17 @@ from matplotlib.figure import Figure
 import softjax as sj
 from experiments._data import REFERENCE, load_text
 from experiments._networks import Layers, Network, mlp
-from experiments._plots import COLOURS, curves, panels
-from experiments._run import Experiment, Measure, Options, launch
-from experiments._train import descend
-from experiments._types import Arrays, NDArray, Track, untracked
+from experiments._plots import COLOURS, bars, curves, finish, legend, panels
+from experiments._run import (
+    Arrays,
+    Experiment,
+    Measure,
+    NDArray,
+    Options,
+    Track,
+    launch,
+    untracked,
+)
 
 __all__ = ["Config", "Model", "draw", "judge", "main", "run", "tell"]
 
@@ -92,7 +99,7 @@ class Config(Options):
             num_features=32,
             num_rounds=4,
             num_control_rounds=1,
-            num_steps=100,
+            num_steps=60,
             batch_size=128,
             learning_rate=5e-3,
             sample_length=100,
@@ -101,7 +108,7 @@ class Config(Options):
 
 
 class Model(NamedTuple):
-    """The weights of one model, or of one a seed along a leading axis."""
+    """The weights of one model, or of one model per seed along a leading axis."""
 
     embeddings: Array  # [V, num_embedding]
     layers: Layers
@@ -134,7 +141,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
         state, losses = start, []
         for number in track(range(num_rounds), arm):
             state, train_loss = _train(state, keys, jnp.int32(number), tokens, config)
-            # Fetched, and so waited for: `track` then shows what is done, not what is queued.
+            # Fetching waits for the round, so that the progress bar shows finished work.
             losses.append((np.asarray(train_loss), _validate(state.model, tokens, config)))
         train_losses, validation_losses = np.moveaxis(np.array(losses), 0, -1)
         return state.model, {
@@ -151,7 +158,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     return {
         "data": np.array(text.name),
         "vocabulary": vocabulary,
-        "steps_a_round": np.array(config.num_steps),
+        "steps_per_round": np.array(config.num_steps),
         "first_loss": _validate(start.model, jnp.asarray(tokens), config),
         "entropy/text": _entropy(tokens[num_train:]),
         f"entropy/{SHUFFLED}": _entropy(shuffled[num_train:]),
@@ -178,7 +185,7 @@ def _optimizer(config: Config) -> Any:
 
 
 def _features(model: Model, windows: Array, config: Config) -> Array:
-    """What the next characters are predicted from, `[n, D]`, of windows `[n, window]`."""
+    """The features `[n, D]` of windows `[n, window]`, which predict the next character."""
     return jax.nn.relu(_network(config).apply(model.layers, model.embeddings[windows]))
 
 
@@ -211,8 +218,10 @@ def _train(
     def step(state: _State, key: Array) -> tuple[_State, Array]:
         places = jax.random.randint(key, (config.batch_size, 1), 0, num_places, jnp.int32)
         loss, grads = jax.value_and_grad(mean_loss)(state.model, tokens[places + window[None]])
-        model, optimizer = descend(_optimizer(config), grads, state.optimizer, state.model)
-        return _State(model, optimizer), loss
+        updates, optimizer_state = _optimizer(config).update(
+            grads, state.optimizer, state.model
+        )
+        return _State(optax.apply_updates(state.model, updates), optimizer_state), loss
 
     def one_seed(state: _State, key: Array) -> tuple[_State, Array]:
         step_keys = jax.random.split(jax.random.fold_in(key, number), config.num_steps)
@@ -303,11 +312,11 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
     is_reference = arrays["data"] == REFERENCE
     return [
         Measure(
-            "validation loss, nats a character",
+            "validation loss, nats per character",
             loss,
             at_most=config.max_loss if is_reference else None,
         ),
-        Measure("the same, knowing no character before", arrays["entropy/text"]),
+        Measure("the same, without the characters before", arrays["entropy/text"]),
         Measure(
             f"first loss, less ln {num_classes}",
             abs(arrays["first_loss"] - math.log(num_classes)),
@@ -317,7 +326,7 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
         Measure(
             f"{SHUFFLED}: loss, less entropy",
             control - arrays[f"entropy/{SHUFFLED}"],
-            at_least=-0.02,  # Chance; what the model does not know adds to it.
+            at_least=-0.02,  # Chance; a model that is not perfect is above 0.
             summary="min",
         ),
         Measure("memory, fused / dense, own head", own),
@@ -326,7 +335,7 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
 
 
 def tell(arrays: Arrays) -> str:
-    """What the first seed's model wrote, and the memory of the output layers, as text."""
+    """A text that the first seed's model wrote, and the memory of the output layers."""
     prompt, written = (
         "".join(map(chr, arrays["vocabulary"][arrays[f"sample/{part}"]]))
         for part in ("prompt", "written")
@@ -349,20 +358,32 @@ _MEMORY_TITLE = "".join(
 
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """The losses, with the entropy of a character, and the memory of the output layers."""
-    losses = curves(arrays, f"round of {arrays['steps_a_round']} steps")
+    losses = curves(
+        arrays,
+        f"round of {arrays['steps_per_round']} steps",
+        "Mean loss by round. Once the characters are shuffled, no model can do better than the"
+        " entropy of a single character, the dotted line.",
+        names={
+            "train_loss": "first nine tenths, nats per character",
+            "validation_loss": "last tenth, nats per character",
+        },
+    )
     for panel in losses.axes:
         entropy = float(arrays[f"entropy/{SHUFFLED}"])
         panel.axhline(entropy, color=COLOURS[-1], linestyle=":", label="entropy of a character")
-    losses.axes[0].legend(fontsize=7)
+    losses.legends.clear()
+    legend(losses)
     sizes = [" x ".join(map(str, row)) for row in arrays["memory/sizes"]]
-    memory, (panel,) = panels(["temporary memory of the gradient, MiB"])
-    for shift, (name, colour) in enumerate(zip(_HEADS, COLOURS, strict=False)):
-        places = np.arange(len(sizes)) + 0.4 * shift - 0.2
-        panel.bar(places, arrays[f"memory/{name}"], 0.4, color=colour, label=name)
-    panel.set_yscale("log")
-    panel.set_xticks(range(len(sizes)), sizes)
-    panel.set_xlabel("tokens x features x classes")
-    panel.legend(fontsize=7)
+    memory, (panel,) = panels(
+        ["gradient of the output layer"],
+        "Temporary memory of the compiled gradient: the dense layer stores the logits,"
+        " the fused one does not.",
+        size=5.0,
+    )
+    bars(panel, sizes, {name: arrays[f"memory/{name}"] for name in _HEADS}, ".3g")
+    finish(panel, "tokens x features x classes", "temporary memory, MiB", y_scale="log")
+    panel.set_ylim(top=10 * float(max(arrays[f"memory/{name}"].max() for name in _HEADS)))
+    legend(memory)
     return {"loss": losses, "memory": memory}
 
 

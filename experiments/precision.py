@@ -19,9 +19,8 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import softjax as sj
-from experiments._plots import COLOURS, panels
-from experiments._run import Experiment, Measure, Options, launch
-from experiments._types import Arrays, Track, untracked
+from experiments._plots import bars, finish, panels, style
+from experiments._run import Arrays, Experiment, Measure, Options, Track, launch, untracked
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
@@ -98,23 +97,25 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     titles = [
         "relative error of the loss",
         "relative error of its gradient",
-        "weights of a row",
+        "weights of one row under each map",
     ]
-    figure, axes = panels(titles)
+    figure, axes = panels(
+        titles,
+        "Left, middle: one logit stands above nine others by the margin; 1 means that no"
+        " digit is left, and 0 is drawn as 1e-9. Right: eight logits under five maps.",
+        size=4.4,
+    )
     for panel, measure in zip(axes, ("loss", "gradient"), strict=False):
-        for colour, library in zip(COLOURS, LOSSES, strict=False):
+        for number, library in enumerate(LOSSES):
             error = np.maximum(arrays[f"error/{measure}/{library}"], 1e-9)
-            panel.semilogy(arrays["margins"], error, color=colour, label=library)
-        panel.set_xlabel("margin of the right class")
-        panel.set_ylim(1e-9, 3)
-        panel.legend(fontsize=7)
-    places = np.arange(len(ROW))
-    for number, (colour, name) in enumerate(zip(COLOURS, MAPS, strict=False)):
-        weights = arrays[f"weights/{name}"]
-        axes[2].bar(places + 0.16 * (number - 2), weights, 0.16, color=colour, label=name)
-    axes[2].set_xticks(places, [f"{z:g}" for z in ROW])
-    axes[2].set_xlabel("logit")
-    axes[2].legend(fontsize=7)
+            panel.plot(arrays["margins"], error, **style(number), label=library)
+        finish(panel, "margin of the right class, nats", "relative error", y_scale="log")
+        panel.set_ylim(5e-10, 5)
+        panel.legend(fontsize=8, loc="center right")
+    weights = {name: arrays[f"weights/{name}"] for name in MAPS}
+    bars(axes[2], [f"{logit:g}" for logit in ROW], weights)
+    finish(axes[2], "logit", "weight")
+    axes[2].legend(fontsize=8)
     return {"precision": figure}
 
 

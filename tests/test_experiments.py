@@ -9,38 +9,50 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from experiments import __main__ as command_line
-from experiments import _run, blobs, classification, language_model, toy
-from experiments._maps import MAPS
+from experiments import _plots, _run, blobs, classification, language_model, toy
 from experiments._networks import Layer, cnn, mlp
-from experiments._train import fit
 
 NAMES = tuple(command_line.questions())
 FIGURES = {
+    "argmax": {"limits", "sharing", "simplex", "training"},
     "attention": {"accuracy", "curves", "weights"},
     "bandit": {"exploration", "gradient", "parameters"},
-    "blobs": {"curves", "regions", "sigmoid", "simplex"},
+    "blobs": {"curves", "regions"},
     "cartpole": {"return"},
     "classification": {"confusion", "curves"},
+    "confidence": {"scale", "training"},
     "gumbel_vae": {"nelbo", "reconstructions"},
     "language_model": {"loss", "memory"},
+    "long_tail": {"recall", "training"},
+    "outliers": {"losses", "rates"},
     "precision": {"precision"},
     "toy": {"loss", "steps"},
 }
 IMPOSSIBLE = {
+    "argmax": {"min_accuracy": 1.01},
     "attention": {"min_recall": 1.01},
     "bandit": {"tolerance": -0.01},
     "blobs": {"max_loss": -1.0},
     "cartpole": {"min_return": 501.0},
     "classification": {"min_mlp_accuracy": 1.01},
+    "confidence": {"max_gap": -1.0},
     "gumbel_vae": {"max_nelbo": -1.0},
     "language_model": {"max_loss": -1.0},
+    "long_tail": {"min_gain": 1.01},
+    "outliers": {"min_clean": 1.01},
     "precision": {"max_ulps": -1.0},
     "toy": {"min_rows_right": 8},
 }
+
+
+@pytest.fixture(autouse=True)
+def promotion_of_optax():
+    """Lets integers meet floats, because Adam raises floats to integer powers."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def launch(name, folder, *options):
@@ -90,7 +102,10 @@ def test_unknown_name(capsys):
         ["bandit", "--num-arms", "0"],
         ["blobs", "--num-test", "1000"],
         ["attention", "--num-symbols", "3"],
+        ["bandit", "--learners", "mellowmax"],
         ["cartpole", "--num-minibatches", "3"],
+        ["confidence", "--dtypes", "bfloat16"],
+        ["outliers", "--rates", "0.1"],
         ["classification", "--maps"],
         ["language_model", "--window", "0"],
         ["gumbel_vae", "--num-latents", "0"],
@@ -136,7 +151,8 @@ def test_quick_run(tmp_path, capsys, name):
     with np.load(folder / "arrays.npz") as archive:
         arrays = dict(archive)
     curves = {key: array for key, array in arrays.items() if key.startswith("curves/")}
-    assert curves or name == "precision"  # Which trains nothing.
+    # `precision` trains nothing, and `outliers` compares rates of noise instead of steps.
+    assert curves or name in ("outliers", "precision")
     for key, array in curves.items():
         _, arm, measure = key.split("/")
         assert array.shape[0] == config["num_seeds"]
@@ -160,6 +176,10 @@ def test_quick_run(tmp_path, capsys, name):
     assert set(figures) == FIGURES[name] == {path.stem for path in folder.glob("*.png")}
     for stem, figure in figures.items():
         assert png_bytes(figure) == (folder / f"{stem}.png").read_bytes()
+        assert figure.get_suptitle()  # The caption.
+        for panel in figure.axes:
+            has_ticks = len(panel.get_xticks()) > 0
+            assert not (panel.axison and has_ticks) or panel.get_xlabel() or panel.get_ylabel()
 
 
 @pytest.mark.parametrize(("options", "expected"), [(["--check"], 1), ([], 0)])
@@ -312,13 +332,13 @@ def test_commit_is_none_without_git(monkeypatch, tmp_path):
 # The parts.
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", blobs.MAPS)
 def test_loss_goes_with_its_map(name):
     """A map's own loss has the gradient p - y, and is zero just where p = y."""
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.normal(0, 2, (20, 5))).at[0, 0].add(1000)
     labels = jnp.asarray(rng.integers(0, 5, 20)).at[0].set(0)
-    output_map = MAPS[name]
+    output_map = blobs.MAPS[name]
     losses, gradient = jax.vmap(jax.value_and_grad(output_map.loss))(logits, labels)
     error = output_map.probs(logits) - jax.nn.one_hot(labels, 5, dtype=logits.dtype)
     np.testing.assert_allclose(gradient, error, atol=1e-14)
@@ -357,47 +377,52 @@ def test_he_uniform():
         np.testing.assert_array_equal(layer.bias, jnp.zeros(layer.weights.shape[1]))
 
 
-def train(labels, order, **changes):
-    """A short fit of 12 points in the plane, 3 of them for testing, with two seeds."""
-    inputs = jax.random.normal(jax.random.key(0), (12, 2))
-    options = {"num_train": 9, "num_epochs": 2, "batch_size": 4, **changes}
-    return fit(
-        jax.random.key(1),
-        inputs,
-        labels,
-        jnp.stack([order, order[::-1]]),
-        network=mlp([2, 4, 3]),
-        output_map=MAPS["softmax"],
-        optimizer=optax.adam(0.01),
-        **options,
+@pytest.mark.slow
+def test_classification_trains_on_the_training_rows_alone(tmp_path):
+    """Other labels of the test images change what is measured, and no weight."""
+    images = np.random.default_rng(0).random((16, 4, 4, 1))
+    labels = np.arange(16) % 2
+    config = classification.Config(
+        num_seeds=2,
+        data_dir=tmp_path,
+        networks=("mlp",),
+        maps=("softmax",),
+        num_epochs=2,
+        batch_size=4,
     )
 
+    def result(test_labels):
+        arrays = {"x_train": images[:12], "y_train": labels[:12]}
+        arrays |= {"x_test": images[12:], "y_test": test_labels}
+        np.savez(tmp_path / "own.npz", **arrays)
+        return classification.run(config)
 
-@pytest.mark.slow
-def test_fit_trains_on_the_training_rows_alone():
-    labels, order = jnp.arange(12, dtype=jnp.int32) % 3, jnp.arange(12)
-    result = train(labels, order)
-    relabelled = train(labels.at[9:].set((labels[9:] + 1) % 3), order)
-    first, second = ([layer.weights[seed] for layer in result.layers] for seed in (0, 1))
-    again, differs = ([layer.weights[seed] for layer in relabelled.layers] for seed in (0, 1))
-    for one, other in zip(first, again, strict=True):  # Rows 9 to 11 are for testing here,
-        np.testing.assert_array_equal(one, other)
-    assert not np.array_equal(second[0], differs[0])  # and for training in the other seed.
-    assert not np.array_equal(first[0], second[0])
-    num_right = np.sum(result.predicted[0] == np.asarray(labels[9:]))
-    np.testing.assert_allclose(result.curves["test_accuracy"][0, -1], num_right / 3, rtol=1e-6)
-    assert {name: curve.shape for name, curve in result.curves.items()} == {
-        "train_loss": (2, 2),
-        "test_loss": (2, 2),
-        "test_accuracy": (2, 2),
-    }
+    first, second = result(labels[12:]), result(1 - labels[12:])
+    curve = "curves/mlp, softmax/"
+    np.testing.assert_array_equal(first[f"{curve}train_loss"], second[f"{curve}train_loss"])
+    accuracies = [run[f"{curve}test_accuracy"] for run in (first, second)]
+    np.testing.assert_allclose(accuracies[0] + accuracies[1], 1, rtol=1e-6)
+    assert not np.array_equal(*first[f"{curve}train_loss"])  # The seeds differ.
+    right = np.trace(first["confusion/mlp, softmax"])
+    np.testing.assert_allclose(right, 4 * accuracies[0][:, -1].sum(), rtol=1e-6)
+    for name in ("train_loss", "test_loss", "test_accuracy"):
+        assert first[curve + name].shape == (2, 2)
 
 
-@pytest.mark.parametrize("changes", [{"num_epochs": 0}, {"batch_size": 0}, {"batch_size": 10}])
-def test_fit_refuses_to_train_on_nothing(changes):
-    labels = jnp.zeros(12, jnp.int32)
-    with pytest.raises(ValueError, match="batch_size from 1 to 9, got"):
-        train(labels, jnp.arange(12), **changes)
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        (classification, {"num_epochs": 0}),
+        (classification, {"batch_size": 0}),
+        (classification, {"batch_size": 1438}),
+        (blobs, {"num_epochs": 0}),
+        (blobs, {"batch_size": 751}),
+    ],
+)
+def test_training_on_nothing_is_refused(script, options):
+    (option,) = options
+    with pytest.raises(ValueError, match=f"{option} must be"):
+        script.run(script.Config(**options))
 
 
 def test_toy_steps():
@@ -427,3 +452,47 @@ def test_blobs_points():
         np.testing.assert_allclose(cloud.mean(axis=0), (x, y), atol=5 * 1.5 / math.sqrt(2000))
         np.testing.assert_allclose(cloud.std(axis=0), 1.5, rtol=5 / math.sqrt(4000))
     assert not np.array_equal(labels[0], labels[1])
+
+
+# Pictures.
+
+
+def test_exact_zeros_have_a_place_on_a_logarithmic_axis():
+    figure, (panel,) = _plots.panels(["a"], "caption")
+    _plots.lines(panel, np.arange(1, 4), np.array([[1e-3, 1.0, 0.0]]), "arm", 0)
+    _plots.finish(panel, "x", "y", y_scale="log", whole=True)
+    figure.canvas.draw()
+    assert panel.get_yscale() == "symlog"
+    assert "0" in [text.get_text() for text in panel.get_yticklabels()]
+    assert all(tick == int(tick) for tick in panel.get_xticks())
+
+
+def test_numbers_differ_from_their_cells():
+    figure, (panel,) = _plots.panels(["a"], "caption")
+    cells, options = np.array([[0.0, 1.0]]), {"x": "x", "y": "y", "scale": "share"}
+    image = _plots.heatmap(figure, panel, cells, **options, numbers=[["0", "9"]])
+    for text, value in zip(panel.texts, cells[0], strict=True):
+        shade = np.mean(image.cmap(image.norm(value))[:3])
+        ink = {"black": 0, "white": 1}[text.get_color()]
+        assert abs(shade - ink) > 0.5
+    assert [axes.get_ylabel() for axes in figure.axes] == ["y", "share"]
+
+
+def test_legend_names_each_arm_once():
+    figure, axes = _plots.panels(["a", "b"], "caption")
+    for panel in axes:
+        for number, arm in enumerate(("one", "two")):
+            _plots.lines(panel, np.arange(3), np.ones((2, 3)), arm, number)
+    _plots.legend(figure)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
+    assert (
+        len(
+            {
+                line.get_linestyle()
+                for line in axes[0].lines
+                if line.get_label() in ("one", "two")
+            }
+        )
+        == 2
+    )

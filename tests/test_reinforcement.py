@@ -1,6 +1,6 @@
-"""The cart and pole, the bandits, and what learns on them.
+"""The cart and pole, the bandits, and the learners on them.
 
-(Nothing here needs more than what the experiments need, and `gymnax` where it is at hand.)
+The comparison with `gymnax` is skipped where that package is not installed.
 """
 
 import dataclasses
@@ -134,16 +134,16 @@ def test_episodes_follow_each_other():
     config = dataclasses.replace(cartpole.Config.reduced(), num_seeds=1, num_steps=64)
     learners = cartpole._start(jax.random.split(jax.random.key(0), 1), config)
     learner = jax.tree.map(lambda leaf: leaf[0], learners)
-    drive = jax.jit(lambda key: cartpole._drive(learner, key, config))
-    after, steps = drive(jax.random.key(1))
+    rollout = jax.jit(lambda key: cartpole._rollout(learner, key, config))
+    after, steps = rollout(jax.random.key(1))
     done = np.asarray(steps.done)
     assert done.any()
     assert (done == np.asarray(steps.terminated)).all()
-    angles = np.abs(np.asarray(steps.following)[..., 2])
+    angles = np.abs(np.asarray(steps.next_obs)[..., 2])
     assert (angles[done] > physics.MAX_ANGLE).all()
     started = np.asarray(steps.observation)[1:][done[:-1]]
     assert (np.abs(started) <= 0.05).all()
-    same = np.asarray(steps.following)[:-1][~done[:-1]]
+    same = np.asarray(steps.next_obs)[:-1][~done[:-1]]
     np.testing.assert_array_equal(np.asarray(steps.observation)[1:][~done[:-1]], same)
     for cart in range(config.num_carts):
         ends = np.flatnonzero(done[:, cart])
@@ -187,7 +187,7 @@ def test_explorers_explore_as_they_say():
     """Temperature and epsilon of each, for values whose policies are known."""
     values = jnp.array([[0.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
     state = bandit.State(values, jnp.full((2, 3), 2.0), jnp.zeros(2))
-    options = dict(zip(bandit.LEARNERS, bandit._OPTIONS, strict=True))
+    options = bandit._OPTIONS
     policy = lambda name, setting: sj.policy_probs(
         values,
         **dict(zip(("temperature", "epsilon"), options[name](state, setting), strict=True)),
