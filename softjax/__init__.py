@@ -46,7 +46,7 @@ from softjax.attentions import (
 from softjax.contrastive import info_nce, siglip_loss
 from softjax.decoding import repetition_penalty
 from softjax.dense import log_softmax, softmax
-from softjax.entropies import entropy, kl_divergence, log_prob
+from softjax.entropies import entropy, jensen_shannon_divergence, kl_divergence, log_prob
 from softjax.estimators import (
     gumbel_softmax,
     rao_blackwell_gumbel_softmax,
@@ -72,6 +72,7 @@ from softjax.losses import (
     focal_loss,
     logit_adjustment,
     mean_loss,
+    sigmoid_focal_loss,
     soft_cross_entropy,
     sparsemax_loss,
 )
@@ -140,6 +141,7 @@ __all__ = [
     "gumbel_given_argmax",
     "gumbel_softmax",
     "info_nce",
+    "jensen_shannon_divergence",
     "kl_divergence",
     "linear_cross_entropy",
     "linear_distillation_loss",
@@ -176,6 +178,7 @@ __all__ = [
     "segment_softmax",
     "select_action",
     "siglip_loss",
+    "sigmoid_focal_loss",
     "sigsoftmax_scores",
     "soft_cap",
     "soft_cross_entropy",

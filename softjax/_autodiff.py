@@ -9,7 +9,7 @@ from jax import Array
 @jax.custom_jvp
 def with_gradient_of(soft: Array, hard: Array) -> Array:
     """Hard values with the derivative of soft ones."""
-    # (A rule, as h + (s - s) would be NaN where a soft value is infinite.)
+    # This needs a rule, because h + (s - s) is NaN where a soft value is infinite.
     del soft
     return hard
 

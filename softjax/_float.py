@@ -14,12 +14,18 @@ def two_difference(a: Array, b: Array) -> tuple[Array, Array]:
 def two_quotient(a: Array, b: Array) -> tuple[Array, Array]:
     """fl(a / b) and what is missing from it, to first order (finite, b not 0)."""
     quotient = a / b
-    q_high, b_high = high_half(quotient), high_half(b)
-    q_low, b_low = quotient - q_high, b - b_high
-    # Each product is exact, so a compiler that contracts them to fused multiply-adds
-    # changes nothing.
-    remainder = ((a - q_high * b_high) - q_high * b_low - q_low * b_high) - q_low * b_low
-    return quotient, remainder / b
+    return quotient, remainder(a, quotient, b) / b
+
+
+def remainder(x: Array, a: Array, b: Array) -> Array:
+    """Computes x - a b, exactly, where x is the rounded product or close to it.
+
+    Each product of halves is exact, so a compiler that contracts them to fused multiply-adds
+    changes nothing.
+    """
+    a_high, b_high = high_half(a), high_half(b)
+    a_low, b_low = a - a_high, b - b_high
+    return ((x - a_high * b_high) - a_high * b_low - a_low * b_high) - a_low * b_low
 
 
 def high_half(x: Array) -> Array:

@@ -14,15 +14,18 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from softjax._api import api
+from softjax._api import PROBABILITY, api
+from softjax._autodiff import with_gradient_of
 from softjax._divergence import nats_between
-from softjax._inputs import Axis, Problem, labels_of, prepare, resolve_one_axis
+from softjax._elementary import expm1_over_twice, log1p
+from softjax._float import two_difference, where_finite
+from softjax._inputs import Axis, Problem, labels_of, per_slice, prepare, resolve_one_axis
 from softjax._scores import centre
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX, normalizer
-from softjax._threshold import solve
+from softjax._threshold import Solution, solve
 
-__all__ = ["entropy", "kl_divergence", "log_prob"]
+__all__ = ["entropy", "jensen_shannon_divergence", "kl_divergence", "log_prob"]
 
 
 @api("axis")
@@ -202,3 +205,148 @@ def pick(x: Array, labels: Array, axis: int) -> Array:
     index = jnp.expand_dims(jnp.where(known, labels, 0), axis)
     chosen = jnp.squeeze(jnp.take_along_axis(x, index, axis), axis)
     return jnp.where(known, chosen, jnp.nan)
+
+
+@api("axis", weight=PROBABILITY)
+def jensen_shannon_divergence(
+    p_logits: ArrayLike,
+    q_logits: ArrayLike,
+    *,
+    weight: ArrayLike = 0.5,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Computes the Jensen-Shannon divergence between two softmaxes, in nats.
+
+    .. math:: w D(p \,\|\, m) + (1 - w) D(q \,\|\, m), \qquad m = w p + (1 - w) q, \quad
+        p = \mathrm{softmax}(x), \; q = \mathrm{softmax}(y)
+
+    Args:
+        p_logits: scores x, `[*shape]`, real or -inf (dropped); differentiable.
+        q_logits: scores y, `[*shape]`, real or -inf (dropped); differentiable.
+        weight: w of p in their mixture m, in [0, 1], one number or one per slice;
+            differentiable.
+        axis: axis, axes, or None for all, along which a slice runs.
+        where: mask, bool, broadcastable to `[*shape]`; True keeps an entry of both.
+
+    Returns:
+        One number per slice, in the wider dtype of the two: at least 0, and at most the entropy
+        of (w, 1 - w), which is log 2 for equal weights and is reached where p and q share no
+        entry; 0 where either keeps nothing.
+
+    Raises:
+        TypeError: logits are not real, or `where` not bool.
+        ValueError: the shapes differ, an argument does not broadcast, `weight` is a Python
+            number outside of [0, 1], or `axis` is out of range.
+
+    Example:
+        >>> p_logits, q_logits = jnp.array([0.0, -jnp.inf]), jnp.array([-jnp.inf, 0.0])
+        >>> print(jensen_shannon_divergence(p_logits, q_logits))
+        0.6931472
+
+    Note:
+        O(n). Divided by w, it tends to D(p || q) as w tends to 0. Both sums are of terms that
+        are never negative, and log(p/m) comes from the logits themselves, so close
+        distributions keep the digits of their small divergence, and of its gradient. Both
+        modes, any order.
+
+    Reference:
+        Lin (1991), Divergence measures based on the Shannon entropy; Agarwal et al. (2024),
+        On-policy distillation of language models.
+    """
+    p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits")
+    q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits")
+    if p_problem.logits.shape != q_problem.logits.shape:
+        raise ValueError(
+            f"`q_logits` of shape {q_problem.logits.shape} must have the shape"
+            f" {p_problem.logits.shape} of `p_logits`."
+        )
+    dtype = jnp.promote_types(p_problem.logits.dtype, q_problem.logits.dtype)
+    x, y = p_problem.logits.astype(dtype), q_problem.logits.astype(dtype)
+    weight = per_slice(weight, x, p_problem.axes, name="weight")
+    row = _jensen_shannon(p_problem.axes, x, y, weight)
+    out_dtype = jnp.promote_types(p_problem.dtype, q_problem.dtype)
+    return jnp.squeeze(row, p_problem.axes).astype(out_dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _jensen_shannon(axes: tuple[int, ...], x: Array, y: Array, weight: Array) -> Array:
+    to_p, to_q = _log_ratios_to_mixture(axes, x, y, weight)[2:]
+    # A weight of 0 counts an infinite divergence for nothing.
+    return jnp.where(weight == 0, 0, weight * to_p) + jnp.where(
+        weight == 1, 0, (1 - weight) * to_q
+    )
+
+
+@_jensen_shannon.defjvp
+def _jensen_shannon_jvp(
+    axes: tuple[int, ...], primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    # A rule, because this form of the gradient keeps its digits: the mixture need not be
+    # differentiated, since it minimises the weighted sum.
+    slices = AlongAxes(axes)
+    (x, y, weight), (x_dot, y_dot, weight_dot) = primals, tangents
+    probs = lambda z: solve(SOFTMAX, slices, z).probs
+    p_dot, q_dot = jax.jvp(probs, (x,), (x_dot,))[1], jax.jvp(probs, (y,), (y_dot,))[1]
+    log_p, log_q, to_p, to_q = _log_ratios_to_mixture(axes, x, y, weight)
+    finite = lambda log: jnp.where(jnp.isinf(log), 0, log)
+    slope = slices.sum(weight * p_dot * finite(log_p) + (1 - weight) * q_dot * finite(log_q))
+    return _jensen_shannon(axes, *primals), slope + weight_dot * (to_p - to_q)
+
+
+def _log_ratios_to_mixture(
+    axes: tuple[int, ...], x: Array, y: Array, weight: Array
+) -> tuple[Array, Array, Array, Array]:
+    """log(p / m) and log(q / m) where they count, D(p || m) and D(q || m)."""
+    slices = AlongAxes(axes)
+    p, q = (solve(SOFTMAX, slices, z) for z in (x, y))
+    kept_p, kept_q = p.margins != -jnp.inf, q.margins != -jnp.inf
+    both = kept_p & kept_q
+    apart = jnp.where(both, p.margins, 0) - jnp.where(both, q.margins, 0)
+    ratio = with_gradient_of(apart, _log_ratio(slices, x, y, p, q, apart))
+    ratio = jnp.where(both, ratio, jnp.where(kept_p, jnp.inf, -jnp.inf))
+    # Near 0 the logarithms are those of 1 and a small number, and further away those of sums
+    # without cancellation, whose exponential cannot overflow.
+    near = jnp.clip(ratio, -1, 1)
+    near_p = -log1p((1 - weight) * jnp.expm1(-near))
+    near_q = -log1p(weight * jnp.expm1(near))
+    above = -jnp.log(weight + (1 - weight) * jnp.exp(-jnp.maximum(ratio, 1)))
+    below = -jnp.log((1 - weight) + weight * jnp.exp(jnp.minimum(ratio, -1)))
+    log_p = jnp.where(ratio > 1, above, jnp.where(ratio < -1, below + ratio, near_p))
+    log_q = jnp.where(ratio > 1, above - ratio, jnp.where(ratio < -1, below, near_q))
+    # The sums are 0 or 1. A maximum would not do, because XLA's may drop a NaN.
+    some = (slices.sum(p.probs) != 0) & (slices.sum(q.probs) != 0)
+    log_p = jnp.where(some & (p.probs != 0), log_p, 0)
+    log_q = jnp.where(some & (q.probs != 0), log_q, 0)
+    mixture = weight * p.probs + (1 - weight) * q.probs
+    to_p, to_q = (
+        jnp.where(some, slices.sum(_divergence_terms(z.probs, mixture, log)), 0)
+        for z, log in ((p, log_p), (q, log_q))
+    )
+    return log_p, log_q, to_p, to_q
+
+
+def _divergence_terms(p: Array, m: Array, log_ratio: Array) -> Array:
+    """The terms p log(p / m) + m - p >= 0, where the logarithm is 0 if p is."""
+    near = (jnp.abs(log_ratio) < 1) & (p != 0)
+    close = jnp.where(near, log_ratio, 0)
+    return jnp.where(
+        near, p * close * close * expm1_over_twice(-close), p * log_ratio + (m - p)
+    )
+
+
+def _log_ratio(
+    slices: AlongAxes, x: Array, y: Array, p: Solution, q: Solution, apart: Array
+) -> Array:
+    """log(p / q) from the logits, which tell more digits of it than rounded logarithms."""
+    finite = jnp.isfinite(x) & jnp.isfinite(y)
+    high, low = two_difference(jnp.where(finite, x, 0), jnp.where(finite, y, 0))
+    peaks = (where_finite(slices.max(z)) for z in (x, y))
+    peak_high, peak_low = two_difference(*peaks)
+    shift = slices.max(q.margins) - slices.max(p.margins)
+    ratio = jnp.where(finite, ((high - peak_high) - shift) + (low - peak_low), apart)
+    # q sums to 1, which tells the error of the shift.
+    near = finite & (jnp.abs(ratio) < 1)
+    gain = slices.sum(jnp.where(near, p.probs * jnp.expm1(-ratio), q.probs - p.probs))
+    ratio = ratio + log1p(jnp.where(jnp.abs(gain) < 0.5, gain, 0))
+    return jax.lax.stop_gradient(ratio)

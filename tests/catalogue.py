@@ -262,6 +262,11 @@ CATALOGUE = (
         make=_make(_logits, _logits),
     ),
     _both(
+        "jensen_shannon_divergence",
+        lambda m, p, q, t, w: m.jensen_shannon_divergence(p, q, weight=t, where=w),
+        make=_make(_logits, _logits, lambda rng: _per_slice(rng, 0.3, 0.6)),
+    ),
+    _both(
         "log_prob",
         lambda m, z, labels: m.log_prob(z, labels),
         make=_make(_logits, others=(_labels,)),
@@ -297,6 +302,18 @@ CATALOGUE = (
         wide=True,
     ),
     _loss_entry("focal_loss", lambda f, z, g, y: f(z, y, gamma=g), _per_label(1.2, 1.8)),
+    _both(
+        "sigmoid_focal_loss",
+        lambda m, z, t, g, a: m.sigmoid_focal_loss(z, t, gamma=g, alpha=a),
+        make=_make(
+            lambda rng: rng.standard_normal((ROWS, SIZE)),
+            lambda rng: rng.uniform(0.2, 0.8, (ROWS, SIZE)),
+            lambda rng: rng.uniform(1.2, 1.8),
+            lambda rng: rng.uniform(0.2, 0.4),
+            others=(),
+        ),
+        wide=True,
+    ),
     _loss_entry("sparsemax_loss", lambda f, z, y: f(z, y)),
     _loss_entry(
         "entmax_loss", lambda f, z, a, y: f(z, y, a), lambda rng: _per_slice(rng, 1.2, 1.4)

@@ -455,6 +455,46 @@ def kl_divergence(p_logits, q_logits, *, axis=-1, where=None, temperature=1.0):
     return out.reshape(lead)
 
 
+def jensen_shannon_divergence(p_logits, q_logits, *, weight=0.5, axis=-1, where=None):
+    """0 where either keeps nothing."""
+
+    def probs(values):
+        if not any(v != -INF for v in values):
+            return None
+        kept = iter(_log_softmax_row([v for v in values if v != -INF], mp.mpf(1), -INF))
+        return [mp.exp(next(kept)) if v != -INF else mp.mpf(0) for v in values]
+
+    def rule(p_values, q_values, w):
+        if any(map(_isnan, p_values + q_values)):
+            return NAN
+        p, q = probs(p_values), probs(q_values)
+        if p is None or q is None:
+            return mp.mpf(0)
+        terms = []
+        for a, b in zip(p, q, strict=True):
+            m = w * a + (1 - w) * b
+            terms += [
+                share * x * mp.log(x / m) for share, x in ((w, a), (1 - w, b)) if share * x
+            ]
+        return mp.fsum(terms)
+
+    p_logits = np.asarray(p_logits).astype(np.float64)
+    q_logits = np.asarray(q_logits).astype(np.float64)
+    keep = np.ones(p_logits.shape, bool) if where is None else where
+    keep = np.broadcast_to(np.asarray(keep), p_logits.shape)
+    axes = normalise_axis(axis, p_logits.ndim)
+    rows_p, _, lead = _rows(p_logits, axes)
+    rows_q, _, _ = _rows(q_logits, axes)
+    kept, _, _ = _rows(keep, axes)
+    weights = _per_slice(weight, p_logits.shape, axes)
+    out = np.zeros(len(kept), np.longdouble)
+    for i, mask in enumerate(kept):
+        p_values = [_exact(v) for v in rows_p[i][mask]]
+        q_values = [_exact(v) for v in rows_q[i][mask]]
+        out[i] = to_longdouble(rule(p_values, q_values, _exact(weights[i])))
+    return out.reshape(lead)
+
+
 def log_prob(logits, labels, *, axis=-1, where=None):
     """Labels `[*shape without axis]`; out of range gives NaN."""
     logs = np.moveaxis(log_softmax(logits, axis=axis, where=where), axis, -1)
@@ -571,6 +611,23 @@ def focal_loss(logits, labels, *, gamma, axis=-1):
         return missing**gamma * surprise if gamma else surprise
 
     return _each_label(rule, logits, labels, axis, gamma=gamma)
+
+
+def sigmoid_focal_loss(logits, targets, *, gamma=2.0, alpha=None):
+    """One loss per logit, from the definition."""
+
+    def rule(z, t, gamma, alpha=None):
+        p = 1 / (1 + mp.exp(-z))
+        no = 1 / (1 + mp.exp(z))
+        nll = -(t * mp.log(p) if t else 0) - ((1 - t) * mp.log(no) if t != 1 else 0)
+        weight = 1 if alpha is None else t * alpha + (1 - t) * (1 - alpha)
+        return weight * (t * no + (1 - t) * p) ** gamma * nll
+
+    arrays = [logits, targets, gamma] + ([] if alpha is None else [alpha])
+    arrays = np.broadcast_arrays(*(np.asarray(x).astype(np.float64) for x in arrays))
+    rows = zip(*(x.ravel() for x in arrays), strict=True)
+    out = [rule(*map(_exact, row)) for row in rows]
+    return np.array([to_longdouble(x) for x in out], np.longdouble).reshape(arrays[0].shape)
 
 
 def sparsemax_loss(logits, labels, *, axis=-1):

@@ -1,5 +1,7 @@
 """entropy, kl_divergence and log_prob."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -238,3 +240,48 @@ def test_gradient_where_the_entropy_is_nearly_constant(name, dtype):
     spread = p * np.sum(p[:, None] * np.abs(scores[:, None] - scores[..., None]), -1)
     got = jax.grad(lambda z: jnp.sum(getattr(sj, name)(z)))(jnp.asarray(z))
     assert np.all(np.abs(wide(got) - wanted) <= 4 * eps(dtype) * spread + finfo(dtype).tiny)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_jensen_shannon_divergence(dtype):
+    """Two sums of terms that are never negative, each known to a few eps."""
+    rng = np.random.default_rng(0)
+    for apart, offset in itertools.product((1e-6, 1e-2, 3.0, 30.0), (0.0, 1000.0)):
+        x = (3 * rng.standard_normal((8, 10))).astype(dtype)
+        y = (x + apart * rng.standard_normal((8, 10)) + offset).astype(dtype)
+        for weight in (0.5, 0.1, np.full((8, 1), 1e-3)):
+            weight = np.asarray(weight, dtype)
+            actual = sj.jensen_shannon_divergence(jnp.asarray(x), jnp.asarray(y), weight=weight)
+            expected = oracles.jensen_shannon_divergence(x, y, weight=weight)
+            assert_close(actual, expected, rtol=32 * eps(dtype))
+
+
+def test_jensen_shannon_divergence_at_the_edges():
+    """Finite where the two share little or nothing; 0 where either keeps nothing."""
+    x = [[0.0, -INF, 1.0], [0.0, -INF, 1.0], [-INF] * 3, [INF, 0.0, 0.0], [800.0, 0.0, -800.0]]
+    y = [
+        [0.0, 0.0, -INF],
+        [-INF, 3.0, -INF],
+        [0.0, 1.0, 2.0],
+        [INF, INF, 0],
+        [-800.0, 0.0, 800.0],
+    ]
+    x, y = jnp.array(x), jnp.array(y)
+    call = jax.jit(lambda x, y, w: sj.jensen_shannon_divergence(x, y, weight=w))
+    total = lambda *args: jnp.sum(sj.jensen_shannon_divergence(*args[:2], weight=args[2]))
+    grad = jax.jit(jax.grad(total, (0, 1)))
+    for weight in (0.0, 0.25, 1.0):
+        expected = oracles.jensen_shannon_divergence(x, y, weight=weight)
+        assert_close(call(x, y, weight), expected, rtol=1e-14, atol=1e-15)
+        for logits, slope in zip((x, y), grad(x, y, weight), strict=True):
+            assert jnp.isfinite(slope).all()
+            assert (slope[logits == -INF] == 0).all()
+    for place in range(3):
+        bad = jnp.zeros((1, 3)).at[0, place].set(NAN)
+        assert jnp.isnan(call(bad, jnp.zeros((1, 3)), 0.5)).all()
+        assert jnp.isnan(call(jnp.zeros((1, 3)), bad, 0.5)).all()
+    for weight in (-0.1, 1.5, jnp.ones(5)):
+        with pytest.raises(ValueError, match="`weight`"):
+            sj.jensen_shannon_divergence(x, y, weight=weight)
+    with pytest.raises(ValueError, match="`q_logits` of shape"):
+        sj.jensen_shannon_divergence(x, y[0])

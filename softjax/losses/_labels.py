@@ -1,8 +1,8 @@
-"""Logits with one label a slice, and the options that come one a label or one a class."""
+"""Logits with one label per slice, and options with one number per label or per class."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -17,10 +17,11 @@ from softjax._inputs import (
     resolve_one_axis,
     to_float,
 )
+from softjax.losses._reduction import reduce, shares_and_masses
 
 
 class Rows(NamedTuple):
-    """Logits with one label a slice."""
+    """Logits with one label per slice."""
 
     logits: Array
     classes: Classes  # of the shape of logits without the axis
@@ -30,8 +31,23 @@ class Rows(NamedTuple):
     def labels(self) -> Array:
         return self.classes.labels
 
-    def finish(self, loss: Array) -> Array:
-        return self.classes.finish(loss)
+    @property
+    def kept_shape(self) -> tuple[int, ...]:
+        return tuple(1 if i == self.axis else n for i, n in enumerate(self.logits.shape))
+
+    def losses(
+        self, function: Callable[..., tuple[Array, ...]], *arrays: Any
+    ) -> tuple[Array, ...]:
+        """function(*arrays): NaN for unknown labels, and 0 for ignored ones.
+
+        Both are constants, chosen by a select: a product with NaN would turn the cotangent 0 of
+        an example that a mean leaves out into NaN.
+        """
+        known, ignored = self.classes.known, self.classes.ignored
+        results = (jnp.where(known, loss, jnp.nan) for loss in function(*arrays))
+        if ignored is None:
+            return tuple(results)
+        return tuple(jnp.where(ignored, 0, loss) for loss in results)
 
 
 def label_rows(
@@ -51,11 +67,8 @@ def label_rows(
     return Rows(logits, classes, axis)
 
 
-def kept_shape(rows: Rows) -> tuple[int, ...]:
-    return tuple(1 if i == rows.axis else n for i, n in enumerate(rows.logits.shape))
-
-
 def per_label(option: ArrayLike, rows: Rows, name: str) -> Array:
+    """An option with one number per label; 0 where the label is ignored."""
     value, _ = to_float(option, name=name)
     value = broadcast(
         value.astype(rows.logits.dtype), rows.labels.shape, name=name, target="labels"
@@ -64,30 +77,37 @@ def per_label(option: ArrayLike, rows: Rows, name: str) -> Array:
     return value if ignored is None else jnp.where(ignored, 0, value)
 
 
-def spread_weights(class_weights: ArrayLike | None, rows: Rows) -> Array:
-    """Class weights along the axis of the classes."""
-    if class_weights is None:
-        return jnp.ones((1,) * rows.logits.ndim, rows.logits.dtype)
+def spread_weights(class_weights: ArrayLike, rows: Rows) -> Array:
+    """One class weight per logit."""
     weights = per_class(class_weights, rows.logits.shape[rows.axis], rows.logits.dtype)
     others = tuple(i for i in range(rows.logits.ndim) if i != rows.axis)
-    return jnp.expand_dims(weights, others)
+    return jnp.broadcast_to(jnp.expand_dims(weights, others), rows.logits.shape)
 
 
-def label_weights(class_weights: ArrayLike | None, rows: Rows) -> Array:
+def label_weights(class_weights: ArrayLike | None, rows: Rows) -> Array | None:
+    """The class weight of each label, or None without class weights."""
     if class_weights is None:
-        return jnp.ones((), rows.logits.dtype).reshape((1,) * rows.labels.ndim)
-    return spread_weights(class_weights, rows).reshape(-1)[rows.labels]
+        return None
+    weights = per_class(class_weights, rows.logits.shape[rows.axis], rows.logits.dtype)
+    return weights[rows.labels]
 
 
-def constant_where_infinite(loss: Array) -> Array:
-    """The loss, which nothing moves where it is infinite."""
-    return jnp.where(jnp.isinf(loss), jax.lax.stop_gradient(loss), loss)
-
-
-def times_nats(factor: Array, nats: Array) -> Array:
-    """Factor * nats, where a factor of 0 counts nothing, and infinitely many are constant."""
-    infinite = nats == jnp.inf
-    constant = jnp.where(factor == 0, 0, jnp.sign(factor) * jnp.inf)
-    constant *= jnp.ones_like(nats)  # So that it is spread over a mesh as they are.
-    product = factor * jnp.where(infinite, 0, nats)
-    return jnp.where(infinite, jax.lax.stop_gradient(constant), product)
+def reduce_rows(
+    losses: Array,
+    labels: ArrayLike,
+    *,
+    ignore_index: int | None,
+    class_weights: ArrayLike | None,
+    reduction: str | None,
+) -> Array:
+    """The losses of rows, their sum, or their mean over the labels that count."""
+    if reduction is None:
+        return losses
+    shares, masses = shares_and_masses(
+        losses,
+        labels,
+        ignore_index=ignore_index,
+        class_weights=class_weights,
+        example_weights=None,
+    )
+    return reduce(losses, shares, masses, reduction)

@@ -1,11 +1,11 @@
-"""What a label that leads misses of weight 1 under a sparse map, however little it is.
+"""1 - p_y, to full relative precision, where p_y is nearly 1 under a sparse map.
 
 With b = alpha - 1, the lead L_j = z_y - z_j over another entry, and v = 1 - p_y^b,
 
     p_j = (d_j - v)_+^(1/b),   d_j = 1 - b L_j,   sum_{j != y} p_j = 1 - (1 - v)^(1/b).
 
-The d_j are known to two parts, so the root v of this equation, which is convex for alpha <= 2,
-has all its digits where the lead is all but complete and p_y rounds to 1.
+Each d_j is a sum of two floats, so the root v of this equation, which is convex for alpha <= 2,
+has all its digits even where p_y rounds to 1.
 """
 
 from collections.abc import Callable
@@ -16,81 +16,88 @@ from jax import Array, lax
 
 from softjax._cpu import blocked_over_slices
 from softjax._elementary import log1p
-from softjax._float import high_half, two_difference, two_quotient
+from softjax._float import remainder, two_difference, two_quotient
 from softjax._mesh import vary
 from softjax._slices import AlongAxes
 
 
-class Missed(NamedTuple):
+class OneMinusP(NamedTuple):
     root: Array  # v
-    rest: Array  # sum_{j != y} p_j = 1 - p_y
-    powers: Array  # sum_{j != y} p_j^alpha
+    others_sum: Array  # sum_{j != y} p_j = 1 - p_y
+    powers_sum: Array  # sum_{j != y} p_j^alpha
 
 
 @blocked_over_slices
-def missed(
+def one_minus_p(
     slices: AlongAxes,
     logits: Array,
     labels: Array,
-    own: Array,
+    label_logit: Array,
     guess: Array,
     alpha: Array | None,
-) -> Missed:
-    """From a guess of `rest` below 1/2; `own` is the label's logit, and finite.
+) -> OneMinusP:
+    """Refines a guess of 1 - p_y below 1/2.
 
-    All are one number a slice. Alpha None stands for 2, where powers are not needed.
+    All but the logits are one number per slice; the label's logit is finite. Alpha None stands
+    for 2, which needs no powers.
     """
     unit = float(jnp.finfo(logits.dtype).eps)
-    bend = jnp.ones_like(own) if alpha is None else alpha - 1
+    bend = jnp.ones_like(label_logit) if alpha is None else alpha - 1
     power = 1 / bend
-    weigh = _weights(slices, logits, labels, own, alpha)
+    weigh = _weights(slices, logits, labels, label_logit, alpha)
 
     def weight_of(v: Array) -> Array:
         return v if alpha is None else -jnp.expm1(log1p(-v) * power)
 
     def move(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         v, _, count = state
-        (probs, margin), rest = weigh(v), weight_of(v)
-        excess = slices.sum(probs) - rest
+        (probs, margin), others_sum = weigh(v), weight_of(v)
+        excess = slices.sum(probs) - others_sum
         slopes = jnp.sign(probs) if alpha is None else probs / margin
-        slope = power * (slices.sum(slopes) + (1 - rest) / (1 - v))
+        slope = power * (slices.sum(slopes) + (1 - others_sum) / (1 - v))
         target = jnp.clip(v + excess / slope, 0, 0.9)
-        moving = (jnp.abs(excess) > 16 * unit * rest) & (target != v)
+        moving = (jnp.abs(excess) > 16 * unit * others_sum) & (target != v)
         return target, jnp.any(moving), count + 1
 
     start = guess if alpha is None else -jnp.expm1(bend * log1p(-guess))
     state = *vary((start, jnp.array(True)), logits), jnp.array(0)
     v = lax.while_loop(lambda state: state[1] & (state[2] < 64), move, state)[0]
     probs, margin = weigh(v)
-    return Missed(v, weight_of(v), slices.sum(probs * margin))
+    return OneMinusP(v, weight_of(v), slices.sum(probs * margin))
 
 
-def others_at(
-    slices: AlongAxes, logits: Array, labels: Array, own: Array, alpha: Array | None, v: Array
+def other_probs_at(
+    slices: AlongAxes,
+    logits: Array,
+    labels: Array,
+    label_logit: Array,
+    alpha: Array | None,
+    v: Array,
 ) -> Array:
-    """The p_j, one an entry, that the root v of `missed` gives; 0 at the label."""
-    return _weights(slices, logits, labels, own, alpha)(v)[0]
+    """The p_j, one per entry, that the root v of `one_minus_p` gives; 0 at the label."""
+    return _weights(slices, logits, labels, label_logit, alpha)(v)[0]
 
 
 def _weights(
-    slices: AlongAxes, logits: Array, labels: Array, own: Array, alpha: Array | None
+    slices: AlongAxes, logits: Array, labels: Array, label_logit: Array, alpha: Array | None
 ) -> Callable[[Array], tuple[Array, Array]]:
-    """Of v, the p_j and their margins d_j - v."""
+    """A function of v that returns the p_j and their margins d_j - v."""
     unit = float(jnp.finfo(logits.dtype).eps)
-    bend = jnp.ones_like(own) if alpha is None else alpha - 1
+    bend = jnp.ones_like(label_logit) if alpha is None else alpha - 1
     power, power_lost = two_quotient(jnp.ones_like(bend), bend)
     places = lax.broadcasted_iota(labels.dtype, logits.shape, slices.axes[0])
-    # A little further behind than 1 / b an entry has no weight, whatever rounding does.
-    floor = own - (power * 1.01 + 8 * unit * jnp.abs(own))
+    # An entry that is a little further behind than 1 / b has no weight, whatever rounding does.
+    floor = label_logit - (power * 1.01 + 8 * unit * jnp.abs(label_logit))
     behind = (places == labels) | (logits < floor)
-    lead, lost = two_difference(own, jnp.where(behind, own, logits))
+    lead, lost = two_difference(label_logit, jnp.where(behind, label_logit, logits))
     product = lead
     if alpha is not None:
-        # (A select, so that no compiler fuses the rounded product with the difference; of a
-        # constant it would be moved behind that.)
-        product = jnp.where(behind, own, bend * lead)
-        lost = bend * lost - jnp.where(behind, 0, _product_error(bend, lead, product))
-    one = jnp.where(jnp.isnan(product), product, 1)  # Of a literal, XLA would sum constants.
+        # The select prevents XLA from fusing the product, unrounded, with the difference. Its
+        # other side is no constant, because XLA would move such a select behind the difference.
+        product = jnp.where(behind, label_logit, bend * lead)
+        lost = bend * lost - jnp.where(behind, 0, remainder(product, bend, lead))
+    # Not a literal: XLA would sum it with other constants first.
+    one = jnp.where(jnp.isnan(product), product, 1)
     near, near_lost = two_difference(one, product)
     lost = near_lost - lost
 
@@ -109,10 +116,3 @@ def _weights(
         return jnp.where(inside, margin**power * (1 + mended), 0), margin
 
     return weigh
-
-
-def _product_error(a: Array, b: Array, product: Array) -> Array:
-    """fl(a b) - a b, exactly: of halves each product is exact."""
-    a_high, b_high = high_half(a), high_half(b)
-    a_low, b_low = a - a_high, b - b_high
-    return ((product - a_high * b_high) - a_high * b_low - a_low * b_high) - a_low * b_low

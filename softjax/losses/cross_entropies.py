@@ -1,35 +1,32 @@
-"""Cross-entropies: the surprise of softmax at labels, targets or a teacher's weights."""
+"""Cross-entropies of softmax or the sigmoid with labels, discounted or not."""
 
 from __future__ import annotations
 
 import functools
+from typing import Literal, overload
 
+import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, PROBABILITY, api
-from softjax._inputs import Axis, broadcast, is_zero, prepare, to_float
-from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX
-from softjax._threshold import solve
-from softjax.entropies import divergence
+from softjax._inputs import broadcast, check_flag, is_zero, mask, to_float
 from softjax.losses._labels import (
-    constant_where_infinite,
     label_rows,
     label_weights,
     per_label,
+    reduce_rows,
     spread_weights,
-    times_nats,
 )
-from softjax.losses._softmax_stats import nll, statistics
+from softjax.losses._reduction import check_reduction, reduce_kept
+from softjax.losses._softmax_stats import statistics
+from softjax.losses._terms import constant_where_infinite, cross_entropy_terms, times_nll
 
-_HOT = 1e15  # above, the loss is its limit to working precision
-
-__all__ = ["cross_entropy", "distillation_loss", "focal_loss", "soft_cross_entropy"]
+__all__ = ["cross_entropy", "focal_loss", "sigmoid_focal_loss"]
 
 
-@api("axis", "ignore_index", label_smoothing=PROBABILITY, z_loss=NONNEGATIVE)
+@overload
 def cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -40,8 +37,49 @@ def cross_entropy(
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
     class_weights: ArrayLike | None = None,
-) -> Array:
-    r"""Measures the surprise at one label a slice, in nats.
+    reduction: str | None = None,
+    return_z_loss: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    reduction: str | None = None,
+    return_z_loss: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+@api(
+    "axis",
+    "ignore_index",
+    "reduction",
+    "return_z_loss",
+    label_smoothing=PROBABILITY,
+    z_loss=NONNEGATIVE,
+)
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    reduction: str | None = None,
+    return_z_loss: bool = False,
+) -> Array | tuple[Array, Array]:
+    r"""Measures -log p of one label per slice, in nats.
 
     .. math:: (1 - \epsilon) w_y (-\log p_y)
         + \frac{\epsilon}{n} \sum_j m_j w_j (-\log p_j) + c \, (\log Z)^2, \qquad
@@ -52,202 +90,126 @@ def cross_entropy(
         labels: classes y, int, of the shape of `logits` without `axis`.
         axis: the one axis of the n classes.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry. The n of the
-            smoothing counts what is kept.
-        ignore_index: a label, of any value, whose rows have loss and gradient 0.
-        label_smoothing: epsilon in [0, 1], one number or one a label; differentiable.
-        z_loss: factor c of the squared logarithm of the normaliser, one number or one a label;
-            differentiable.
+            smoothing counts the kept entries.
+        ignore_index: a label, of any value, whose rows have loss and gradient 0, whatever they
+            hold.
+        label_smoothing: epsilon in [0, 1], one number or one per label; differentiable.
+        z_loss: factor c of the squared logarithm of the normaliser, one number or one per
+            label; differentiable.
         class_weights: factors w, `[n]`, real; differentiable. With smoothing they weigh as in
             PyTorch's `cross_entropy`.
+        reduction: "mean" divides the sum by that of the class weights of the labels that are
+            not ignored, as PyTorch does; "sum"; or None.
+        return_z_loss: whether to return the part of the z-loss too, for a log.
 
     Returns:
-        One loss a label, float32 or wider, of the shape of `labels`; never negative.
-        `mean_loss` averages them. A dropped label has loss inf, which is constant: no logit
-        has a derivative. A class weight of 0, or a smoothing of 1, counts it for nothing.
+        One loss per label, of the shape of `labels`, or one number with `reduction`; float32 or
+        wider, and never negative. With `return_z_loss`, the pair (loss, z-loss), both reduced
+        alike, of which the first contains the second. A dropped label has loss inf, which is
+        constant: no logit has a derivative. A class weight of 0, or a smoothing of 1, counts it
+        for nothing.
 
     Raises:
         TypeError: `logits` is not real, `labels` not integer, `where` not bool, or `axis` not
             one int.
         ValueError: `labels` is of another shape, an option does not broadcast, `axis` is out
-            of range, or `label_smoothing` is a Python number outside of [0, 1].
+            of range, `reduction` is none of the above, or `label_smoothing` is a Python number
+            outside of [0, 1].
 
     Example:
         >>> print(cross_entropy(jnp.array([[0.0, 0.0], [50.0, 0.0]]), jnp.array([1, 0])))
         [6.9314718e-01 1.9287499e-22]
 
     Note:
-        O(n) time; for the value a sixteenth of the logits as temporary memory, where they are
-        large (along the last axis), one array for the gradient with whatever options, and no
-        one-hot array. Computed as (max - z_y) + log1p(sum over the others), of relative error
-        about 2e-7 in float32 at every size of the loss; the label's derivative is minus the sum
-        of the other probabilities, not p - 1. Both modes, any order.
+        O(n) time. For large logits the value takes a sixteenth of their memory (along the last
+        axis), the gradient one array with any options, and neither makes a one-hot array.
+        Computed as (max - z_y) + log1p(sum over the others), of relative error about 2e-7 in
+        float32 at every size of the loss; the label's derivative is minus the sum of the other
+        probabilities, not p - 1. Both modes, any order. An unknown label's loss
+        is a constant NaN, so its row has gradient 0.
 
     Reference:
         Szegedy et al. (2016), Rethinking the inception architecture, for the smoothing;
         Chowdhery et al. (2022), PaLM, for the z-loss.
     """
+    check_reduction(reduction)
+    check_flag(return_z_loss, name="return_z_loss")
     rows = label_rows(logits, labels, axis, where, ignore_index)
-    smoothed = not is_zero(label_smoothing)
-    weights = spread_weights(class_weights, rows) if smoothed else None
-    found = statistics(rows.axis, rows.logits, rows.labels, weights)
-    factor = label_weights(class_weights, rows)
-    if smoothed:
-        epsilon = per_label(label_smoothing, rows, "label_smoothing")
-        factor = factor * (1 - epsilon)
-    loss = times_nats(factor, found.nll)
-    if found.uniform_nll is not None:
-        loss += times_nats(epsilon, found.uniform_nll)
+    smoothing = weights = z_factor = None
+    if not is_zero(label_smoothing):
+        smoothing = per_label(label_smoothing, rows, "label_smoothing")
+        if class_weights is not None:
+            weights = spread_weights(class_weights, rows)
     if not is_zero(z_loss):
-        finite = jnp.where(jnp.isfinite(found.logsumexp), found.logsumexp, 0)
-        loss += per_label(z_loss, rows, "z_loss") * finite**2
-    return rows.finish(constant_where_infinite(loss))
+        z_factor = per_label(z_loss, rows, "z_loss")
+    label_weight = label_weights(class_weights, rows)
 
+    def terms(
+        logits: Array,
+        weights: Array | None,
+        label_weight: Array | None,
+        smoothing: Array | None,
+        z_loss: Array | None,
+    ) -> tuple[Array, ...]:
+        if smoothing is not None and weights is None:
+            weights = jnp.ones((1,) * logits.ndim, logits.dtype)
+        found = statistics(rows.axis, logits, rows.labels, weights)
+        return cross_entropy_terms(
+            found.nll,
+            found.logsumexp,
+            found.uniform_nll,
+            label_weight=label_weight,
+            smoothing=smoothing,
+            z_loss=z_loss,
+        )
 
-@api("axis")
-def soft_cross_entropy(
-    logits: ArrayLike,
-    targets: ArrayLike,
-    *,
-    axis: Axis = -1,
-    where: ArrayLike | None = None,
-) -> Array:
-    r"""Measures the expected surprise under target weights, in nats.
-
-    .. math:: -\sum_j m_j t_j \log p_j, \qquad p = \mathrm{softmax}(z)
-
-    Args:
-        logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
-        targets: weights t >= 0, broadcastable to `[*shape]`; differentiable. They need not sum
-            to one.
-        axis: axis, axes, or None for all, along which a slice runs.
-        where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
-
-    Returns:
-        One loss a slice, float32 or wider; inf where a target stands on an entry that -inf
-        drops.
-
-    Raises:
-        TypeError: `logits` or `targets` is not real, or `where` not bool.
-        ValueError: `targets` or `where` does not broadcast, or `axis` is out of range.
-
-    Example:
-        >>> print(soft_cross_entropy(jnp.zeros(2), jnp.array([0.25, 0.75])))
-        0.6931472
-
-    Note:
-        O(n). A target of 0 counts as nothing whatever its logit. Both modes, any order.
-    """
-    problem = prepare(logits, axis=axis, where=where)
-    targets, _ = to_float(targets, name="targets")
-    targets = broadcast(
-        targets.astype(problem.logits.dtype), problem.logits.shape, name="targets"
+    arrays = rows.logits, weights, label_weight, smoothing, z_factor
+    loss, *z_terms = rows.losses(terms, *arrays)
+    z_term = z_terms[0] if z_terms else jnp.zeros_like(loss)
+    reduced = functools.partial(
+        reduce_rows,
+        labels=labels,
+        ignore_index=ignore_index,
+        class_weights=class_weights,
+        reduction=reduction,
     )
-    if where is not None:
-        targets = jnp.where(problem.logits == -jnp.inf, jnp.where(where, targets, 0), targets)
-    slices = AlongAxes(problem.axes)
-    margins = solve(SOFTMAX, slices, problem.logits).margins
-    dropped = margins == -jnp.inf
-    terms = jnp.where(dropped, 0, targets) * -jnp.where(dropped, 0, margins)
-    impossible = dropped & (targets > 0)
-    terms = jnp.where(impossible, jnp.inf, terms)
-    return constant_where_infinite(jnp.squeeze(slices.sum(terms), problem.axes))
-
-
-@api("axis", temperature=NONNEGATIVE)
-def distillation_loss(
-    student_logits: ArrayLike,
-    teacher_logits: ArrayLike,
-    *,
-    temperature: ArrayLike,
-    axis: Axis = -1,
-) -> Array:
-    r"""Measures how far a student is from its teacher, both softened by a temperature.
-
-    .. math:: T^2 D\big(\mathrm{softmax}(t / T) \,\|\, \mathrm{softmax}(s / T)\big)
-
-    Args:
-        student_logits: scores s, `[*shape]`, real or -inf (dropped); differentiable.
-        teacher_logits: scores t, `[*shape]`, real or -inf (dropped); differentiable.
-        temperature: T in [0, inf], one number or one a slice; differentiable. At 0 (in float32
-            below 1e-19) and inf the loss is its limit, and the derivative in T is 0.
-        axis: axis, axes, or None for all, along which a slice runs.
-
-    Returns:
-        One loss a slice, float32 or wider, at least 0; inf where the student drops what the
-        teacher keeps. The limit at T = 0 is 0, at inf half the variance of s - t over what is
-        kept (and inf where the two keep different entries).
-
-    Raises:
-        TypeError: logits are not real.
-        ValueError: the shapes differ, `temperature` does not broadcast to one a slice or is a
-            negative Python number, or `axis` is out of range.
-
-    Example:
-        >>> print(distillation_loss(jnp.zeros(2), jnp.zeros(2), temperature=2.0))
-        0.0
-
-    Note:
-        The factor keeps gradients of one size as the temperature changes. O(n); precise also
-        where the two are close, as `kl_divergence`. Both modes, any order.
-
-    Reference:
-        Hinton, Vinyals and Dean (2015), Distilling the knowledge in a neural network.
-    """
-    student = prepare(student_logits, axis=axis, temperature=temperature, name="student_logits")
-    teacher = prepare(teacher_logits, axis=axis, temperature=temperature, name="teacher_logits")
-    names = {"name": "student_logits", "target": "teacher_logits"}
-    if student.temperature is None or teacher.temperature is None:
-        return jnp.squeeze(divergence(teacher, student, **names), student.axes)
-    heat = jnp.promote_types(student.temperature.dtype, teacher.temperature.dtype)
-    given = student.temperature.astype(heat)
-    cold, hot = jnp.abs(given) < float(jnp.finfo(heat).tiny) ** 0.5, given > _HOT
-    usual = jnp.where(cold | hot, 1, given)
-    row = divergence(
-        teacher._replace(temperature=usual), student._replace(temperature=usual), **names
-    )
-    # (Which is seldom asked for, and takes longer than the rest.)
-    logits = teacher.logits, student.logits
-    nothing = lambda *logits: jnp.zeros_like(row)
-    variance = functools.partial(_half_variance, student.axes)
-    limit = lax.cond(jnp.any(hot), variance, nothing, *logits)
-    limit = jnp.where(cold, jnp.where(row == jnp.inf, jnp.inf, 0), limit)
-    return jnp.squeeze(jnp.where(cold | hot, limit, row), student.axes)
-
-
-def _half_variance(axes: tuple[int, ...], teacher: Array, student: Array) -> Array:
-    """Half the variance of the logits' difference: the distillation loss of endless heat."""
-    slices, dtype = AlongAxes(axes), jnp.promote_types(teacher.dtype, student.dtype)
-    kept = [logits != -jnp.inf for logits in (teacher, student)]
-    both = kept[0] & kept[1]
-    apart = [jnp.where(both, logits, 0).astype(dtype) for logits in (teacher, student)]
-    count = jnp.maximum(slices.sum(both.astype(dtype)), 1)
-    mean = slices.sum(apart[0] - apart[1]) / count
-    rest = jnp.where(both, apart[0] - apart[1] - mean, 0)
-    differ = slices.max((kept[0] != kept[1]).astype(dtype)) > 0
-    some = slices.max(kept[0].astype(dtype)) > 0
-    return jnp.where(some & differ, jnp.inf, slices.sum(rest * rest) / (2 * count))
+    total = reduced(constant_where_infinite(loss + z_term if z_terms else loss))
+    return (total, reduced(z_term)) if return_z_loss else total
 
 
 _MAX_GAMMA = 1e18  # its square is finite in float32
 
 
-@api("axis", gamma=(0, _MAX_GAMMA))
+@api("axis", "ignore_index", "reduction", gamma=(0, _MAX_GAMMA))
 def focal_loss(
-    logits: ArrayLike, labels: ArrayLike, *, gamma: ArrayLike, axis: int = -1
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    gamma: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    class_weights: ArrayLike | None = None,
+    reduction: str | None = None,
 ) -> Array:
-    r"""Measures the surprise at a label, discounted where the model is already right.
+    r"""Measures -log p of a label, discounted where the model is already right.
 
-    .. math:: -(1 - p_y)^\gamma \log p_y, \qquad p = \mathrm{softmax}(z)
+    .. math:: -w_y (1 - p_y)^\gamma \log p_y, \qquad p = \mathrm{softmax}(z)
 
     Args:
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
         labels: classes y, int, of the shape of `logits` without `axis`.
-        gamma: the discount, in [0, 1e18] (0 is `cross_entropy`), one number or one a label;
+        gamma: the discount, in [0, 1e18] (0 is `cross_entropy`), one number or one per label;
             differentiable. In an array more counts as 1e18.
         axis: the one axis of the classes.
+        where: mask, bool, broadcastable to `[*shape]`; True keeps an entry.
+        ignore_index: a label, of any value, whose rows have loss and gradient 0, whatever they
+            hold.
+        class_weights: factors w, `[n]`, real; differentiable.
+        reduction: as in `cross_entropy`.
 
     Returns:
-        One loss a label, float32 or wider.
+        One loss per label, or one number with `reduction`; float32 or wider.
 
     Raises:
         TypeError: as `cross_entropy`.
@@ -264,16 +226,113 @@ def focal_loss(
     Reference:
         Lin et al. (2017), Focal loss for dense object detection.
     """
-    rows = label_rows(logits, labels, axis, None, None)
+    check_reduction(reduction)
+    rows = label_rows(logits, labels, axis, where, ignore_index)
     gamma = jnp.minimum(per_label(gamma, rows, "gamma"), _MAX_GAMMA)
-    nats = nll(rows.logits, rows.labels, rows.axis)
-    dropped = nats == jnp.inf
-    finite = jnp.where(dropped, 1, nats)
-    missing = -jnp.expm1(-finite)
-    some = missing > 0
-    discount = jnp.where(
-        some, jnp.where(some, missing, 1) ** gamma, jnp.where(gamma == 0, 1, 0)
+
+    def loss(logits: Array, gamma: Array, label_weight: Array | None) -> tuple[Array]:
+        nll = statistics(rows.axis, logits, rows.labels).nll
+        dropped = nll == jnp.inf
+        finite = jnp.where(dropped, 1, nll)
+        missing = -jnp.expm1(-finite)
+        some = missing > 0
+        discount = jnp.where(
+            some, jnp.where(some, missing, 1) ** gamma, jnp.where(gamma == 0, 1, 0)
+        )
+        loss = jnp.where(dropped, nll, discount * finite)
+        # A power of 1, or one that is not taken, does not show that gamma is NaN.
+        loss = jnp.where(jnp.isnan(gamma), jnp.nan, loss)
+        return (loss if label_weight is None else times_nll(label_weight, loss),)
+
+    (losses,) = rows.losses(loss, rows.logits, gamma, label_weights(class_weights, rows))
+    return reduce_rows(
+        losses,
+        labels,
+        ignore_index=ignore_index,
+        class_weights=class_weights,
+        reduction=reduction,
     )
-    loss = jnp.where(dropped, nats, discount * finite)
-    # (NaN shows also where its power is 1 or is not taken.)
-    return rows.finish(jnp.where(jnp.isnan(gamma), jnp.nan, loss))
+
+
+@api("reduction", gamma=(0, _MAX_GAMMA), alpha=PROBABILITY)
+def sigmoid_focal_loss(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    gamma: ArrayLike = 2.0,
+    alpha: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    reduction: str | None = None,
+) -> Array:
+    r"""Measures the focal loss of independent yes-or-no decisions, one per logit.
+
+    .. math:: a \, (1 - q)^\gamma \big(-t \log p - (1 - t) \log(1 - p)\big), \qquad
+        p = \frac{1}{1 + e^{-z}}, \quad q = t p + (1 - t)(1 - p), \quad
+        a = t \alpha + (1 - t)(1 - \alpha)
+
+    Args:
+        logits: scores z, `[*shape]`, real; differentiable.
+        targets: t in [0, 1], broadcastable to `[*shape]`: 1 for yes, 0 for no; differentiable.
+        gamma: the discount, in [0, 1e18] (0 is the binary cross-entropy), broadcastable to
+            `[*shape]`; differentiable. In an array more counts as 1e18.
+        alpha: the weight of yes, in [0, 1], with 1 - alpha that of no, broadcastable to
+            `[*shape]`; differentiable. None weighs both by 1.
+        where: mask, bool, broadcastable to `[*shape]`. False leaves an entry out: its loss and
+            gradient are 0, whatever it holds.
+        reduction: "mean" divides the sum by the number of entries that are not left out;
+            "sum"; or None.
+
+    Returns:
+        One loss per logit, `[*shape]`, or one number with `reduction`; float32 or wider, at
+        least 0.
+
+    Raises:
+        TypeError: an argument is not real, or `where` not bool.
+        ValueError: an option does not broadcast, `gamma` or `alpha` is a Python number outside
+            of its range, or `reduction` is none of the above.
+
+    Example:
+        >>> print(sigmoid_focal_loss(jnp.zeros(2), jnp.array([1.0, 0.0]), alpha=0.25))
+        [0.0433217 0.1299651]
+
+    Note:
+        Every factor is computed without cancellation, so confident decisions keep the digits of
+        their small losses. Detectors divide the sum by the number of positive targets. Both
+        modes, any order, where q < 1.
+
+    Reference:
+        Lin et al. (2017), Focal loss for dense object detection.
+    """
+    check_reduction(reduction)
+    z, _ = to_float(logits, name="logits")
+    keep = None if where is None else mask(where, z.shape)
+
+    def entries(option: ArrayLike, name: str) -> Array:
+        value = broadcast(to_float(option, name=name)[0].astype(z.dtype), z.shape, name=name)
+        return value if keep is None else jnp.where(keep, value, 0)
+
+    def loss(z: Array, t: Array, gamma: Array, alpha: Array | None) -> tuple[Array]:
+        # At z = inf or -inf one logarithm is infinite; `times_nll` counts it if its target is
+        # not 0.
+        no, yes = jax.nn.sigmoid(-z), jax.nn.sigmoid(z)
+        nll = times_nll(t, jax.nn.softplus(-z)) + times_nll(1 - t, jax.nn.softplus(z))
+        missing = t * no + (1 - t) * yes
+        some = missing > 0
+        power = jnp.where(some, missing, 1) ** jnp.minimum(gamma, _MAX_GAMMA)
+        discount = jnp.where(some, power, jnp.where(gamma == 0, 1, 0))
+        loss = constant_where_infinite(times_nll(discount, nll))
+        loss = jnp.where(jnp.isnan(z + t + gamma), jnp.nan, loss)
+        if alpha is None:
+            return (loss,)
+        return (times_nll(t * alpha + (1 - t) * (1 - alpha), loss),)
+
+    arrays = (
+        z if keep is None else jnp.where(keep, z, 0),
+        entries(targets, "targets"),
+        entries(gamma, "gamma"),
+        None if alpha is None else entries(alpha, "alpha"),
+    )
+    (losses,) = loss(*arrays)
+    if keep is not None:
+        losses = jnp.where(keep, losses, 0)
+    return reduce_kept(losses, keep, reduction)

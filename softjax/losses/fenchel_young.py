@@ -1,4 +1,4 @@
-"""Regrets of the sparse maps (Fenchel-Young losses): 0 once the label leads by a margin."""
+"""Fenchel-Young losses of the sparse maps: 0 once the label leads by a margin."""
 
 from __future__ import annotations
 
@@ -16,16 +16,27 @@ from softjax._inputs import per_slice
 from softjax._slices import AlongAxes
 from softjax._threshold import Solution
 from softjax.entropies import pick
-from softjax.losses._envelope import Found, Regret, hit_by, regret
-from softjax.losses._labels import kept_shape, label_rows
-from softjax.losses._one_minus_p import missed, others_at
+from softjax.losses._fenchel_young import FenchelYoung, LabelLoss, fenchel_young, is_label
+from softjax.losses._labels import Rows, label_rows, label_weights, reduce_rows
+from softjax.losses._one_minus_p import one_minus_p, other_probs_at
+from softjax.losses._reduction import check_reduction
+from softjax.losses._terms import times_nll
 from softjax.sparse import ENTMAX, MAX_ALPHA, SPARSEMAX
 
 __all__ = ["entmax_loss", "sparsemax_loss"]
 
 
-@api("axis")
-def sparsemax_loss(logits: ArrayLike, labels: ArrayLike, *, axis: int = -1) -> Array:
+@api("axis", "ignore_index", "reduction")
+def sparsemax_loss(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    class_weights: ArrayLike | None = None,
+    reduction: str | None = None,
+) -> Array:
     r"""Measures the regret of `sparsemax` at a label; 0 once the label leads by a margin of 1.
 
     .. math:: \tfrac12 \lVert e_y - z \rVert^2 - \tfrac12 \lVert p - z \rVert^2, \qquad
@@ -35,9 +46,14 @@ def sparsemax_loss(logits: ArrayLike, labels: ArrayLike, *, axis: int = -1) -> A
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
         labels: classes y, int, of the shape of `logits` without `axis`.
         axis: the one axis of the classes.
+        where: mask, bool, broadcastable to `[*shape]`; True keeps an entry.
+        ignore_index: a label, of any value, whose rows have loss and gradient 0, whatever they
+            hold.
+        class_weights: factors of the losses by their labels, `[n]`, real; differentiable.
+        reduction: as in `cross_entropy`.
 
     Returns:
-        One loss a label, float32 or wider.
+        One loss per label, or one number with `reduction`; float32 or wider.
 
     Raises:
         TypeError: as `cross_entropy`.
@@ -50,20 +66,35 @@ def sparsemax_loss(logits: ArrayLike, labels: ArrayLike, *, axis: int = -1) -> A
     Note:
         The Fenchel-Young loss of `sparsemax`: its gradient is p - e_y. A sum of terms that are
         never negative, of relative error below 1e-6 in float32 at every size of the loss. O(n)
-        a pass. Both modes, any order.
+        per pass. Both modes, any order.
 
     Reference:
         Martins and Astudillo (2016), From softmax to sparsemax; Blondel, Martins and Niculae
         (2020), Learning with Fenchel-Young losses.
     """
-    rows = label_rows(logits, labels, axis, None, None)
-    alpha = jnp.full((1,) * rows.logits.ndim, 2.0, rows.logits.dtype)
-    return rows.finish(regret(_SPARSEMAX, rows.axis, rows.logits, rows.labels, alpha))
+    check_reduction(reduction)
+    rows = label_rows(logits, labels, axis, where, ignore_index)
+    losses = _losses(_SPARSEMAX, rows, None, class_weights)
+    return reduce_rows(
+        losses,
+        labels,
+        ignore_index=ignore_index,
+        class_weights=class_weights,
+        reduction=reduction,
+    )
 
 
-@api("axis", alpha=(1, MAX_ALPHA))
+@api("axis", "ignore_index", "reduction", alpha=(1, MAX_ALPHA))
 def entmax_loss(
-    logits: ArrayLike, labels: ArrayLike, alpha: ArrayLike = 1.5, *, axis: int = -1
+    logits: ArrayLike,
+    labels: ArrayLike,
+    alpha: ArrayLike = 1.5,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    class_weights: ArrayLike | None = None,
+    reduction: str | None = None,
 ) -> Array:
     r"""Measures the regret of `entmax` at a label: between cross-entropy and sparsemax loss.
 
@@ -72,17 +103,22 @@ def entmax_loss(
     Args:
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
         labels: classes y, int, of the shape of `logits` without `axis`.
-        alpha: entropic index in [1, 10000], one number or one a slice (size 1 along `axis`);
+        alpha: entropic index in [1, 10000], one number or one per slice (size 1 along `axis`);
             differentiable, with `cross_entropy` as the limit at 1.
         axis: the one axis of the classes.
+        where: mask, bool, broadcastable to `[*shape]`; True keeps an entry.
+        ignore_index: a label, of any value, whose rows have loss and gradient 0, whatever they
+            hold.
+        class_weights: factors of the losses by their labels, `[n]`, real; differentiable.
+        reduction: as in `cross_entropy`.
 
     Returns:
-        One loss a label, float32 or wider.
+        One loss per label, or one number with `reduction`; float32 or wider.
 
     Raises:
         TypeError: as `cross_entropy`.
         ValueError: as `cross_entropy`; also if `alpha` is a Python number outside of that, or
-            does not broadcast to one a slice.
+            does not broadcast to one per slice.
 
     Example:
         >>> print(entmax_loss(jnp.zeros(2), jnp.array(1)))
@@ -91,75 +127,100 @@ def entmax_loss(
     Note:
         Its gradient is p - e_y; it is 0 once the label leads by 1 / (alpha - 1). A sum of terms
         that are never negative, of relative error below 1e-6 in float32 at every size of the
-        loss for alpha in [1.001, 2]; above, absolutely so where it is about to end. O(n) a
-        pass. Both modes, any order.
+        loss for alpha in [1.001, 2]; above, absolutely so where it is about to end. O(n)
+        per pass. Both modes, any order.
 
     Reference:
         Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models; Blondel, Martins
         and Niculae (2020), Learning with Fenchel-Young losses.
     """
-    rows = label_rows(logits, labels, axis, None, None)
+    check_reduction(reduction)
+    rows = label_rows(logits, labels, axis, where, ignore_index)
     alpha = per_slice(alpha, rows.logits, (rows.axis,), name="alpha")
-    alpha = jnp.broadcast_to(alpha, kept_shape(rows))
-    return rows.finish(regret(_ENTMAX, rows.axis, rows.logits, rows.labels, alpha))
+    alpha = jnp.broadcast_to(alpha, rows.kept_shape)
+    if rows.classes.ignored is not None:
+        alpha = jnp.where(jnp.expand_dims(rows.classes.ignored, rows.axis), 2, alpha)
+    losses = _losses(_ENTMAX, rows, alpha, class_weights)
+    return reduce_rows(
+        losses,
+        labels,
+        ignore_index=ignore_index,
+        class_weights=class_weights,
+        reduction=reduction,
+    )
 
 
-def _sparse_regret(
+def _losses(
+    kind: FenchelYoung, rows: Rows, alpha: Array | None, class_weights: ArrayLike | None
+) -> Array:
+    """One loss per label; alpha None stands for 2."""
+
+    def loss(logits: Array, alpha: Array | None, label_weight: Array | None) -> tuple[Array]:
+        if alpha is None:
+            alpha = jnp.full((1,) * logits.ndim, 2.0, logits.dtype)
+        loss = fenchel_young(kind, rows.axis, logits, rows.labels, alpha)
+        return (loss if label_weight is None else times_nll(label_weight, loss),)
+
+    (losses,) = rows.losses(loss, rows.logits, alpha, label_weights(class_weights, rows))
+    return losses
+
+
+def _sparse_loss(
     level: float,
-    bent: bool,
+    has_alpha: bool,
     solution: Solution,
     logits: Array,
     labels: Array,
     axis: int,
     alpha: Array,
-) -> Found:
+) -> LabelLoss:
     # With b = alpha - 1 and l = -log p_y the loss is
     #     sum_{j != y} p_j^alpha / alpha + int_{p_y}^1 t^(b - 1) (1 - t) dt,
     # and the integral is l^2 (alpha psi(-alpha l) - b psi(-b l)), psi(v) = (e^v - 1 - v) / v^2.
     # Outside of the support it is level - 1 / alpha - margin, where `level` is the margin of
-    # an entry of weight 1. Where the label has most of the weight, `missed` keeps the digits.
+    # an entry of weight 1. Where the label has most of the weight, `one_minus_p` keeps the
+    # digits.
     probs = solution.probs
-    hit = hit_by(probs, labels, axis)
-    others = jnp.where(hit, 0, probs)
-    some = others > 0
-    powers = jnp.where(some, jnp.where(some, others, 1) ** alpha, 0)
+    other_probs = jnp.where(is_label(probs, labels, axis), 0, probs)
+    some = other_probs > 0
+    powers = jnp.where(some, jnp.where(some, other_probs, 1) ** alpha, 0)
     slices = AlongAxes((axis,))
-    rest, first = slices.sum(others), slices.sum(powers)
-    own = jnp.expand_dims(pick(logits, labels, axis), axis)
-    leads = (rest < 0.5) & jnp.isfinite(own) & (alpha >= 1 + _LEAST_BEND) & (alpha <= 2)
-    args = (logits, jnp.expand_dims(labels, axis), jnp.where(leads, own, 0))
-    index = jnp.where(leads, alpha, 2) if bent else None
-    args, guess, index = jax.lax.stop_gradient((args, jnp.where(leads, rest, 0), index))
-    found = missed(slices, *args, guess, index)
-    # (Entry by entry, which XLA does in the place of the plain weights.)
-    exact = others_at(slices, *args, index, found.root)
-    others = with_gradient_of(others, jnp.where(leads, exact, others))
-    rest = with_gradient_of(rest, jnp.where(leads, found.rest, rest))
-    first = with_gradient_of(first, jnp.where(leads, found.powers, first)) / alpha
+    others_sum, powers_sum = slices.sum(other_probs), slices.sum(powers)
+    label_logit = jnp.expand_dims(pick(logits, labels, axis), axis)
+    leads = (others_sum < 0.5) & jnp.isfinite(label_logit)
+    leads &= (alpha >= 1 + _LEAST_BEND) & (alpha <= 2)
+    args = (logits, jnp.expand_dims(labels, axis), jnp.where(leads, label_logit, 0))
+    index = jnp.where(leads, alpha, 2) if has_alpha else None
+    guess = jnp.where(leads, others_sum, 0)
+    args, guess, index = jax.lax.stop_gradient((args, guess, index))
+    found = one_minus_p(slices, *args, guess, index)
+    # Form the exact probabilities entry by entry: XLA writes them where it would write the
+    # plain ones.
+    exact = other_probs_at(slices, *args, index, found.root)
+    other_probs = with_gradient_of(other_probs, jnp.where(leads, exact, other_probs))
+    others_sum = with_gradient_of(others_sum, jnp.where(leads, found.others_sum, others_sum))
+    powers_sum = with_gradient_of(powers_sum, jnp.where(leads, found.powers_sum, powers_sum))
     margin = jnp.expand_dims(pick(solution.margins, labels, axis), axis)
     p = jnp.expand_dims(pick(probs, labels, axis), axis)
     bend = alpha - 1
-    # (Where p is small, the subtraction 1 - rest would cancel in its turn.)
-    near, inside = rest < 0.5, p > 0
-    surprise = jnp.where(
-        near, -log1p(-jnp.where(near, rest, 0)), -jnp.log(jnp.where(inside, p, 1))
+    # Where p is small, read -log p from p itself, because 1 - others_sum would cancel.
+    near, inside = others_sum < 0.5, p > 0
+    nll = jnp.where(
+        near,
+        -log1p(-jnp.where(near, others_sum, 0)),
+        -jnp.log(jnp.where(inside, p, 1)),
     )
-    integral = (
-        surprise
-        * surprise
-        * (
-            alpha * expm1_over_twice(-alpha * surprise)
-            - bend * expm1_over_twice(-bend * surprise)
-        )
-    )
+    difference = alpha * expm1_over_twice(-alpha * nll) - bend * expm1_over_twice(-bend * nll)
+    integral = nll * nll * difference
     outside = level - 1 / alpha - jnp.where(inside, 0, margin)
-    loss = first + jnp.where(inside, integral, outside)
-    sound = ~jnp.isnan(rest + p) | (margin == -jnp.inf)  # A comparison with NaN hides it.
+    loss = powers_sum / alpha + jnp.where(inside, integral, outside)
+    # A comparison with NaN is False, so NaN must be put back.
+    sound = ~jnp.isnan(others_sum + p) | (margin == -jnp.inf)
     loss = jnp.squeeze(jnp.where(sound, loss, jnp.nan), axis)
-    return Found(loss, others, rest, surprise)
+    return LabelLoss(loss, other_probs, others_sum, nll)
 
 
 _LEAST_BEND = 2.0**-10  # of alpha - 1; below, the loss is nearly a cross-entropy
 
-_SPARSEMAX = Regret(SPARSEMAX, functools.partial(_sparse_regret, 1.0, False))
-_ENTMAX = Regret(ENTMAX, functools.partial(_sparse_regret, 0.0, True))
+_SPARSEMAX = FenchelYoung(SPARSEMAX, functools.partial(_sparse_loss, 1.0, False))
+_ENTMAX = FenchelYoung(ENTMAX, functools.partial(_sparse_loss, 0.0, True))

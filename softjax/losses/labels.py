@@ -1,4 +1,4 @@
-"""Labels that are no class, as errors: for debugging."""
+"""Errors for labels that are no class, for debugging."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_labels(
         return given
     known = known_labels(labels, num_classes, ignore_index).known
     row = jnp.argmin(known)
-    # (By a sum: an entry cannot be cut out of an array that is spread over devices.)
+    # This is a sum because one entry cannot be cut out of an array that is spread over devices.
     here = jnp.arange(labels.size).reshape(labels.shape) == row
     label = jnp.sum(jnp.where(here, labels, 0), dtype=labels.dtype)
     message = f"`labels` must be in [0, {num_classes}), got {{label}} in row {{row}}."

@@ -1,4 +1,4 @@
-"""The mean over the examples that count, and what evens out classes of unequal size."""
+"""The mean over the examples that count, and weights for classes of unequal size."""
 
 from __future__ import annotations
 
@@ -8,16 +8,8 @@ from jax.typing import ArrayLike
 
 from softjax._api import PROBABILITY, api
 from softjax._elementary import expm1_over
-from softjax._inputs import (
-    broadcast,
-    computing_dtype,
-    equal,
-    labels_of,
-    one_number,
-    per_class,
-    to_float,
-)
-from softjax._slices import AlongAxes
+from softjax._inputs import computing_dtype, one_number, per_class, to_float
+from softjax.losses._reduction import over_mass, shares_and_masses, sum_of_counted
 
 __all__ = ["class_balanced_weights", "logit_adjustment", "mean_loss"]
 
@@ -36,9 +28,10 @@ def mean_loss(
     .. math:: \sum_i a_i L_i \Big/ \sum_i a_i w_{y_i}
 
     Args:
-        losses: one loss L an example, `[*shape]`, already multiplied by the class weights (as
+        losses: one loss L per example, `[*shape]`, already multiplied by the class weights (as
             `cross_entropy` does); differentiable.
-        labels: classes y, int, `[*shape]`; needed with `ignore_index` and `class_weights`.
+        labels: classes y, int, `[*shape]`; given with `ignore_index` or `class_weights`, and
+            only then.
         ignore_index: a label whose examples do not count.
         class_weights: the factors w, `[n]`, that the losses were computed with (1 without).
         example_weights: factors a, broadcastable to `[*shape]`; differentiable. An example of
@@ -50,8 +43,8 @@ def mean_loss(
 
     Raises:
         TypeError: `losses` is not real or `labels` not integer.
-        ValueError: `labels` is of another shape or missing where needed, or
-            `example_weights` does not broadcast.
+        ValueError: `labels` is of another shape, missing with an option that uses it or given
+            without one, or `example_weights` does not broadcast.
 
     Example:
         >>> losses, labels = jnp.array([1.0, 3.0, 0.0]), jnp.array([0, 2, -1])
@@ -62,12 +55,21 @@ def mean_loss(
         2.5
 
     Note:
-        O(number of examples). Divides by the weights of the labels, as PyTorch's mean does. It
-        needs the labels, as a loss of 0 may also be that of a certain prediction.
+        O(number of examples). Divides by the weights of the labels, as PyTorch's mean does.
+        A loss that does not count has cotangent 0, so an unknown label reaches neither the
+        value nor a gradient. NaN or inf in the logits of such an example still makes 0 * NaN in
+        the derivative of its loss: leave it out by an option of the loss, such as
+        `ignore_index`, which replaces its logits.
     """
     losses, _ = to_float(losses, name="losses")
-    if labels is None and not (ignore_index is None and class_weights is None):
+    is_used = ignore_index is not None or class_weights is not None
+    if labels is None and is_used:
         raise ValueError("`labels` must be given with `ignore_index` or `class_weights`.")
+    if labels is not None and not is_used:
+        raise ValueError(
+            "`labels` must come with `ignore_index` or `class_weights`, got neither, and no"
+            " other option uses them."
+        )
     shares, masses = shares_and_masses(
         losses,
         labels,
@@ -76,54 +78,6 @@ def mean_loss(
         example_weights=example_weights,
     )
     return over_mass(sum_of_counted(losses, shares), masses)
-
-
-def shares_and_masses(
-    losses: Array,
-    labels: ArrayLike | None,
-    *,
-    ignore_index: int | None,
-    class_weights: ArrayLike | None,
-    example_weights: ArrayLike | None,
-) -> tuple[Array, Array]:
-    """The factor of each loss in their sum, and its part in what that sum is divided by."""
-    shares = jnp.ones_like(losses)
-    if example_weights is not None:
-        example_weights, _ = to_float(example_weights, name="example_weights")
-        shares = broadcast(
-            example_weights.astype(losses.dtype),
-            losses.shape,
-            name="example_weights",
-            target="losses",
-        )
-    if labels is None:
-        return shares, shares
-    labels = labels_of(labels, (*losses.shape, 1), losses.ndim)
-    if ignore_index is not None:
-        shares = jnp.where(equal(labels, ignore_index), 0, shares)
-    if class_weights is None:
-        return shares, shares
-    weights = per_class(class_weights, None, losses.dtype)
-    known = (labels >= 0) & (labels < weights.size)
-    chosen = weights[jnp.where(known, labels, 0)]
-    return shares, shares * jnp.where(known, chosen, 1)
-
-
-def sum_of_counted(losses: Array, shares: Array) -> Array:
-    """The sum of shares * losses; whatever has no share does not count."""
-    # (A weight of 0 has its derivative, if the loss that it weighs is a number.)
-    counted = jnp.where((shares != 0) | jnp.isfinite(losses), losses, 0)
-    return _sum_of_all(shares * counted)
-
-
-def over_mass(total: Array, masses: Array) -> Array:
-    """The mean, and 0 where nothing counts."""
-    mass = _sum_of_all(masses)
-    return total / jnp.where(mass == 0, 1, mass)
-
-
-def _sum_of_all(x: Array) -> Array:
-    return AlongAxes((0,)).sum(x.reshape(-1))[0]
 
 
 @api(beta=PROBABILITY)
@@ -154,7 +108,7 @@ def class_balanced_weights(counts: ArrayLike, *, beta: ArrayLike) -> Array:
     dtype = to_float(counts, name="counts")[1]
     counts = per_class(counts, None, computing_dtype(dtype), name="counts")
     beta = one_number(beta, name="beta").astype(counts.dtype)
-    seen = ~(counts <= 0)  # NaN too, to be seen in its turn.
+    seen = ~(counts <= 0)  # Keep NaN, so that it shows in the result.
     endless = counts == jnp.inf
     safe = jnp.where(seen & ~endless, counts, 1)
     # (1 - beta^n) / (1 - beta), and near 1 n phi(n log beta) / phi(log beta), where
@@ -200,7 +154,7 @@ def logit_adjustment(counts: ArrayLike, *, scale: ArrayLike = 1.0) -> Array:
     dtype = to_float(counts, name="counts")[1]
     counts = per_class(counts, None, computing_dtype(dtype), name="counts")
     scale = one_number(scale, name="scale")
-    seen = ~(counts <= 0)  # NaN too, to be seen in its turn.
+    seen = ~(counts <= 0)  # Keep NaN, so that it shows in the result.
     total = jnp.sum(jnp.where(seen, counts, 0))
     shares = jnp.where(seen, counts / jnp.where(total == 0, 1, total), 1)
     return jnp.where(seen, scale.astype(counts.dtype) * jnp.log(shares), -jnp.inf).astype(dtype)

@@ -15,8 +15,8 @@ from jax.custom_derivatives import SymbolicZero
 from softjax._inputs import Classes, computing_dtype
 from softjax._mesh import vary
 from softjax._scan import scan_blocks
-from softjax.losses._labels import constant_where_infinite, times_nats
-from softjax.losses.means import sum_of_counted
+from softjax.losses._reduction import sum_of_counted
+from softjax.losses._terms import constant_where_infinite, times_nll
 from softjax.output_layers._layer import Layer
 from softjax.output_layers._stream import ENTRIES, Plan, statistics
 
@@ -34,9 +34,9 @@ def token_losses(plan: Plan, parts: Parts, rows: Classes) -> Array:
         factor = layer.classes[rows.labels]
     if smoothing is not None:
         factor *= 1 - smoothing
-    loss = times_nats(factor, found.surprise)
+    loss = times_nll(factor, found.surprise)
     if smoothing is not None and found.even is not None:
-        loss += times_nats(smoothing, found.even)
+        loss += times_nll(smoothing, found.even)
     if z_loss is not None:
         finite = jnp.where(jnp.isfinite(found.logsumexp), found.logsumexp, 0)
         loss += z_loss * finite**2

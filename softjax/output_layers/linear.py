@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, POSITIVE, PROBABILITY, api
 from softjax._inputs import check_flag, is_zero, per_class
-from softjax.losses.means import over_mass, shares_and_masses, sum_of_counted
+from softjax.losses._reduction import over_mass, shares_and_masses, sum_of_counted
 from softjax.output_layers._layer import idle_tokens, prepare_layer, token_labels, without
 from softjax.output_layers._losses import token_losses, total_with_gradient
 from softjax.output_layers._stream import plan_for, statistics

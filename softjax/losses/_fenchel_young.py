@@ -1,0 +1,79 @@
+"""Fenchel-Young losses of threshold maps: one value and one derivative rule for all of them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from softjax._elementary import expm1_over
+from softjax._slices import AlongAxes
+from softjax._threshold import Family, solve
+from softjax.entropies import pick
+
+
+class LabelLoss(NamedTuple):
+    """A loss, and the parts of its derivatives; all but the loss keep the axis."""
+
+    loss: Array
+    other_probs: Array  # p_j, one per entry, and 0 at the label
+    one_minus_p: Array  # their sum 1 - p_y
+    nll: Array  # -log p_y, and 0 where p_y is 0
+
+
+class FenchelYoung(NamedTuple):
+    """A Fenchel-Young loss (static): its map, and its value from the map's solution."""
+
+    family: Family
+    value: Callable[..., LabelLoss]  # takes (solution, logits, labels, axis, alpha)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def fenchel_young(
+    kind: FenchelYoung, axis: int, logits: Array, labels: Array, alpha: Array
+) -> Array:
+    solution = solve(kind.family, AlongAxes((axis,)), logits, alpha=alpha)
+    return kind.value(solution, logits, labels, axis, alpha).loss
+
+
+@fenchel_young.defjvp
+def _fenchel_young_jvp(
+    kind: FenchelYoung, axis: int, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    # By the envelope theorem p need not be differentiated: the tangent is <p - e_y, z'>, plus
+    # the entropy's derivative in alpha at a fixed p. Where the label leads, p is as exact as
+    # the loss.
+    logits, labels, alpha = primals
+    logits_dot, _, alpha_dot = tangents
+    solution = solve(kind.family, AlongAxes((axis,)), logits, alpha=alpha)
+    found = kind.value(solution, logits, labels, axis, alpha)
+    # The loss of a dropped label is infinite, and constant.
+    kept = pick(logits, labels, axis) != -jnp.inf
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def pair(other_probs: Array, one_minus_p: Array, logits_dot: Array) -> Array:
+        slope = jnp.where(is_label(other_probs, labels, axis), -one_minus_p, other_probs)
+        slope = jnp.where(jnp.expand_dims(kept, axis), slope, 0)
+        terms = jnp.where(slope != 0, slope * logits_dot, 0)
+        return jnp.squeeze(AlongAxes((axis,)).sum(terms), axis)
+
+    loss_dot = pair(found.other_probs, found.one_minus_p, logits_dot)
+    entropy = functools.partial(_tsallis, found.other_probs, found.nll, axis=axis)
+    entropy_dot = jax.jvp(entropy, (alpha,), (alpha_dot,))[1]
+    return found.loss, loss_dot + jnp.where(kept, entropy_dot, 0)
+
+
+def is_label(x: Array, labels: Array, axis: int) -> Array:
+    """A mask of the entries that the labels name, which XLA fuses into its reader."""
+    places = jax.lax.broadcasted_iota(labels.dtype, x.shape, axis)
+    return places == jnp.expand_dims(labels, axis)
+
+
+def _tsallis(other_probs: Array, nll: Array, alpha: Array, *, axis: int) -> Array:
+    """sum(p - p^alpha) / (alpha (alpha - 1)) per slice, and Shannon's entropy at 1."""
+    logs = jnp.log(jnp.where(other_probs > 0, other_probs, 1))
+    terms = -other_probs * logs * expm1_over((alpha - 1) * logs)
+    label_term = jnp.exp(-nll) * nll * expm1_over((1 - alpha) * nll)
+    return jnp.squeeze((AlongAxes((axis,)).sum(terms) + label_term) / alpha, axis)
