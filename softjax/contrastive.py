@@ -14,16 +14,18 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._api import POSITIVE, api
-from softjax._inputs import (
-    check_flag,
-    computing_dtype,
-    nan_unless_positive,
-    one_number,
-    to_float,
-)
+from softjax._autodiff import with_gradient_of
+from softjax._inputs import check_flag, computing_dtype, nan_unless_positive, one_number
 from softjax._mesh import vary
 from softjax._scan import scan_blocks
 from softjax.output_layers import linear_cross_entropy
+from softjax.output_layers._layer import (
+    common_dtype,
+    is_master,
+    products,
+    real_array,
+    refuse_bool,
+)
 from softjax.output_layers._stream import ENTRIES
 
 __all__ = ["info_nce", "siglip_loss"]
@@ -40,8 +42,9 @@ def info_nce(
 
     Args:
         queries: q, `[N, D]`, real, usually of unit length; differentiable.
-        keys: k, `[N, D]`, of the dtype of `queries`; differentiable. The i-th belongs to the
-            i-th query.
+        keys: k, `[N, D]`; differentiable. The i-th belongs to the i-th query. Where its dtype
+            is another, both are promoted as JAX does, except that float32 keys are rounded to
+            bfloat16, but not their gradient, for bfloat16 queries.
         temperature: T > 0, one number; differentiable.
         symmetric: whether to average with the same among all queries for each key (CLIP).
 
@@ -49,7 +52,7 @@ def info_nce(
         One number, float32 or wider, at least 0.
 
     Raises:
-        TypeError: `queries` or `keys` is not real, or their dtypes differ.
+        TypeError: `queries` or `keys` is not real.
         ValueError: the shapes are not `[N, D]` alike, or `temperature` is not one number or a
             negative Python number.
 
@@ -91,16 +94,16 @@ def siglip_loss(
 
     Args:
         queries: q, `[N, D]`, real, usually of unit length; differentiable.
-        keys: k, `[N, D]`, of the dtype of `queries`; differentiable. y is 1 where i = j, and
-            else -1.
-        temperature: T > 0, one number; differentiable. (The paper's t is 1 / T.)
+        keys: k, `[N, D]`, of any dtype, as in `info_nce`; differentiable. y is 1 where i = j,
+            and else -1.
+        temperature: T > 0, one number, the inverse of the paper's t; differentiable.
         bias: b, one number; differentiable.
 
     Returns:
         One number, float32 or wider, at least 0.
 
     Raises:
-        TypeError: as `info_nce`.
+        TypeError: as `info_nce`; also if `bias` is bool.
         ValueError: as `info_nce`; also if `bias` is not one number.
 
     Example:
@@ -117,6 +120,7 @@ def siglip_loss(
     queries, keys = _pairs(queries, keys)
     dtype = computing_dtype(queries.dtype)
     rate = 1 / nan_unless_positive(one_number(temperature, name="temperature").astype(dtype))
+    refuse_bool(bias, name="bias")
     bias = one_number(bias, name="bias").astype(dtype)
     num_pairs = queries.shape[0]
     if num_pairs == 0:
@@ -125,10 +129,7 @@ def siglip_loss(
 
     @jax.checkpoint
     def part(first: Array, some: Array, queries: Array, rate: Array, bias: Array) -> Array:
-        products = lax.dot_general(
-            queries, some, (((1,), (1,)), ((), ())), preferred_element_type=dtype
-        )
-        scores = rate * products + bias
+        scores = rate * products(queries, some) + bias
         own = jnp.arange(num_pairs)[:, None] == first + jnp.arange(some.shape[0])[None]
         return jnp.sum(jax.nn.softplus(jnp.where(own, -scores, scores)))
 
@@ -139,13 +140,14 @@ def siglip_loss(
 
 
 def _pairs(queries: ArrayLike, keys: ArrayLike) -> tuple[Array, Array]:
-    _, dtype = to_float(queries, name="queries")
-    _, keys_dtype = to_float(keys, name="keys")
-    if keys_dtype != dtype:
-        raise TypeError(f"`keys` must have the dtype {dtype} of `queries`, got {keys_dtype}.")
-    queries, keys = jnp.asarray(queries).astype(dtype), jnp.asarray(keys).astype(dtype)
+    """Both in one dtype, because the two directions must see the same similarities."""
+    queries, keys = real_array(queries, name="queries"), real_array(keys, name="keys")
     if queries.ndim != 2 or keys.shape != queries.shape:
         raise ValueError(
             f"`queries` and `keys` must be [N, D] alike, got {queries.shape} and {keys.shape}."
         )
-    return queries, keys
+    if is_master(queries, keys):
+        # Products of numbers that bfloat16 holds are the same in float32.
+        keys = with_gradient_of(keys, lax.reduce_precision(keys, 8, 7))
+    dtype = common_dtype(queries, keys)
+    return queries.astype(dtype), keys.astype(dtype)

@@ -112,6 +112,37 @@ def test_half_precision(dtype):
     assert_close(logs, np.asarray(exact), rtol=0, atol=100 * eps("float32"))
 
 
+def test_mixed_dtypes():
+    """Features in bfloat16 with float32 weights: the first products are in bfloat16."""
+    args, labels = draw(16, dtype="float32")
+    narrow = (args[0].astype("bfloat16"), *args[1:])
+    short = lambda x: x.astype("bfloat16").astype("float64")
+    wide = lambda x: x.astype("float64")
+    features, head, tails, bias = narrow
+    tails = [(short(first), wide(last)) for first, last in tails]
+    exact = short(features), short(head), tails, wide(bias)
+    both = lambda fn: (
+        lambda args: (fn(args, labels), jax.grad(lambda a: fn(a, labels).sum())(args))
+    )
+    (logs, slopes), (desired, wanted) = jax.jit(both(of))(narrow), both(plain)(exact)
+    assert logs.dtype == jnp.float32
+    assert_close(logs, np.asarray(desired), rtol=0, atol=100 * eps("float32"))
+    assert [x.dtype for x in jax.tree.leaves(slopes)] == [
+        x.dtype for x in jax.tree.leaves(narrow)
+    ]
+    for slope, want in zip(
+        jax.tree.leaves(slopes[1:]), jax.tree.leaves(wanted[1:]), strict=True
+    ):
+        assert_close(slope, np.asarray(want), rtol=0, atol=1000 * eps("float32"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_bias_widens_the_result(dtype):
+    (*args, bias), labels = draw(3, dtype="float32")
+    call = lambda bias: of((*args, bias), labels)
+    assert jax.eval_shape(call, bias.astype(dtype)).dtype == jnp.float32
+
+
 def test_what_does_not_fit_is_refused():
     args, labels = draw(3)
     features, head, tails, bias = args
@@ -125,8 +156,10 @@ def test_what_does_not_fit_is_refused():
     for tail in (*bad, (jnp.ones(6), jnp.ones((4, 1))), (jnp.ones((2, 6)), jnp.ones((0, 2)))):
         with pytest.raises(ValueError, match=r"`tails\[0\]` must be"):
             call(tails=[tail])
-    with pytest.raises(TypeError, match=r"`tails\[0\]` must have the dtype"):
-        call(tails=[(jnp.ones((2, 6), "float32"), jnp.ones((4, 2), "float32"))])
+    with pytest.raises(TypeError, match=r"`tails\[0\]` must be real"):
+        call(tails=[(jnp.ones((2, 6), complex), jnp.ones((4, 2)))])
+    with pytest.raises(TypeError, match="`head_bias` must hold numbers"):
+        call(head_bias=bias > 0)
     with pytest.raises(ValueError, match="`tails` must hold"):
         call(tails=[])
     with pytest.raises(ValueError, match="`head_weights` must hold"):

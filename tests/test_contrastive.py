@@ -8,6 +8,7 @@ from jax.test_util import check_grads
 
 import softjax as sj
 from softjax import contrastive
+from tests.helpers import eps
 
 PAIRS, WIDTH = 7, 3
 
@@ -110,7 +111,7 @@ def test_memory_grows_with_the_number_of_pairs_only():
     ("change", "error", "problem"),
     [
         ({"keys": jnp.ones((3, 3))}, ValueError, "must be \\[N, D\\] alike"),
-        ({"keys": jnp.ones((2, 3), jnp.float32)}, TypeError, "`keys` must have the dtype"),
+        ({"keys": jnp.ones((2, 3), complex)}, TypeError, "`keys` must be real"),
         ({"temperature": jnp.ones(2)}, ValueError, "`temperature` must be one number"),
         ({"temperature": -1.0}, ValueError, "`temperature` must be positive"),
     ],
@@ -121,3 +122,45 @@ def test_errors(change, error, problem):
         sj.info_nce(**call)
     with pytest.raises(error, match=problem):
         sj.siglip_loss(**call, bias=0.0)
+
+
+@pytest.mark.parametrize("kinds", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_mixed_dtypes(kinds):
+    """Both directions see the same similarities, and each argument its own dtype."""
+    queries, keys = (x.astype(kind) for x, kind in zip(draw(width=8), kinds, strict=True))
+    wide = queries.astype("float64"), keys.astype("float64")
+    if kinds[1] == "float32":
+        wide = wide[0], keys.astype("bfloat16").astype("float64")
+    for ours, theirs, rest in (
+        (sj.info_nce, plain_info_nce, {"temperature": 0.5}),
+        (sj.siglip_loss, plain_siglip, {"temperature": 0.5, "bias": -1.0}),
+    ):
+        call = lambda q, k, ours=ours, rest=rest: ours(q, k, **rest)
+        value, slopes = jax.jit(jax.value_and_grad(call, (0, 1)))(queries, keys)
+        exact = jax.value_and_grad(lambda q, k, f=theirs, rest=rest: f(q, k, **rest), (0, 1))
+        desired, wanted = exact(*wide)
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, desired, rtol=1e-5)
+        for slope, want, kind in zip(slopes, wanted, kinds, strict=True):
+            assert slope.dtype == kind
+            tolerance = 4 * eps(kind) * float(jnp.abs(want).max())
+            np.testing.assert_allclose(slope.astype("float64"), want, atol=tolerance)
+
+
+def test_no_option_widens_the_loss():
+    queries, keys = draw(dtype="float32")
+    for value in (0.5, jnp.float32(0.5), jnp.float64(0.5)):
+        found = jax.eval_shape(
+            lambda x: (
+                sj.info_nce(queries, keys, temperature=x),
+                sj.siglip_loss(queries, keys, temperature=x, bias=x),
+            ),
+            value,
+        )
+        assert {x.dtype.name for x in found} == {"float32"}
+
+
+def test_a_bool_is_no_bias():
+    queries, keys = draw()
+    with pytest.raises(TypeError, match="`bias` must hold numbers"):
+        sj.siglip_loss(queries, keys, temperature=1.0, bias=jnp.array(True))

@@ -150,11 +150,10 @@ def test_nothing_of_tokens_times_classes_is_kept():
         ({"teacher_weights": jnp.ones((11, 3))}, ValueError, "`teacher_features` must be"),
         ({"teacher_bias": jnp.ones(3)}, ValueError, "`teacher_bias` must be"),
         ({"teacher_soft_cap": jnp.ones(3)}, ValueError, "`teacher_soft_cap` must be"),
-        (
-            {"teacher_weights": jnp.ones((11, 4), "float32")},
-            TypeError,
-            "`teacher_weights` must",
-        ),
+        ({"teacher_weights": jnp.ones((11, 4), complex)}, TypeError, "`teacher_weights` must"),
+        ({"teacher_bias": jnp.ones(11, bool)}, TypeError, "`teacher_bias` must hold numbers"),
+        ({"where": jnp.ones(5)}, TypeError, "`where` must be bool"),
+        ({"where": jnp.ones(3, bool)}, ValueError, "`where` of shape"),
         ({"temperature": 0.0}, ValueError, "`temperature` must be"),
         ({"reduction": "max"}, ValueError, "`reduction` must be"),
         ({"block_size": 0}, ValueError, "`block_size` must be"),
@@ -213,3 +212,73 @@ def test_the_limit_of_endless_temperature(block_size):
         assert_close(grads["features"], exact, rtol=1e-5, atol=1e-6)
     dot = jax.jvp(lambda heat: loss(full, heat), (jnp.float32(INF),), (jnp.float32(1),))[1]
     assert (dot == 0).all()
+
+
+@pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_tokens_left_out_by_a_mask_may_hold_anything(block_size):
+    args = draw()
+    left_out = jnp.array([1, 3])
+    kept = jnp.array([0, 2, 4])
+    where = jnp.ones(TOKENS, bool).at[left_out].set(False)
+    by_token = ("features", "teacher_features", "temperature", "example_weights")
+    bad = {n: x.at[left_out].set(NAN) if n in by_token else x for n, x in args.items()}
+    bad["teacher_features"] = bad["teacher_features"].at[3].set(INF)
+    fewer = {n: x[kept] if n in by_token else x for n, x in args.items()}
+    loss = lambda args, **rest: sj.linear_distillation_loss(
+        **args, **rest, block_size=block_size
+    )
+    both = jax.jit(jax.value_and_grad(lambda args: loss(args, where=where)))
+    value, slopes = both(bad)
+    desired, exact = jax.value_and_grad(loss)(fewer)
+    for name in by_token:
+        np.testing.assert_array_equal(slopes[name][left_out], 0)
+        slopes[name] = slopes[name][kept]
+    close((value, slopes), (desired, exact))
+    each = loss(bad, where=where, reduction=None)
+    assert (each[left_out] == 0).all()
+    assert jnp.isfinite(each).all()
+
+
+def test_mixed_dtypes():
+    """A student in bfloat16 with float32 weights, and a teacher in float32."""
+    args = heads()
+    narrow = {name: x.astype("float32") for name, x in args.items()}
+    narrow["features"] = args["features"].astype("bfloat16")
+    exact = {name: x.astype("float64") for name, x in narrow.items()}
+    exact["weights"] = narrow["weights"].astype("bfloat16").astype("float64")
+    for block_size in (4, None):
+        loss = lambda a, size=block_size: sj.linear_distillation_loss(
+            **a, temperature=2.0, block_size=size
+        )
+        value, slopes = jax.jit(jax.value_and_grad(loss))(narrow)
+        desired, wanted = jax.value_and_grad(loss)(exact)
+        assert value.dtype == jnp.float32
+        assert_close(value, np.asarray(desired), rtol=1e-5)
+        for name, slope in slopes.items():
+            assert slope.dtype == narrow[name].dtype
+            # The features' gradient is that of the weights before they were rounded.
+            atol = 4 * eps("bfloat16" if name == "features" else "float32")
+            assert_close(slope, np.asarray(wanted[name]), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("option", ["temperature", "soft_cap", "teacher_soft_cap"])
+def test_no_option_widens_the_loss(option):
+    args = {name: x.astype("float32") for name, x in heads().items()}
+    for value in (0.5, jnp.float32(0.5), jnp.float64(0.5)):
+        given = args | {"temperature": 1.0} | {option: value}
+        for block_size in (None, 4):
+            loss = lambda given, size=block_size: sj.linear_distillation_loss(
+                **given, block_size=size, example_weights=jnp.ones(TOKENS)
+            )
+            assert jax.eval_shape(loss, given).dtype == jnp.float32
+
+
+def test_an_infinite_loss_of_no_weight_reaches_nothing():
+    """Where the student drops what the teacher keeps, at a temperature that is learned."""
+    args = heads() | {"bias": jnp.zeros(CLASSES).at[3].set(-INF)}
+    loss = lambda args, temperature: sj.linear_distillation_loss(
+        **args, temperature=temperature, example_weights=jnp.zeros(TOKENS), block_size=4
+    )
+    value, slopes = jax.jit(jax.value_and_grad(loss, (0, 1)))(args, jnp.float64(2.0))
+    assert value == 0
+    assert all((x == 0).all() for x in jax.tree.leaves(slopes))

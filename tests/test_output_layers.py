@@ -11,7 +11,7 @@ from jax.test_util import check_grads
 
 import softjax as sj
 from softjax.output_layers import _stream
-from tests.helpers import INF, NAN
+from tests.helpers import INF, NAN, eps
 
 TOKENS, WIDTH, CLASSES = 7, 5, 23
 
@@ -480,17 +480,14 @@ def test_nothing_of_tokens_times_classes_is_kept():
     ("change", "error", "problem"),
     [
         ({"features": jnp.ones((2, 4))}, ValueError, "`features` must be"),
-        (
-            {"weights": jnp.ones((3, 5), jnp.float32)},
-            TypeError,
-            "`weights` must have the dtype",
-        ),
+        ({"weights": jnp.ones((3, 5), complex)}, TypeError, "`weights` must be real"),
         ({"weights": jnp.ones((0, 5))}, ValueError, "at least one class"),
         ({"labels": jnp.ones(2)}, TypeError, "`labels` must be integers"),
         ({"labels": jnp.ones(3, int)}, ValueError, "`labels` must have the shape"),
         ({"labels": jnp.ones(1, int)}, ValueError, "`labels` must have the shape"),
         ({"labels": 0}, ValueError, "`labels` must have the shape"),
         ({"bias": jnp.ones(2)}, ValueError, "`bias` must be"),
+        ({"bias": jnp.ones(3, bool)}, TypeError, "`bias` must hold numbers"),
         ({"soft_cap": jnp.ones(2)}, ValueError, "`soft_cap` must be one number"),
         ({"class_weights": jnp.ones(2)}, ValueError, "`class_weights` must be"),
         ({"class_weights": 2.0}, ValueError, "`class_weights` must be"),
@@ -595,3 +592,124 @@ def test_tokens_that_do_not_count_may_hold_anything(block_size, forward):
     assert slopes[2]["example_weights"][5] == 0
     exact[2]["example_weights"] = exact[2]["example_weights"].at[5].set(0)
     close(slopes, exact)
+
+
+def rounded(array, dtype):
+    """In float64, rounded to the dtype."""
+    return jnp.asarray(array).astype(dtype).astype("float64")
+
+
+MIXTURES = [  # the dtypes of features and weights, that of products, and of the loss
+    ("bfloat16", "float32", "bfloat16", "float32"),
+    ("float32", "bfloat16", "float32", "float32"),
+    pytest.param("float16", "bfloat16", "float32", "float32", marks=SLOW),
+    pytest.param("float32", "float64", "float64", "float64", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("features_dtype", "weights_dtype", "product", "wide"), MIXTURES)
+def test_mixed_dtypes(features_dtype, weights_dtype, product, wide):
+    """As JAX promotes, but bfloat16 features meet float32 weights in bfloat16."""
+    features, weights, labels = draw()
+    features, weights = features.astype(features_dtype), weights.astype(weights_dtype)
+    at = rounded(features, "float64"), rounded(weights, product)
+    value, exact = jax.value_and_grad(plain_loss, (0, 1))(*at, labels)
+    # A gradient is rounded to its own dtype, at most once per block of classes or tokens. For
+    # the features of bfloat16 it is that of the float32 weights, of one more rounding.
+    size = max(float(jnp.abs(x).max()) for x in (*exact, *at))
+    for rest in ({}, {"block_size": 8}, {"block_size": 3, "forward_gradient": True}):
+        loss = lambda f, w, rest=rest: sj.linear_cross_entropy(f, w, labels, **rest)
+        got, slopes = jax.jit(jax.value_and_grad(loss, (0, 1)))(features, weights)
+        assert got.dtype == wide
+        close(rounded(got, "float64"), value, rtol=16 * eps(wide))
+        for slope, dtype, desired in zip(
+            slopes, (features_dtype, weights_dtype), exact, strict=True
+        ):
+            assert slope.dtype == dtype
+            close(rounded(slope, "float64"), desired, rtol=0, atol=4 * eps(dtype) * size)
+
+
+@pytest.mark.parametrize("option", ["temperature", "soft_cap", "label_smoothing", "z_loss"])
+def test_no_option_widens_the_loss(option):
+    """Given as a Python number, a float32 and a float64 array."""
+    features, weights, labels = draw(tokens=2, classes=3, dtype="float32")
+    for value in (0.5, jnp.float32(0.5), jnp.float64(0.5)):
+        for block_size in (None, 2):
+            found = jax.eval_shape(
+                lambda value, size=block_size: [
+                    sj.linear_cross_entropy(
+                        features, weights, labels, block_size=size, **{option: value}, **rest
+                    )
+                    for rest in ({}, {"reduction": None}, {"forward_gradient": True})
+                ],
+                value,
+            )
+            assert {x.dtype.name for x in found} == {"float32"}, (option, value)
+
+
+@pytest.mark.parametrize("option", ["bias", "class_weights", "example_weights"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_no_vector_widens_the_results(option, dtype):
+    features, weights, labels = draw(tokens=3, classes=3, dtype="float32")
+    rest = {option: jnp.ones(3, dtype)}
+    loss = lambda **more: sj.linear_cross_entropy(features, weights, labels, **rest, **more)
+    found = jax.eval_shape(lambda: (loss(), loss(block_size=2), loss(forward_gradient=True)))
+    if option == "bias":
+        statistics = lambda: sj.linear_statistics(
+            features, weights, labels, temperature=0.5, soft_cap=2.0, **rest
+        )
+        found = *found, *jax.eval_shape(statistics)[::3]
+    assert {x.dtype.name for x in found} == {"float32"}
+
+
+def test_the_argmax_is_decided_before_the_cap():
+    """Scores of 200 and more under a cap of 1 are all 1 in float32."""
+    weights = jnp.array([200.0, 400.0, 300.0, 390.0], jnp.float32)[:, None]
+    for rest in ({"soft_cap": 1.0}, {"soft_cap": 1.0, "temperature": 1e30}, {}):
+        for block_size in (None, 1, 3):
+            found = sj.linear_statistics(
+                jnp.ones((1, 1), jnp.float32), weights, block_size=block_size, **rest
+            )
+            assert found.argmax.tolist() == [1]
+    close(found.logsumexp, np.float32([400 + np.log1p(np.exp(-10))]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, None])
+def test_a_small_entropy_keeps_its_digits(block_size):
+    """Wherever the largest score stands, and whatever the label is."""
+    gap = 40.0
+    exact = 3 * np.exp(-gap) * (1 + gap)
+    for place in range(4):
+        weights = jnp.zeros((4, 1), jnp.float32).at[place].set(gap)
+        found = sj.linear_statistics(
+            jnp.ones((1, 1), jnp.float32), weights, jnp.array([0]), block_size=block_size
+        )
+        close(found.entropy, np.float32([exact]), rtol=1e-6, atol=0)
+
+
+def test_a_share_of_zero_counts_nothing_unreduced():
+    """Not even the infinite loss of a dropped label."""
+    losses = sj.linear_cross_entropy(
+        jnp.ones((2, 1)),
+        jnp.ones((3, 1)),
+        jnp.array([0, 1]),
+        bias=jnp.array([-INF, 0, 0]),
+        example_weights=jnp.array([0.0, 1.0]),
+        reduction=None,
+    )
+    close(losses, jnp.array([0, jnp.log(2.0)]))
+
+
+@pytest.mark.parametrize("weights_dtype", ["bfloat16", "float32"])
+def test_the_gradient_of_half_features_is_rounded_once(weights_dtype):
+    """Whatever the number of blocks: here 256 of 2 classes."""
+    features, weights, labels = draw(tokens=8, width=8, classes=512, dtype="float32")
+    features, weights = features.astype("bfloat16"), weights.astype(weights_dtype)
+    loss = lambda f: sj.linear_cross_entropy(f, weights, labels, block_size=2)
+    slope = jax.jit(jax.grad(loss))(features)
+    exact = jax.grad(plain_loss)(
+        rounded(features, "float64"), rounded(weights, "float64"), labels
+    )
+    # One rounding of half an eps, and that of the weights in the products, which moves p.
+    error = jnp.linalg.norm(rounded(slope, "float64") - exact) / jnp.linalg.norm(exact)
+    assert float(error) <= eps("bfloat16") / 2 * (1 if weights_dtype == "bfloat16" else 2)

@@ -18,7 +18,7 @@ def check_reduction(reduction: str | None) -> None:
 def reduce(losses: Array, shares: Array, masses: Array, reduction: str | None) -> Array:
     """The losses times their shares: one per example, their sum, or their mean."""
     if reduction is None:
-        return shares * losses
+        return shares * _counted(losses, shares)
     total = sum_of_counted(losses, shares)
     return over_mass(total, masses) if reduction == "mean" else total
 
@@ -64,9 +64,12 @@ def shares_and_masses(
 
 def sum_of_counted(losses: Array, shares: Array) -> Array:
     """The sum of shares * losses, to which a share of 0 adds 0 whatever its loss."""
-    # A finite loss stays, because its share of 0 has a derivative.
-    counted = jnp.where((shares != 0) | jnp.isfinite(losses), losses, 0)
-    return _sum_of_all(shares * counted)
+    return _sum_of_all(shares * _counted(losses, shares))
+
+
+def _counted(losses: Array, shares: Array) -> Array:
+    # A finite loss of share 0 stays, because the share has a derivative.
+    return jnp.where((shares != 0) | jnp.isfinite(losses), losses, 0)
 
 
 def over_mass(total: Array, masses: Array) -> Array:

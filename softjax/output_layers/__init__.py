@@ -1,9 +1,9 @@
 """The output layer of a large vocabulary: losses and statistics of logits never stored.
 
 The logits of N tokens over V classes, z = features weights^T + bias, are formed block by block
-of the vocabulary, and each block is reduced at once to a few numbers a token: softmax over the
-union of two blocks is known from what is known of each. The derivative visits the blocks again
-in the same way. Nothing of size N x V is kept, in either mode, at any order.
+of the vocabulary, and each block is reduced at once to a few numbers per token, because the
+softmax of two blocks together follows from such numbers of each. The derivative visits the
+blocks again in the same way. Nothing of size N x V is kept, in either mode, at any order.
 """
 
 from softjax.output_layers.adaptive import adaptive_log_softmax

@@ -1,49 +1,66 @@
 """A linear output layer: what its logits are made of, and how they are formed."""
 
-import functools
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
+from softjax._autodiff import with_gradient_of
 from softjax._elementary import capped
 from softjax._inputs import (
     Classes,
     broadcast,
     computing_dtype,
     is_one,
+    is_zero,
     known_labels,
     labels_of,
     nan_unless_positive,
     one_number,
     per_class,
+    to_array,
     to_float,
 )
 
 
-class Layer(NamedTuple):
-    """The arrays that logits are made of; those that are None play no part."""
+class Tokens(NamedTuple):
+    """The arrays that have one entry per token; None plays no part."""
 
     features: Array  # [N, D]
+    temperature: Array | None = None  # [N], as are all that follow
+    soft_cap: Array | None = None
+    label_smoothing: Array | None = None
+    z_loss: Array | None = None
+    shares: Array | None = None  # the factors of the losses in their sum
+
+
+class Head(NamedTuple):
+    """The arrays that have one entry per class; None plays no part."""
+
     weights: Array  # [V, D]
-    bias: Array | None  # [V]
-    temperature: Array | None  # [N]
-    soft_cap: Array | None  # []
-    classes: Array | None = None  # [V], the weights of the even sum
+    bias: Array | None = None  # [V]
+    class_weights: Array | None = None  # [V]
 
 
-class Tokens(NamedTuple):
-    layer: Layer
+class Layer(NamedTuple):
+    tokens: Tokens
+    head: Head
     shape: tuple[int, ...]  # of the tokens
-    dtype: jnp.dtype
+    dtype: jnp.dtype  # of the logits
 
-    def row(self, option: ArrayLike, name: str) -> Array:
-        """An option as one number a token, [N]."""
+    def per_token(self, option: ArrayLike, name: str) -> Array:
+        """An option as one number per token, [N]."""
         value, _ = to_float(option, name=name)
         value = broadcast(value.astype(self.dtype), self.shape, name=name, target="labels")
         return value.reshape(-1)
+
+    def optional(self, option: ArrayLike, name: str) -> Array | None:
+        """The same, and None for the default 0."""
+        return None if is_zero(option) else self.per_token(option, name)
 
 
 def prepare_layer(
@@ -55,104 +72,152 @@ def prepare_layer(
     *,
     prefix: str = "",
     features_name: str = "features",
-) -> Tokens:
+) -> Layer:
     """Checks the arguments of a linear layer; `prefix` tells their names from another's."""
-    given = to_float(features, name=features_name)[1]
-    dtype = computing_dtype(given)
-    if to_float(weights, name=f"{prefix}weights")[1] != given:
-        raise TypeError(
-            f"`{prefix}weights` must have the dtype {jnp.asarray(features).dtype} of"
-            f" `{features_name}`, got {jnp.asarray(weights).dtype}."
-        )
-    features, weights = jnp.asarray(features), jnp.asarray(weights)
-    if not jnp.issubdtype(features.dtype, jnp.floating):
-        features, weights = features.astype(dtype), weights.astype(dtype)
+    features, weights = match_dtypes(
+        real_array(features, name=features_name), real_array(weights, name=f"{prefix}weights")
+    )
     if features.ndim < 1 or weights.ndim != 2 or features.shape[-1] != weights.shape[1]:
         raise ValueError(
             f"`{features_name}` must be [..., D] and `{prefix}weights` [V, D], got"
             f" {features.shape} and {weights.shape}."
         )
-    if weights.shape[0] == 0:
+    num_classes, width = weights.shape
+    if num_classes == 0:
         raise ValueError(f"`{prefix}weights` must hold at least one class, got 0.")
-    shape, width = features.shape[:-1], features.shape[-1]
-    tokens = Tokens(
-        Layer(features.reshape(math.prod(shape), width), weights, None, None, None),
-        shape,
-        dtype,
-    )
+    shape = features.shape[:-1]
+    dtype = computing_dtype(common_dtype(features, weights))
+    tokens = Tokens(features.reshape(math.prod(shape), width))
+    layer = Layer(tokens, Head(weights), shape, dtype)
     if bias is not None:
-        bias = per_class(bias, weights.shape[0], dtype, name=f"{prefix}bias")
+        refuse_bool(bias, name=f"{prefix}bias")
+        bias = per_class(bias, num_classes, dtype, name=f"{prefix}bias")
     if soft_cap is not None:
         soft_cap = one_number(soft_cap, name=f"{prefix}soft_cap")
-        soft_cap = nan_unless_positive(soft_cap.astype(dtype))
-    layer = tokens.layer._replace(
-        bias=bias,
-        soft_cap=soft_cap,
-        temperature=None
-        if is_one(temperature)
-        else nan_unless_positive(tokens.row(temperature, "temperature")),
-    )
-    return tokens._replace(layer=layer)
+        soft_cap = nan_unless_positive(layer.per_token(soft_cap, "soft_cap"))
+    if not is_one(temperature):
+        temperature = nan_unless_positive(layer.per_token(temperature, "temperature"))
+        tokens = tokens._replace(temperature=temperature)
+    return layer._replace(tokens=tokens._replace(soft_cap=soft_cap), head=Head(weights, bias))
 
 
-def token_labels(tokens: Tokens, labels: ArrayLike, ignore_index: int | None) -> Classes:
-    labels = labels_of(labels, (*tokens.shape, 1), len(tokens.shape)).reshape(-1)
-    return known_labels(labels, tokens.layer.weights.shape[0], ignore_index)
+def real_array(x: ArrayLike, *, name: str) -> Array:
+    """A floating-point array in the dtype that it has; integers become floats."""
+    return to_array(x, name=name).astype(to_float(x, name=name)[1])
 
 
-def idle_tokens(shares: Array, *options: Array | None, rows: Classes | None = None) -> Array:
-    """Tokens that do not count: ignored ones, and those of share 0 that hold a NaN or inf.
+def refuse_bool(bias: ArrayLike, *, name: str) -> None:
+    if to_array(bias, name=name).dtype == jnp.bool_:
+        raise TypeError(f"`{name}` must hold numbers to add (-inf drops a class), got bool.")
 
-    (Of share 0, and sound, a token's loss is the derivative in its share.) `options` hold one
-    number a token, or several.
+
+def is_master(features: Array, weights: Array) -> bool:
+    """Whether bfloat16 features meet float32 weights, the usual set-up of mixed precision."""
+    return features.dtype == jnp.bfloat16 and weights.dtype == jnp.float32
+
+
+def common_dtype(*arrays: Array | DTypeLike) -> jnp.dtype:
+    """The dtype that JAX promotes to, under its strict promotion too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*arrays)
+
+
+def match_dtypes(features: Array, weights: Array) -> tuple[Array, Array]:
+    """Both in the dtype that JAX promotes them to, unless `products` takes them as they are."""
+    if is_master(features, weights):
+        return features, weights
+    dtype = common_dtype(features, weights)
+    return features.astype(dtype), weights.astype(dtype)
+
+
+def products(features: Array, weights: Array, narrow: DTypeLike | None = None) -> Array:
+    """Products features weights^T, summed in float32 or wider.
+
+    They are formed in the dtype of the features, or in `narrow`, but have the derivative of
+    products of what is given, so that no sum of gradients is rounded term by term.
     """
-    by_token = (x for x in options if x is not None)
-    sound = [jnp.isfinite(x).all(tuple(range(1, x.ndim))) for x in by_token]
-    if rows is not None:
-        sound.append(rows.known)
-    idle = (shares == 0) & ~functools.reduce(jnp.logical_and, sound)
-    return idle if rows is None or rows.ignored is None else idle | rows.ignored
 
+    def product(features: Array, weights: Array) -> Array:
+        dtype = computing_dtype(common_dtype(features, weights))
+        dims = (((1,), (1,)), ((), ()))
+        return lax.dot_general(features, weights, dims, preferred_element_type=dtype)
 
-def without(layer: Layer, idle: Array | None) -> Layer:
-    """What tokens that do not count hold reaches no gradient."""
-    if idle is None:
-        return layer
-    heat = layer.temperature
-    return layer._replace(
-        features=jnp.where(idle[:, None], 0, layer.features),
-        temperature=None if heat is None else jnp.where(idle, 1, heat),
+    narrow = features.dtype if narrow is None else narrow
+    if features.dtype == weights.dtype == narrow:
+        return product(features, weights)
+    # XLA drops the wide product, of which nothing but the derivative is used.
+    return with_gradient_of(
+        product(features, weights), product(features.astype(narrow), weights.astype(narrow))
     )
+
+
+def layer_scores(
+    tokens: Tokens, head: Head, narrow: DTypeLike | None = None
+) -> tuple[Array, Array]:
+    """The logits [N, B] of some classes, capped and over the temperature; and before both."""
+    raw = products(tokens.features, shown(head.weights, head.bias), narrow)
+    if head.bias is not None:
+        raw += head.bias[None]
+    scores = raw
+    if tokens.soft_cap is not None:
+        scores = capped(scores, tokens.soft_cap[:, None])
+        if head.bias is not None:
+            scores = jnp.where(head.bias[None] == -jnp.inf, -jnp.inf, scores)
+    if tokens.temperature is not None:
+        temperature = tokens.temperature[:, None]
+        is_finite = head.bias is None
+        scores = scores / temperature if is_finite else cooled(scores, temperature)
+    return scores, raw
 
 
 def shown(weights: Array, bias: Array | None) -> Array:
-    """The weights, with 0 for a class that its bias drops: it may hold anything."""
+    """The weights, with 0 for a class that its bias drops, because it may hold anything."""
     return weights if bias is None else jnp.where(bias[:, None] == -jnp.inf, 0, weights)
 
 
-def cooled(scores: Array, heat: Array) -> Array:
+def cooled(scores: Array, temperature: Array) -> Array:
     """Scores over the temperature, in which infinite ones are constant."""
     infinite = jnp.isinf(scores)
     finite = jnp.where(infinite, 0, scores)
-    return jnp.where(infinite, scores / lax.stop_gradient(heat), finite / heat)
+    return jnp.where(infinite, scores / lax.stop_gradient(temperature), finite / temperature)
 
 
-def layer_scores(block: Layer) -> Array:
-    """The logits of a block of classes, [N, B], capped and divided by the temperature."""
-    dtype = computing_dtype(block.features.dtype)
-    scores = lax.dot_general(
-        block.features,
-        shown(block.weights, block.bias),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=dtype,
-    )
-    if block.bias is not None:
-        scores += jnp.where(block.bias == -jnp.inf, 0, block.bias)[None]
-    if block.soft_cap is not None:
-        scores = capped(scores, block.soft_cap)
-    if block.temperature is not None:
-        heat = block.temperature[:, None]
-        scores = scores / heat if block.bias is None else cooled(scores, heat)
-    if block.bias is not None:
-        scores = jnp.where(block.bias[None] == -jnp.inf, -jnp.inf, scores)
-    return scores
+def token_labels(layer: Layer, labels: ArrayLike, ignore_index: int | None) -> Classes:
+    labels = labels_of(labels, (*layer.shape, 1), len(layer.shape)).reshape(-1)
+    return known_labels(labels, layer.head.weights.shape[0], ignore_index)
+
+
+def idle_tokens(shares: Array, *tokens: Tokens, known: Array | bool = True) -> Array:
+    """Tokens of share 0 that hold an unknown label, a NaN or an inf.
+
+    Sound tokens of share 0 are not idle, because the derivative in the share is their loss.
+    """
+    for x in jax.tree.leaves([part._replace(soft_cap=None) for part in tokens]):
+        known &= jnp.isfinite(x).all(tuple(range(1, x.ndim)))
+    return (shares == 0) & ~jnp.asarray(known)
+
+
+def without(tokens: Tokens, idle: Array | None) -> Tokens:
+    """The tokens, of which those that do not count hold nothing that reaches a gradient."""
+    if idle is None:
+        return tokens
+
+    def cleared(x: Array, value: float) -> Array:
+        return jnp.where(jnp.expand_dims(idle, tuple(range(1, x.ndim))), value, x)
+
+    given = {name: x for name, x in tokens._asdict().items() if x is not None}
+    ones = ("temperature", "soft_cap")
+    return Tokens(**{name: cleared(x, float(name in ones)) for name, x in given.items()})
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """The leaves of a tree, None among them, to align with tangents."""
+    leaves: list[Any] = jax.tree.leaves(tree, is_leaf=lambda x: x is None)
+    return leaves
+
+
+def replaced(tree: Any, leaves: dict[int, Array]) -> Any:
+    """The tree, with some of its leaves, told by their places, in place of its own."""
+    places = itertools.count()
+    choose = lambda x: leaves.get(next(places), x)
+    return jax.tree.map(choose, tree, is_leaf=lambda x: x is None)

@@ -1,4 +1,9 @@
-"""The vocabulary in one pass: block by block, each reduced at once to a few numbers a token."""
+"""The vocabulary in one pass: block by block, each reduced at once to a few numbers per token.
+
+One score per token stands apart from the sum of the others: the label's in a loss, the largest
+in the statistics. So a small loss or entropy, which is about that sum, keeps its digits. The
+others are an online softmax state, which two disjoint sets of classes merge into one.
+"""
 
 import functools
 from collections.abc import Callable
@@ -9,15 +14,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
+from softjax import _online as online
 from softjax._elementary import log1p
 from softjax._float import where_finite
 from softjax._inputs import check_int, computing_dtype
 from softjax._mesh import vary
 from softjax._scan import scan_blocks
-from softjax._scores import FAR
-from softjax.losses._softmax_stats import below_peak
 from softjax.losses._softmax_stats import statistics as row_statistics
-from softjax.output_layers._layer import Layer, layer_scores
+from softjax.output_layers._layer import Head, Tokens, layer_scores, leaves_of, replaced
 
 ENTRIES = 2**20  # logits formed at once
 TOKENS = 4096  # at most so many tokens are taken at once
@@ -26,33 +30,30 @@ LEAST = 256  # classes of a block, at least
 
 
 class Plan(NamedTuple):
-    """How the vocabulary is taken, and what is asked for besides (static)."""
+    """The size of the blocks, and which statistics the pass finds; all static."""
 
     block: int
     dense: bool
-    even: bool = False
+    uniform: bool = False
     entropy: bool = False
 
 
 class Found(NamedTuple):
-    """Of each token: what a pass over its logits s has found."""
+    """What a pass over the logits s of each token has found."""
 
-    surprise: Array  # -log p of the label
-    peak: Array  # max(s), a constant
-    log_total: Array  # log(sum(exp(s - peak)))
-    even: Array | None = None  # mean(-c log p) over the classes not dropped
+    nll: Array  # -log p of the label
+    logsumexp: Array
+    uniform_nll: Array | None = None  # mean(-c log p) over the classes not dropped
     mass: Array | None = None  # sum(c) over these, with c their weights
-    num_kept: Array | None = None  # how many they are
+    num_kept: Array | None = None
     entropy: Array | None = None
     argmax: Array | None = None
-
-    @property
-    def logsumexp(self) -> Array:
-        return self.peak + self.log_total
+    peak: Array | None = None  # max(s), a constant
+    log_total: Array | None = None  # log(sum(exp(s - peak)))
 
 
-def plan_for(layer: Layer, block_size: int | None) -> Plan:
-    num_tokens, num_classes = layer.features.shape[0], layer.weights.shape[0]
+def plan_for(tokens: Tokens, head: Head, block_size: int | None) -> Plan:
+    num_tokens, num_classes = tokens.features.shape[0], head.weights.shape[0]
     if block_size is not None:
         size = check_int(block_size, name="block_size", least=1)
         return Plan(min(size, num_classes), dense=False)
@@ -61,32 +62,31 @@ def plan_for(layer: Layer, block_size: int | None) -> Plan:
     return Plan(min(block, num_classes), dense)
 
 
-def statistics(plan: Plan, layer: Layer, labels: Array) -> Found:
-    """What is asked for of the logits of a layer, at labels in [0, V)."""
+def statistics(plan: Plan, tokens: Tokens, head: Head, labels: Array) -> Found:
+    """The statistics of the logits of a layer that `plan` asks for, at labels in [0, V)."""
     if plan.dense:
-        return _keep_logits(plan, layer, labels)
-    rows = (layer.features, layer.temperature, labels)
-
-    def visit(_: None, first: Array, rows: Any) -> tuple[None, Found]:
-        features, temperature, labels = rows
-        part = layer._replace(features=features, temperature=temperature)
-        return None, _stream(plan, part, labels)
-
-    num_tokens = layer.features.shape[0]
-    if num_tokens <= TOKENS:
-        return visit(None, jnp.array(0), rows)[1]
-    found: Found = scan_blocks(visit, None, rows, TOKENS)[1]
-    return found
+        # The derivative of few logits remembers their weights, and forms none again.
+        scores, _ = layer_scores(tokens, head)
+        weights = class_row(head, scores.dtype) if plan.uniform else None
+        found = row_statistics(1, scores, labels, weights)
+        return Found(found.nll, found.logsumexp, found.uniform_nll)
+    return by_tokens(lambda some: _stream(plan, some[0], head, some[1]), (tokens, labels))
 
 
-def _keep_logits(plan: Plan, layer: Layer, labels: Array) -> Found:
-    """The plain way, for few logits: the derivative remembers their weights."""
-    classes = _class_row(layer) if plan.even else None
-    found = row_statistics(1, layer_scores(layer), labels, classes)
-    return Found(found.nll, found.logsumexp, jnp.zeros(()), found.uniform_nll)
+def by_tokens(function: Callable[[Any], Any], arrays: Any) -> Any:
+    """`function` of arrays that have one entry per token, for `TOKENS` at a time."""
+    if jax.tree.leaves(arrays)[0].shape[0] <= TOKENS:
+        return function(arrays)
+    return scan_blocks(lambda _, __, some: (None, function(some)), None, arrays, TOKENS)[1]
 
 
-class _Even(NamedTuple):
+def by_classes(block: int, visit: Callable[..., Any], state: Any, heads: Any) -> Any:
+    """The state after visit(state, first class, heads of a block) has seen all blocks."""
+    step = lambda state, first, heads: (visit(state, first, heads), None)
+    return scan_blocks(step, vary(state, heads), heads, block)[0]
+
+
+class _Uniform(NamedTuple):
     """Sums over the classes not dropped, with c their weights."""
 
     costs: Array  # of c (peak - s)
@@ -94,218 +94,207 @@ class _Even(NamedTuple):
     num_kept: Array
 
 
-class _Seen(NamedTuple):
-    """The online state of some classes: softmax statistics that two parts merge into one."""
-
-    peak: Array  # max(s); -inf where all is dropped
-    rest: Array  # sum(exp(s - peak)) over all but one entry equal to the peak
-    moment: Array  # sum((s - peak) exp(s - peak)), at most 0
+class _Leader(NamedTuple):
+    raw: Array  # the largest score before the cap and the temperature, where none tie
     argmax: Array
     chosen: Array  # s of the label; -inf where it has not been seen
-    even: _Even | None
+
+
+class _Seen(NamedTuple):
+    """The state of some classes, from which that of more classes can be merged."""
+
+    apart: Array  # the score that stands apart; -inf where it has not been seen
+    others: online.State  # all others; for the entropy with the average of their scores
+    leader: _Leader | None
+    uniform: _Uniform | None
+
+    @property
+    def peak(self) -> Array:
+        return lax.stop_gradient(jnp.maximum(self.apart, self.others.peak))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _stream(plan: Plan, layer: Layer, labels: Array) -> Found:
+def _stream(plan: Plan, tokens: Tokens, head: Head, labels: Array) -> Found:
     """One pass over the vocabulary."""
-    num_tokens = layer.features.shape[0]
-    dtype = computing_dtype(layer.features.dtype)
-    low, zero = jnp.full(num_tokens, -jnp.inf, dtype), jnp.zeros(num_tokens, dtype)
-    first = jnp.zeros(num_tokens, jnp.int32)
-    even = _Even(zero, zero, zero) if plan.even else None
-    seen = _Seen(low, zero, zero, first, low, even)
+    dtype = jax.eval_shape(layer_scores, tokens, head)[0].dtype
+    zero = jnp.zeros(labels.shape, dtype)
+    low = zero - jnp.inf
+    seen = _Seen(
+        low,
+        online.init(labels.shape, int(plan.entropy), dtype),
+        _Leader(low, zero.astype(jnp.int32), low) if plan.entropy else None,
+        _Uniform(zero, zero, zero) if plan.uniform else None,
+    )
 
-    def visit(seen: _Seen, start: Array, block: Layer) -> _Seen:
-        return _merge(seen, _observe(plan, start, block, labels))
+    def visit(seen: _Seen, start: Array, some: Head) -> _Seen:
+        return _merge(seen, _observe(plan, start, tokens, some, labels))
 
-    return _finish(plan, over_blocks(plan.block, visit, seen, layer))
+    return _finish(by_classes(plan.block, visit, vary(seen, tokens), head))
+
+
+def _observe(plan: Plan, start: Array, tokens: Tokens, head: Head, labels: Array) -> _Seen:
+    """The state of one block of classes."""
+    scores, raw = layer_scores(tokens, head)
+    scores = _clip(scores)
+    place = labels - start.astype(labels.dtype)
+    place = jnp.where((place >= 0) & (place < scores.shape[1]), place, -1)
+    pick = lambda x, at: jnp.take_along_axis(x, jnp.maximum(at, 0)[:, None], 1)[:, 0]
+    apart = jnp.where(place < 0, -jnp.inf, pick(scores, place))
+    leader = uniform = None
+    values = jnp.zeros((*scores.shape, 0), scores.dtype)
+    if plan.entropy:
+        place = jnp.argmax(raw, 1).astype(jnp.int32)
+        leader = _Leader(pick(raw, place), place + start.astype(jnp.int32), apart)
+        apart, values = pick(scores, place), scores[..., None]
+    is_apart = lax.broadcasted_iota(place.dtype, scores.shape, 1) == place[:, None]
+    others = online.observe(jnp.where(is_apart, -jnp.inf, scores), values)
+    seen = _Seen(apart, others, leader, uniform)
+    if plan.uniform:
+        kept, weights = scores != -jnp.inf, class_row(head, scores.dtype)
+        costs = _gap(seen.peak[:, None], scores) * weights
+        uniform = _Uniform(
+            jnp.sum(jnp.where(kept & (weights != 0), costs, 0), 1),
+            jnp.sum(jnp.where(kept, weights, 0), 1),
+            jnp.sum(kept, 1, dtype=scores.dtype),
+        )
+    return seen._replace(uniform=uniform)
+
+
+def _merge(a: _Seen, b: _Seen) -> _Seen:
+    others, apart = online.merge(a.others, b.others), jnp.maximum(a.apart, b.apart)
+    leader = uniform = None
+    if a.leader is not None and b.leader is not None:
+        # The lesser of two leaders joins the others.
+        is_first = a.leader.raw >= b.leader.raw
+        choose = lambda x, y: jnp.where(is_first, x, y)
+        leader = jax.tree.map(choose, a.leader, b.leader)
+        leader = leader._replace(chosen=jnp.maximum(a.leader.chosen, b.leader.chosen))
+        apart, lesser = choose(a.apart, b.apart), choose(b.apart, a.apart)
+        others = online.merge(others, online.observe(lesser[:, None], lesser[:, None, None]))
+    seen = _Seen(apart, others, leader, uniform)
+    if a.uniform is not None and b.uniform is not None:
+        raised = lambda x, u: u.costs + jnp.where(u.mass == 0, 0, _gap(seen.peak, x)) * u.mass
+        uniform = jax.tree.map(jnp.add, a.uniform, b.uniform)._replace(
+            costs=raised(a.peak, a.uniform) + raised(b.peak, b.uniform)
+        )
+    return seen._replace(uniform=uniform)
+
+
+def _finish(seen: _Seen) -> Found:
+    apart, (peak, total, average), leader, uniform = seen
+    top = seen.peak
+    anchor, is_empty = where_finite(top), top == -jnp.inf
+    own, rest = jnp.exp(apart - anchor), total * jnp.exp(peak - anchor)
+    # Where the score apart leads, own - 1 is 0, and `rest` is all that counts.
+    log_total = jnp.where(is_empty, 0, log1p(rest + (own - 1)))
+    chosen = apart if leader is None else leader.chosen
+    logsumexp = jnp.where(top == _highest(top), jnp.inf, top) + log_total
+    found = Found(_gap(top, chosen) + log_total, logsumexp, peak=top, log_total=log_total)
+    if uniform is not None:
+        num_kept = jnp.maximum(uniform.num_kept, 1)
+        uniform_nll = (uniform.costs + uniform.mass * log_total) / num_kept
+        found = found._replace(uniform_nll=uniform_nll, mass=uniform.mass, num_kept=num_kept)
+    if leader is not None:
+        below = jnp.where(rest == 0, 0, rest * (anchor - average[:, 0]))
+        below += jnp.where(own == 0, 0, own * (anchor - apart))
+        entropy = log_total + below / jnp.where(is_empty, 1, own + rest)
+        found = found._replace(entropy=entropy, argmax=leader.argmax)
+    return found
+
+
+def _highest(x: Array) -> float:
+    return float(jnp.finfo(x.dtype).max)
+
+
+def _clip(scores: Array) -> Array:
+    """Infinite scores become the largest number, whose differences are no NaN."""
+    # In this order, because XLA's CPU backend lets a NaN through as the second operand.
+    return jnp.minimum(_highest(scores), scores)
+
+
+def _gap(peak: Array, scores: Array) -> Array:
+    """How far clipped scores are below a peak; infinitely far if it alone is infinite."""
+    highest = _highest(scores)
+    far = (peak == highest) & (scores < highest)
+    return jnp.where(far, jnp.inf, where_finite(peak) - scores)
 
 
 @functools.partial(_stream.defjvp, symbolic_zeros=True)
 def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
-    # A rule, for memory: its tangent visits the blocks once more, and each visit is
+    # This is a rule to save memory: its tangent visits the blocks once more, and each visit is
     # checkpointed, so that the transpose forms the logits again and keeps none. It is linear in
-    # the tangents; log p, whose label keeps its digits, comes from the value.
-    layer, labels = primals
-    found = _stream(plan, layer, labels)
-    layer_dot = jax.tree.map(
-        lambda dot: None if isinstance(dot, SymbolicZero) else dot,
-        tangents[0],
-        is_leaf=lambda dot: isinstance(dot, SymbolicZero),
-    )
-    zero = jnp.zeros_like(found.peak)
-    start = _Dots(zero, zero, zero, zero, zero)
-    finite = found.surprise != jnp.inf  # An infinite surprise is constant.
-    missing = jnp.where(finite, -jnp.expm1(-found.surprise), 0)
+    # the tangents. The label's 1 - p comes from the value, because 1 - exp(log p) would cancel.
+    tokens, head, labels = primals
+    found = _stream(plan, *primals)
+    tokens_dot, head_dot = nonzero(tangents[:2])
+    is_finite = (found.nll != jnp.inf)[:, None]  # An infinite loss is constant.
+    missing = jnp.where(is_finite[:, 0], -jnp.expm1(-found.nll), 0)
+    fixed = tokens, wide_tangents(tokens_dot), labels, found._replace(argmax=None), missing
 
-    def visit(dots: _Dots, start: Array, block: Layer, dot: Layer) -> _Dots:
-        return jax.tree.map(jnp.add, dots, tangent(start, block, dot, labels, found, missing))
+    def visit(dots: Found, start: Array, heads: Any) -> Found:
+        return jax.tree.map(jnp.add, dots, tangent(start, heads, fixed))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def tangent(
-        start: Array, block: Layer, dot: Layer, labels: Array, found: Found, missing: Array
-    ) -> _Dots:
-        scores, scores_dot = push(block, dot)
+    def tangent(start: Array, heads: Any, fixed: Any) -> Found:
+        (head, head_dot), (tokens, tokens_dot, labels, found, missing) = heads, fixed
+        scores, scores_dot = push(tokens, head, (tokens_dot, head_dot))
+        scores = _clip(scores)
         kept = scores != -jnp.inf
-        below = _lower(scores, found.peak) - found.log_total[:, None]
+        below = (scores - where_finite(found.peak)[:, None]) - found.log_total[:, None]
         probs = jnp.where(kept, jnp.exp(below), 0)
-        margins = jnp.where(probs == 0, 0, below)
         scores_dot = jnp.where(kept, scores_dot, 0)
-        places = lax.broadcasted_iota(labels.dtype, scores.shape, 1) + start.astype(
-            labels.dtype
-        )
-        hit = places == labels[:, None]
-        pull = jnp.where(hit, -missing[:, None], jnp.where(finite[:, None], probs, 0))
-        even = mass = entropy = zero
-        if found.mass is not None and found.num_kept is not None:
-            slope = jnp.where(kept, found.mass[:, None] * probs - _class_row(block), 0)
-            even = jnp.sum(slope * scores_dot, 1)
-            if dot.classes is not None:
-                costs = jnp.where(kept & (below != -jnp.inf), -below, 0)
-                even += jnp.sum(costs * dot.classes[None], 1)
-                mass = jnp.sum(jnp.where(kept, dot.classes[None], 0), 1)
-            even /= found.num_kept
-        if found.entropy is not None:
-            slope = -probs * (margins + found.entropy[:, None])
-            entropy = jnp.sum(slope * scores_dot, 1)
-        return _Dots(
-            jnp.sum(pull * scores_dot, 1), jnp.sum(probs * scores_dot, 1), even, mass, entropy
-        )
+        total = lambda slope: jnp.sum(slope * scores_dot, 1)
+        places = lax.broadcasted_iota(labels.dtype, scores.shape, 1)
+        is_label = places + start.astype(labels.dtype) == labels[:, None]
+        pull = jnp.where(is_label, -missing[:, None], jnp.where(is_finite, probs, 0))
+        zero, log_total = jnp.zeros_like(missing), total(probs)
+        dots = Found(total(pull), log_total, peak=zero, log_total=log_total)
+        if plan.uniform:
+            weights = jnp.where(kept, class_row(head, scores.dtype), 0)
+            uniform_nll, mass = total(found.mass[:, None] * probs - weights), zero
+            if head_dot.class_weights is not None:
+                mass_dot = jnp.where(kept, head_dot.class_weights[None], 0)
+                mass = jnp.sum(mass_dot, 1)
+                uniform_nll -= jnp.sum(jnp.where(kept, below, 0) * mass_dot, 1)
+            uniform_nll /= found.num_kept
+            dots = dots._replace(uniform_nll=uniform_nll, mass=mass, num_kept=zero)
+        if plan.entropy:
+            margins = jnp.where(probs == 0, 0, below)
+            entropy = -total(probs * (margins + found.entropy[:, None]))
+            dots = dots._replace(entropy=entropy)
+        return dots
 
-    dots: _Dots = over_blocks(plan.block, visit, start, layer, layer_dot)
-    return found, Found(
-        dots.surprise,
-        peak=zero,
-        log_total=dots.log_total,
-        even=dots.even if plan.even else None,
-        mass=dots.mass if plan.even else None,
-        num_kept=zero if plan.even else None,
-        entropy=dots.entropy if plan.entropy else None,
-        argmax=zero_from_primal(found.argmax, symbolic_zeros=True),
-    )
+    start = jax.tree.map(jnp.zeros_like, found._replace(argmax=None))
+    dots: Found = by_classes(plan.block, visit, vary(start, tokens), (head, head_dot))
+    return found, dots._replace(argmax=zero_from_primal(found.argmax, symbolic_zeros=True))
 
 
-class _Dots(NamedTuple):
-    """The tangents of what a pass has found, where there are any; else zeros."""
-
-    surprise: Array
-    log_total: Array
-    even: Array
-    mass: Array
-    entropy: Array
+def nonzero(tangents: Any) -> Any:
+    """The tangents, with None for those that are zero."""
+    is_zero = lambda dot: isinstance(dot, SymbolicZero)
+    return jax.tree.map(lambda dot: None if is_zero(dot) else dot, tangents, is_leaf=is_zero)
 
 
-def push(block: Layer, dot: Layer) -> tuple[Array, Array]:
-    """The scores of a block, and their tangent in the arrays that move."""
-    moving = {name: x for name, x in dot._asdict().items() if x is not None}
-    moving.pop("classes", None)
-    if not moving:
-        scores = layer_scores(block)
-        return scores, jnp.zeros_like(scores)
-    at = {name: getattr(block, name) for name in moving}
-    return jax.jvp(lambda moved: layer_scores(block._replace(**moved)), (at,), (moving,))
+def wide_tangents(tokens_dot: Tokens) -> Tokens:
+    """Tangents of which the cotangents, one per block, are added up in float32 or wider."""
+    return jax.tree.map(lambda dot: dot.astype(computing_dtype(dot.dtype)), tokens_dot)
 
 
-def _class_row(block: Layer) -> Array:
-    if block.classes is None:
-        return jnp.ones((1, 1), computing_dtype(block.features.dtype))
-    return block.classes[None]
+def push(tokens: Tokens, head: Head, dots: Any) -> tuple[Array, Array]:
+    """The scores of a block, and their tangent in the arrays that have one."""
+    at = (tokens, head)
+    moved = {i: dot for i, dot in enumerate(leaves_of(dots)) if dot is not None}
+    primals = {i: x.astype(moved[i].dtype) for i, x in enumerate(leaves_of(at)) if i in moved}
+    narrow = tokens.features.dtype
+
+    def scores_at(moved: dict[int, Array]) -> Array:
+        tokens, head = replaced(at, moved)
+        return layer_scores(tokens, head, narrow)[0]
+
+    return jax.jvp(scores_at, (primals,), (moved,))
 
 
-def _observe(plan: Plan, start: Array, block: Layer, labels: Array) -> _Seen:
-    """The state of one block of classes."""
-    # (Behind the barrier, or scores formed twice may not be rounded alike, and miss the peak.)
-    scores = lax.optimization_barrier(layer_scores(block))
-    peak = lax.stop_gradient(jnp.max(scores, 1))
-    below = _lower(scores, peak)
-    weights = jnp.exp(below)
-    is_peak = below == 0
-    num_peaks = jnp.sum(is_peak, 1, dtype=peak.dtype)
-    share = jnp.where(is_peak, (1 / jnp.maximum(num_peaks, 1))[:, None], 0)
-    rest = jnp.sum(weights - share, 1)
-    moment = jnp.zeros_like(peak)
-    argmax = jnp.zeros(peak.shape, jnp.int32)
-    if plan.entropy:
-        moment = jnp.sum(jnp.where(weights > 0, below, 0) * weights, 1)
-        argmax = jnp.argmax(scores, 1).astype(jnp.int32) + start.astype(jnp.int32)
-    place = labels - start.astype(labels.dtype)
-    inside = (place >= 0) & (place < scores.shape[1])
-    chosen = jnp.take_along_axis(scores, jnp.where(inside, place, 0)[:, None], 1)[:, 0]
-    chosen = jnp.where(inside, chosen, -jnp.inf)
-    even = None
-    if plan.even:
-        kept, classes = scores != -jnp.inf, _class_row(block)
-        costs = below_peak(peak[:, None], scores) * classes
-        even = _Even(
-            jnp.sum(jnp.where(kept & (classes != 0), costs, 0), 1),
-            jnp.sum(jnp.where(kept, classes, 0), 1),
-            jnp.sum(kept, 1, dtype=peak.dtype),
-        )
-    return _Seen(peak, rest, moment, argmax, chosen, even)
-
-
-def _lower(scores: Array, peak: Array) -> Array:
-    """Scores less the peak of their row, at most 0; infinite ones are at a peak of inf."""
-    # (In this order: XLA's CPU backend lets a NaN through as the second operand.)
-    high = float(jnp.finfo(scores.dtype).max)
-    anchor = jnp.where(peak == jnp.inf, high, where_finite(peak))
-    return jnp.minimum(high, scores) - anchor[:, None]
-
-
-def _merge(a: _Seen, b: _Seen) -> _Seen:
-    peak = jnp.maximum(a.peak, b.peak)
-    behind = a.peak >= b.peak
-
-    def lowered(part: _Seen) -> tuple[Array, Array, Array]:
-        shift = jnp.maximum(-FAR, _lower(part.peak[:, None], peak)[:, 0])
-        scale = jnp.where(part.peak == -jnp.inf, 0, jnp.exp(shift))
-        return scale, scale * part.rest, scale * (part.moment + shift * (1 + part.rest))
-
-    def raised(part: _Seen, even: _Even) -> _Even:
-        rise = jnp.where(even.mass == 0, 0, below_peak(peak, part.peak))
-        return even._replace(costs=even.costs + rise * even.mass)
-
-    (a_scale, a_rest, a_moment), (b_scale, b_rest, b_moment) = lowered(a), lowered(b)
-    even = None
-    if a.even is not None and b.even is not None:
-        even = jax.tree.map(jnp.add, raised(a, a.even), raised(b, b.even))
-    return _Seen(
-        peak,
-        a_rest + b_rest + jnp.where(behind, b_scale, a_scale),
-        a_moment + b_moment,
-        jnp.where(behind, a.argmax, b.argmax),
-        jnp.maximum(a.chosen, b.chosen),
-        even,
-    )
-
-
-def _finish(plan: Plan, seen: _Seen) -> Found:
-    log_total = log1p(seen.rest)
-    surprise = below_peak(seen.peak, seen.chosen) + log_total
-    surprise = jnp.where(seen.chosen == -jnp.inf, jnp.inf, surprise)
-    surprise = jnp.where(jnp.isnan(log_total), jnp.nan, surprise)
-    found = Found(surprise, seen.peak, log_total)
-    if seen.even is not None:
-        costs, mass, count = seen.even
-        count = jnp.maximum(count, 1)
-        even = (costs + mass * log_total) / count
-        found = found._replace(even=even, mass=mass, num_kept=count)
-    if plan.entropy:
-        entropy = log_total - seen.moment / (1 + seen.rest)
-        found = found._replace(entropy=entropy, argmax=seen.argmax)
-    return found
-
-
-def over_blocks(block: int, visit: Callable[..., Any], state: Any, *layers: Layer) -> Any:
-    """Visits the classes block by block: visit(state, first class, the block of each layer).
-
-    The layers are all cut alike.
-    """
-    by_class = ("weights", "bias", "classes")
-    cut = [{name: getattr(layer, name) for name in by_class} for layer in layers]
-
-    def visit_cut(state: Any, first: Array, parts: Any) -> tuple[Any, None]:
-        blocks = [layer._replace(**part) for layer, part in zip(layers, parts, strict=True)]
-        return visit(state, first, *blocks), None
-
-    return scan_blocks(visit_cut, vary(state, layers), cut, block)[0]
+def class_row(head: Head, dtype: jnp.dtype) -> Array:
+    """The class weights, or 1, to broadcast against logits."""
+    weights = head.class_weights
+    return jnp.ones((1, 1), dtype) if weights is None else weights[None]

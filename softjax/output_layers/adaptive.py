@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +12,24 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._api import api
-from softjax._inputs import Classes, computing_dtype, known_labels, labels_of, to_float
+from softjax._inputs import Classes, computing_dtype, known_labels, labels_of
 from softjax._mesh import vary
 from softjax._scan import scan_blocks
-from softjax.output_layers._layer import Layer, prepare_layer, without
+from softjax.output_layers._layer import (
+    Head,
+    Tokens,
+    common_dtype,
+    match_dtypes,
+    prepare_layer,
+    products,
+    real_array,
+    without,
+)
 from softjax.output_layers._stream import plan_for, statistics
 
 __all__ = ["adaptive_log_softmax"]
 
-_TOGETHER = 256  # tokens, of neighbouring clusters, that are taken at once
+_TOGETHER = 256  # tokens, sorted by cluster, that are taken at once
 
 
 def _check_tails(given: dict[str, Any]) -> None:
@@ -50,10 +60,11 @@ def adaptive_log_softmax(
 
     Args:
         features: x, `[..., D]`, real; differentiable.
-        head_weights: H, `[S + K, D]`, of the dtype of `features`: of the S most frequent
-            classes, then one row a cluster; differentiable.
-        tails: K pairs (P, W), one a cluster, of the dtype of `features`: a projection
-            `[D_i, D]` and the weights `[C_i, D_i]` of its classes; differentiable.
+        head_weights: H, `[S + K, D]`, of any dtype, as in `linear_cross_entropy`: the rows of
+            the S most frequent classes, then one row per cluster; differentiable.
+        tails: K pairs (P, W), one per cluster: a projection `[D_i, D]` and the weights
+            `[C_i, D_i]` of its classes; differentiable. x meets P as it meets H, and the
+            result, float32 or wider, meets W in the wider dtype of the two.
         labels: classes y, int, `[...]`, in [0, S + sum(C)), sorted by frequency: those of the
             head, then those of the first cluster, and so on.
         head_bias: b, `[S + K]`; differentiable.
@@ -61,11 +72,11 @@ def adaptive_log_softmax(
         block_size: classes formed at once; chosen from the shapes by default.
 
     Returns:
-        One log-probability a label, `[...]`, float32 or wider, at most 0; NaN for a label out
+        One log-probability per label, `[...]`, float32 or wider, at most 0; NaN for a label out
         of range.
 
     Raises:
-        TypeError: an argument is not real, `labels` not integer, or dtypes differ.
+        TypeError: an argument is not real, `labels` not integer, or `head_bias` bool.
         ValueError: shapes do not fit, `tails` is empty, or `block_size` is less than 1.
 
     Example:
@@ -77,8 +88,8 @@ def adaptive_log_softmax(
         The conventions of PyTorch's AdaptiveLogSoftmaxWithLoss, whose parameters these are.
         Tokens are sorted by cluster, and a group of 256 visits the clusters of its labels
         alone: O(N (S + K) D) time and the sum over clusters of O(N_i C_i D_i), exactly, with
-        no bound on how many tokens a cluster may get. (Under `vmap` a group visits all
-        clusters.) Nothing of tokens x classes is kept: the derivative forms the logits again.
+        no bound on how many tokens a cluster may get. Under `vmap` a group visits all
+        clusters. Nothing of tokens x classes is kept: the derivative forms the logits again.
         Both modes, any order.
 
     Reference:
@@ -86,48 +97,34 @@ def adaptive_log_softmax(
     """
     if len(tails) == 0:
         raise ValueError("`tails` must hold at least one cluster, got none.")
-    tokens = prepare_layer(features, head_weights, head_bias, 1.0, None, prefix="head_")
-    layer = tokens.layer
-    clusters = [_cluster(i, layer, *tail) for i, tail in enumerate(tails)]
-    num_frequent = layer.weights.shape[0] - len(clusters)
+    layer = prepare_layer(features, head_weights, head_bias, 1.0, None, prefix="head_")
+    head, width = layer.head, layer.tokens.features.shape[1]
+    clusters = [_cluster(f"tails[{i}]", width, *tail) for i, tail in enumerate(tails)]
+    num_frequent = head.weights.shape[0] - len(clusters)
     if num_frequent < 0:
         raise ValueError(
             f"`head_weights` must hold a row for each of {len(clusters)} clusters, got"
-            f" {layer.weights.shape[0]} rows."
+            f" {head.weights.shape[0]} rows."
         )
-    ends = [num_frequent]
-    for _, weights in clusters:
-        ends.append(ends[-1] + weights.shape[0])
-    labels = labels_of(labels, (*tokens.shape, 1), len(tokens.shape)).reshape(-1)
+    sizes = [num_frequent, *(weights.shape[0] for _, weights in clusters)]
+    ends = list(itertools.accumulate(sizes))
+    labels = labels_of(labels, (*layer.shape, 1), len(layer.shape)).reshape(-1)
     rows = known_labels(labels, ends[-1], ignore_index)
-    layer = without(layer, rows.ignored)
-
-    index = sum((rows.labels >= end).astype(jnp.int32) for end in ends[:-1])
-    assert isinstance(index, Array)
-    in_head = jnp.where(
-        index == 0,
-        rows.labels,
-        num_frequent + jnp.maximum(index, 1).astype(rows.labels.dtype) - 1,
-    )
-    nats = statistics(plan_for(layer, block_size), layer, in_head).surprise
-    nats += _in_clusters(clusters, ends, layer.features, rows, index, block_size)
-    return -rows.finish(nats).reshape(tokens.shape)
+    tokens = without(layer.tokens, rows.ignored)
+    starts = jnp.array(ends[:-1], labels.dtype)
+    index = jnp.sum(rows.labels[:, None] >= starts[None], 1, dtype=labels.dtype)
+    in_head = jnp.where(index == 0, rows.labels, num_frequent + index - 1)
+    nll = statistics(plan_for(tokens, head, block_size), tokens, head, in_head).nll
+    tail = _in_clusters(clusters, ends[:-1], tokens.features, rows, index, block_size)
+    dtype = common_dtype(nll, tail)
+    return -rows.finish(nll.astype(dtype) + tail.astype(dtype)).reshape(layer.shape)
 
 
 def _cluster(
-    place: int, layer: Layer, projection: ArrayLike, weights: ArrayLike
+    name: str, width: int, projection: ArrayLike, weights: ArrayLike
 ) -> tuple[Array, Array]:
     """The arrays of a cluster, checked."""
-    name = f"tails[{place}]"
-    dtype = layer.features.dtype
-    arrays = []
-    for array in (projection, weights):
-        given = to_float(array, name=name)[1]
-        if given != dtype:
-            raise TypeError(f"`{name}` must have the dtype {dtype} of `features`, got {given}.")
-        arrays.append(jnp.asarray(array).astype(dtype))
-    first, second = arrays
-    width = layer.features.shape[1]
+    first, second = real_array(projection, name=name), real_array(weights, name=name)
     fit = first.ndim == second.ndim == 2 and first.shape[1] == width
     if not fit or second.shape[1] != first.shape[0] or second.shape[0] == 0:
         raise ValueError(
@@ -139,7 +136,7 @@ def _cluster(
 
 def _in_clusters(
     clusters: list[tuple[Array, Array]],
-    ends: list[int],
+    starts: list[int],
     features: Array,
     rows: Classes,
     index: Array,
@@ -147,43 +144,34 @@ def _in_clusters(
 ) -> Array:
     """-log c of each label in its cluster, and 0 where it is in the head."""
     order = jnp.argsort(index)
-    sorted_rows = (features[order], rows.labels[order], index[order])
+    dtype = computing_dtype(common_dtype(features, *jax.tree.leaves(clusters)))
+
+    # Checkpointed inside of the branch, because a branch not taken would cost memory otherwise.
+    @jax.checkpoint
+    def seen(
+        features: Array, cluster: tuple[Array, Array], is_mine: Array, labels: Array
+    ) -> Array:
+        projection, weights = cluster
+        # The product stays in float32 between the two, and is not rounded to a narrow dtype.
+        hidden = products(*match_dtypes(features, projection))
+        hidden, weights = match_dtypes(hidden, weights)
+        tokens, head = Tokens(hidden), Head(weights)
+        found = statistics(plan_for(tokens, head, block_size), tokens, head, labels)
+        return jnp.where(is_mine, found.nll.astype(dtype), 0)
+
+    def unseen(features: Array, *_: Any) -> Array:
+        return vary(jnp.zeros(features.shape[:1], dtype), features)
 
     def visit(state: None, first: Array, some: Any) -> tuple[None, Array]:
         features, labels, index = some
-        nats = jnp.zeros(labels.shape, computing_dtype(features.dtype))
-        for i, (projection, weights) in enumerate(clusters):
-            mine = index == i + 1
-            at = jnp.where(mine, labels - ends[i], 0)
-
-            # (Checkpointed inside of the branch, or a branch not taken would cost memory.)
-            @jax.checkpoint
-            def seen(
-                features: Array, projection: Array, weights: Array, mine: Array, at: Array
-            ) -> Array:
-                hidden = lax.dot_general(
-                    features,
-                    projection,
-                    (((1,), (1,)), ((), ())),
-                    preferred_element_type=computing_dtype(features.dtype),
-                )
-                # (Not rounded to a narrow dtype in between.)
-                layer = Layer(hidden, weights.astype(hidden.dtype), None, None, None)
-                found = statistics(plan_for(layer, block_size), layer, at)
-                return jnp.where(mine, found.surprise, 0)
-
-            nats += lax.cond(
-                jnp.any(mine),
-                seen,
-                lambda features, *_: vary(
-                    jnp.zeros(features.shape[:1], computing_dtype(features.dtype)), features
-                ),
-                *(features, projection, weights, mine, at),
-            )
-        return state, nats
+        nll = unseen(features)
+        for i, cluster in enumerate(clusters):
+            is_mine = index == i + 1
+            at = jnp.where(is_mine, labels - starts[i], 0)
+            nll += lax.cond(jnp.any(is_mine), seen, unseen, features, cluster, is_mine, at)
+        return state, nll
 
     size = min(_TOGETHER, max(1, features.shape[0]))
-    nats = scan_blocks(visit, None, sorted_rows, size)[1]
-    if nats is None:
-        return jnp.zeros(index.shape, computing_dtype(features.dtype))
-    return nats[jnp.argsort(order)]
+    sorted_rows = features[order], rows.labels[order], index[order]
+    nll = scan_blocks(visit, None, sorted_rows, size)[1]
+    return unseen(features) if nll is None else nll[jnp.argsort(order)]

@@ -8,25 +8,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from softjax import _online as online
 from softjax._api import POSITIVE, api
 from softjax._elementary import expm1_over_twice, log1p
-from softjax._inputs import Problem
-from softjax._scan import scan_blocks
+from softjax._float import where_finite
+from softjax._inputs import Problem, mask
+from softjax._mesh import vary
 from softjax.entropies import divergence
-from softjax.losses._reduction import over_mass, shares_and_masses, sum_of_counted
+from softjax.losses._reduction import check_reduction, reduce, shares_and_masses
 from softjax.output_layers._layer import (
+    Head,
     Layer,
     Tokens,
+    common_dtype,
     idle_tokens,
     layer_scores,
     prepare_layer,
     without,
 )
-from softjax.output_layers._stream import TOKENS, Plan, over_blocks, plan_for, push
+from softjax.output_layers._stream import (
+    by_classes,
+    by_tokens,
+    nonzero,
+    plan_for,
+    push,
+    wide_tangents,
+)
 
 __all__ = ["linear_distillation_loss"]
 
@@ -45,6 +54,7 @@ def linear_distillation_loss(
     teacher_bias: ArrayLike | None = None,
     soft_cap: ArrayLike | None = None,
     teacher_soft_cap: ArrayLike | None = None,
+    where: ArrayLike | None = None,
     example_weights: ArrayLike | None = None,
     reduction: str | None = "mean",
     block_size: int | None = None,
@@ -56,16 +66,17 @@ def linear_distillation_loss(
 
     Args:
         features: x of the student, `[..., D]`, real; differentiable.
-        weights: W, `[V, D]`, of the dtype of `features`; differentiable.
+        weights: W, `[V, D]`, of any dtype, as in `linear_cross_entropy`; differentiable.
         teacher_features: x' of the teacher, `[..., D']`, real; differentiable.
-        teacher_weights: W', `[V, D']`, of the dtype of `teacher_features`; differentiable.
-        temperature: T in (0, inf], one number or one a token; differentiable. From 2^38 on
+        teacher_weights: W', `[V, D']`, of any dtype; differentiable.
+        temperature: T in (0, inf], one number or one per token; differentiable. From 2^38 on
             (in float64 2^57) the loss is its limit, half the variance of s - t over the
             classes, as far as logits smaller by 10^7 differ.
         bias: b, `[V]`; differentiable. -inf drops a class.
         teacher_bias: b', `[V]`; differentiable. -inf drops a class.
         soft_cap: c > 0 of c tanh(s / c), before the temperature; one number, differentiable.
         teacher_soft_cap: the same for t.
+        where: mask of the tokens, bool, `[...]`; False leaves one out, whatever it holds.
         example_weights: factors of the tokens' losses, `[...]`; differentiable. A token of
             weight 0 does not count, whatever NaN or inf it holds, or its loss.
         reduction: "mean" divides the sum by that of the example weights; "sum"; or None.
@@ -73,11 +84,11 @@ def linear_distillation_loss(
             holds where the logits would otherwise be small enough to be kept.
 
     Returns:
-        One number, or one loss a token with `reduction=None`; float32 or wider, at least 0;
+        One number, or one loss per token with `reduction=None`; float32 or wider, at least 0;
         inf, and constant, where the student drops what the teacher keeps.
 
     Raises:
-        TypeError: an argument is not real, or the dtypes of features and weights differ.
+        TypeError: an argument is not real, `where` not bool, or a bias bool.
         ValueError: shapes do not fit, `reduction` or `block_size` is none of the above, or
             `temperature` is a Python number that is not positive.
 
@@ -88,17 +99,16 @@ def linear_distillation_loss(
         0.0
 
     Note:
-        O(N V (D + D')) time. Nothing of the size N V is kept, in either mode, at any order
-        (beyond 2^22 logits, as in `linear_cross_entropy`): one pass over both layers, and one
-        more for the derivative. Where both are close the small divergence keeps its digits, as
+        O(N V (D + D')) time. Nothing of the size N V is kept, in either mode, at any order, but
+        for up to 2^22 logits, as in `linear_cross_entropy`: one pass over both layers, and one
+        more for the derivative. Where both are close, the small divergence keeps its digits, as
         far as the logits have them. Wrap the teacher in `jax.lax.stop_gradient` to save its
         part of the derivative.
 
     Reference:
         Hinton, Vinyals and Dean (2015), Distilling the knowledge in a neural network.
     """
-    if reduction not in ("mean", "sum", None):
-        raise ValueError(f'`reduction` must be "mean", "sum" or None, got {reduction!r}.')
+    check_reduction(reduction)
     student = prepare_layer(features, weights, bias, temperature, soft_cap)
     teacher = prepare_layer(
         teacher_features,
@@ -110,79 +120,61 @@ def linear_distillation_loss(
         features_name="teacher_features",
     )
     _check_alike(student, teacher)
-    student, teacher = _no_hotter(student), _no_hotter(teacher)
-    shares, masses = shares_and_masses(
-        jnp.ones(student.shape, jnp.promote_types(student.dtype, teacher.dtype)),
+    dtype = common_dtype(student.dtype, teacher.dtype)
+    shares, _ = shares_and_masses(
+        jnp.ones(student.shape, dtype),
         None,
         ignore_index=None,
         class_weights=None,
         example_weights=example_weights,
     )
-    layers = teacher.layer, student.layer
-    if example_weights is not None:
-        by_token = (student.layer.temperature, *(layer.features for layer in layers))
-        idle = idle_tokens(shares.reshape(-1), *by_token)
-        shares = masses = jnp.where(idle.reshape(shares.shape), 0, shares)
-        layers = without(teacher.layer, idle), without(student.layer, idle)
-    plan = plan_for(student.layer, block_size)
-    nats = _divergence(plan, *layers)
-    heat = layers[1].temperature
-    if heat is not None:
-        heat = heat.astype(nats.dtype)
-        # (In this order nothing overflows where the loss does not.)
-        nats = heat * nats * heat
-    loss = nats.reshape(student.shape)
-    if reduction is None:
-        return loss if example_weights is None else shares * loss
-    total = sum_of_counted(loss, shares)
-    return over_mass(total, masses) if reduction == "mean" else total
+    tokens = _no_hotter(teacher.tokens), _no_hotter(student.tokens)
+    if where is not None or example_weights is not None:
+        idle = idle_tokens(shares.reshape(-1), *tokens)
+        if where is not None:
+            idle |= ~mask(where, student.shape, name="tokens").reshape(-1)
+        shares = jnp.where(idle.reshape(shares.shape), 0, shares)
+        tokens = without(tokens[0], idle), without(tokens[1], idle)
+    heads = teacher.head, student.head
+    plan = plan_for(student.tokens, student.head, block_size)
+    if plan.dense:
+        # The derivative of few logits remembers them, and forms none again.
+        scores = (x.astype(dtype) for x in map(_scores, tokens, heads))
+        problems = [Problem(x, (1,), None, dtype) for x in scores]
+        nats = divergence(*problems, name="features", target="teacher_features")[:, 0]
+    else:
+        nats = by_tokens(lambda some: _stream(plan.block, some, heads).nats, tokens)
+    if tokens[1].temperature is not None:
+        factor = tokens[1].temperature.astype(dtype)
+        finite = jnp.where(jnp.isinf(nats), 0, nats)  # An infinite loss is constant.
+        # In this order nothing overflows where the loss does not.
+        nats = jnp.where(jnp.isinf(nats), nats, factor * finite * factor)
+    return reduce(nats.reshape(student.shape), shares, shares, reduction)
 
 
 def _no_hotter(tokens: Tokens) -> Tokens:
     """Temperatures up to where the loss no longer depends on them."""
-    heat = tokens.layer.temperature
-    if heat is None:
+    if tokens.temperature is None:
         return tokens
-    hot = jnp.minimum(heat, 2.0**57 if heat.dtype == jnp.float64 else 2.0**38)
-    return tokens._replace(layer=tokens.layer._replace(temperature=hot))
+    limit = 2.0**57 if tokens.temperature.dtype == jnp.float64 else 2.0**38
+    return tokens._replace(temperature=jnp.minimum(tokens.temperature, limit))
 
 
-def _check_alike(student: Tokens, teacher: Tokens) -> None:
+def _check_alike(student: Layer, teacher: Layer) -> None:
     if teacher.shape != student.shape:
         raise ValueError(
             f"`teacher_features` must hold the tokens {student.shape} of `features`, got"
             f" {teacher.shape}."
         )
-    sizes = [tokens.layer.weights.shape[0] for tokens in (student, teacher)]
+    sizes = [layer.head.weights.shape[0] for layer in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"`teacher_weights` must hold the {sizes[0]} classes of `weights`, got {sizes[1]}."
         )
 
 
-def _divergence(plan: Plan, teacher: Layer, student: Layer) -> Array:
-    """D(teacher || student) of each token, [N]."""
-    if plan.dense:
-        scores = [layer_scores(layer) for layer in (teacher, student)]
-        problems = [Problem(x, (1,), None, x.dtype) for x in scores]
-        return divergence(*problems, name="features", target="teacher_features")[:, 0]
-    rows = [(layer.features, layer.temperature) for layer in (teacher, student)]
-
-    def visit(_: None, first: Array, rows: Any) -> tuple[None, Array]:
-        parts = [
-            layer._replace(features=features, temperature=temperature)
-            for layer, (features, temperature) in zip((teacher, student), rows, strict=True)
-        ]
-        return None, _stream(plan.block, *parts).nats
-
-    if student.features.shape[0] <= TOKENS:
-        return visit(None, jnp.array(0), rows)[1]
-    nats: Array = scan_blocks(visit, None, rows, TOKENS)[1]
-    return nats
-
-
 class _Found(NamedTuple):
-    """Of each token: the divergence, and the log-sums of both.
+    """The divergence of each token, and the log-sums of both layers.
 
     Where all classes are close, log(p / q) is x + shift, and not a difference of logarithms.
     """
@@ -195,7 +187,7 @@ class _Found(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """Of some classes: both online states, the teacher's with averages of how far apart."""
+    """Both online states, the teacher's with averages of how far the two are apart."""
 
     teacher: online.State  # of x = t - s - anchor, and of e^-x - 1 + x where |x| < 1
     student: online.State
@@ -203,18 +195,21 @@ class _Seen(NamedTuple):
     missing: Array  # 1 where the student drops what the teacher keeps
 
 
+TwoTokens = tuple[Tokens, Tokens]  # the teacher's and the student's, as in all that follows
+TwoHeads = tuple[Head, Head]
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _stream(block: int, teacher: Layer, student: Layer) -> _Found:
+def _stream(block: int, tokens: TwoTokens, heads: TwoHeads) -> _Found:
     """One pass over the vocabulary of both."""
-    anchor = _anchor(teacher, student)
+    anchor = _anchor(tokens, heads)
     shape, dtype = anchor.shape, anchor.dtype
     zero = jnp.zeros(shape, dtype)
     seen = _Seen(online.init(shape, 2, dtype), online.init(shape, 0, dtype), zero, zero)
 
-    def visit(seen: _Seen, start: Array, teacher: Layer, student: Layer) -> _Seen:
-        t, s = layer_scores(teacher).astype(dtype), layer_scores(student).astype(dtype)
-        taught, learned = t != -jnp.inf, s != -jnp.inf
-        both = taught & learned
+    def visit(seen: _Seen, start: Array, heads: TwoHeads) -> _Seen:
+        t, s = (x.astype(dtype) for x in map(_scores, tokens, heads))
+        taught, learned, both = _kept(t, s)
         apart = jnp.where(both, t, 0) - jnp.where(both, s, 0)
         apart = jnp.where(both, apart - anchor[:, None], 0)
         size = jnp.where(taught == learned, jnp.abs(lax.stop_gradient(apart)), jnp.inf)
@@ -227,35 +222,37 @@ def _stream(block: int, teacher: Layer, student: Layer) -> _Found:
             jnp.maximum(seen.missing, jnp.max((taught & ~learned).astype(dtype), 1)),
         )
 
-    seen = over_blocks(block, visit, seen, teacher, student)
-    totals = [
-        part.peak + jnp.log(jnp.where(part.total == 0, 1, part.total))
-        for part in (seen.teacher, seen.student)
-    ]
-    mean, curve = seen.teacher.average[..., 0], seen.teacher.average[..., 1]
-    # With E over the teacher, D = log E[e^-x] + E[x]; near, as a difference of two small
-    # numbers that are not negative.
+    seen = by_classes(block, visit, vary(seen, tokens), heads)
+    (average, teacher), (_, student) = online.finish(seen.teacher), online.finish(seen.student)
+    mean, curve = average[:, 0], average[:, 1]
+    # With E over the teacher, D = log E[e^-x] + E[x]; where all are close, it is the difference
+    # of two small numbers that are not negative.
     close = seen.widest < 1
     shift = log1p(jnp.where(close, curve - mean, 0))
     near = curve - shift * shift * expm1_over_twice(shift)
-    none = (seen.teacher.total == 0) | (seen.student.total == 0)
-    log_ratio = jnp.where(none, 0, totals[1]) - jnp.where(none, 0, totals[0])
-    far = log_ratio + (mean + anchor)
+    far = (where_finite(student) - where_finite(teacher)) + (mean + anchor)
     nats = jnp.where(close, near, far)
     nats = jnp.where(seen.teacher.total == 0, 0, jnp.where(seen.missing > 0, jnp.inf, nats))
-    return _Found(nats, totals[0], totals[1], shift, close.astype(dtype))
+    return _Found(
+        nats, where_finite(teacher), where_finite(student), shift, close.astype(dtype)
+    )
 
 
-def _anchor(teacher: Layer, student: Layer) -> Array:
+def _scores(tokens: Tokens, head: Head) -> Array:
+    return layer_scores(tokens, head)[0]
+
+
+def _kept(t: Array, s: Array) -> tuple[Array, Array, Array]:
+    """What the teacher keeps, what the student keeps, and what both keep."""
+    taught, learned = t != -jnp.inf, s != -jnp.inf
+    return taught, learned, taught & learned
+
+
+def _anchor(tokens: TwoTokens, heads: TwoHeads) -> Array:
     """About how far the scores of teacher and student are apart, from a few classes."""
-
-    def few(layer: Layer) -> Array:
-        bias = None if layer.bias is None else layer.bias[:_FIRST]
-        part = layer._replace(weights=layer.weights[:_FIRST], bias=bias)
-        return lax.stop_gradient(layer_scores(part))
-
-    t, s = few(teacher), few(student)
-    dtype = jnp.promote_types(t.dtype, s.dtype)
+    few = jax.tree.map(lambda x: x[:_FIRST], heads)
+    t, s = map(lax.stop_gradient, map(_scores, tokens, few))
+    dtype = common_dtype(t, s)
     both = jnp.isfinite(t) & jnp.isfinite(s)
     apart = jnp.where(both, t, 0).astype(dtype) - jnp.where(both, s, 0).astype(dtype)
     return jnp.sum(apart, 1) / jnp.maximum(jnp.sum(both, 1, dtype=dtype), 1)
@@ -263,42 +260,41 @@ def _anchor(teacher: Layer, student: Layer) -> Array:
 
 @functools.partial(_stream.defjvp, symbolic_zeros=True)
 def _stream_jvp(block: int, primals: Any, tangents: Any) -> tuple[_Found, _Found]:
-    # A rule, for memory: the tangent visits the blocks once more, each visit checkpointed.
+    # This is a rule to save memory: the tangent visits the blocks once more, and each visit is
+    # checkpointed.
+    tokens, heads = primals
     found = _stream(block, *primals)
-    dots = jax.tree.map(
-        lambda dot: None if isinstance(dot, SymbolicZero) else dot,
-        tangents,
-        is_leaf=lambda dot: isinstance(dot, SymbolicZero),
-    )
-    finite = found.nats != jnp.inf
-    known = _Found(*(jnp.where(jnp.isinf(row), 0, row)[:, None] for row in found))
-    anchor = _anchor(*primals)[:, None]
+    tokens_dots, heads_dots = nonzero(tangents)
+    is_finite = (found.nats != jnp.inf)[:, None]
+    known = _Found(*(jnp.where(jnp.isinf(x), 0, x)[:, None] for x in found))
+    fixed = tokens, wide_tangents(tokens_dots), known, _anchor(*primals)[:, None]
 
-    def visit(state: tuple[Array, ...], start: Array, *layers: Layer) -> tuple[Array, ...]:
-        return jax.tree.map(jnp.add, state, tangent(layers, known))
+    def visit(state: Any, start: Array, heads: Any) -> Any:
+        return jax.tree.map(jnp.add, state, tangent(heads, fixed))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def tangent(layers: tuple[Layer, ...], known: _Found) -> tuple[Array, ...]:
-        teacher, student, teacher_dot, student_dot = layers
-        dtype = known.nats.dtype
-        t, t_dot = (x.astype(dtype) for x in push(teacher, teacher_dot))
-        s, s_dot = (x.astype(dtype) for x in push(student, student_dot))
-        taught, learned = t != -jnp.inf, s != -jnp.inf
+    def tangent(heads: Any, fixed: Any) -> tuple[Array, ...]:
+        (heads, heads_dots), (tokens, tokens_dots, known, anchor) = heads, fixed
+        pushed = map(push, tokens, heads, zip(tokens_dots, heads_dots, strict=True))
+        (t, t_dot), (s, s_dot) = (
+            (x.astype(anchor.dtype), dot.astype(anchor.dtype)) for x, dot in pushed
+        )
+        taught, learned, both = _kept(t, s)
         t_log = jnp.where(taught, t, 0) - known.teacher
         s_log = jnp.where(learned, s, 0) - known.student
         p = jnp.where(taught, jnp.exp(jnp.where(taught, t_log, 0)), 0)
         q = jnp.where(learned, jnp.exp(jnp.where(learned, s_log, 0)), 0)
         t_dot, s_dot = jnp.where(taught, t_dot, 0), jnp.where(learned, s_dot, 0)
-        both = taught & learned
         close = both & (known.close == 1)
         apart = jnp.where(close, t, 0) - jnp.where(close, s, 0)
         apart = jnp.where(close, (apart - anchor) + known.shift, 0)
         ratio = jnp.where(close, apart, jnp.where(both, t_log - s_log, 0))
         more = jnp.where(close, p * jnp.expm1(-apart), q - p)
         terms = p * (ratio - known.nats) * t_dot + more * s_dot
-        terms = jnp.where(finite[:, None], terms, 0)
+        terms = jnp.where(is_finite, terms, 0)
         return jnp.sum(terms, 1), jnp.sum(p * t_dot, 1), jnp.sum(q * s_dot, 1)
 
     zero = jnp.zeros_like(found.nats)
-    nats, taught, learned = over_blocks(block, visit, (zero,) * 3, *primals, *dots)
+    state = vary((zero,) * 3, tokens)
+    nats, taught, learned = by_classes(block, visit, state, (heads, heads_dots))
     return found, _Found(nats, taught, learned, learned - taught, zero)

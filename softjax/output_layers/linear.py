@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, POSITIVE, PROBABILITY, api
-from softjax._inputs import check_flag, is_zero, per_class
-from softjax.losses._reduction import over_mass, shares_and_masses, sum_of_counted
+from softjax._inputs import check_flag, per_class
+from softjax.losses._reduction import check_reduction, over_mass, reduce, shares_and_masses
 from softjax.output_layers._layer import idle_tokens, prepare_layer, token_labels, without
-from softjax.output_layers._losses import token_losses, total_with_gradient
+from softjax.output_layers._losses import (
+    token_losses,
+    total_with_gradient,
+)
 from softjax.output_layers._stream import plan_for, statistics
 
 __all__ = ["linear_cross_entropy", "linear_statistics"]
 
 
 class Statistics(NamedTuple):
-    """What `linear_statistics` tells of each token, arrays of the shape of the tokens."""
+    """The results of `linear_statistics`, arrays of the shape of the tokens."""
 
     logsumexp: Array
     entropy: Array
@@ -62,14 +66,16 @@ def linear_cross_entropy(
 
     Args:
         features: x, `[..., D]`, real; differentiable.
-        weights: W, `[V, D]`, of the dtype of `features`; differentiable.
+        weights: W, `[V, D]`; differentiable. Where its dtype is another than that of
+            `features`, both are promoted as JAX does, except that bfloat16 features meet
+            float32 weights in bfloat16, block by block, and the weights' gradient is float32.
         labels: classes y, int, `[...]`.
         bias: b, `[V]`; differentiable. -inf drops a class, whatever its weights hold.
-        temperature: T > 0, one number or one a token; differentiable.
+        temperature: T > 0, one number or one per token; differentiable.
         soft_cap: c > 0, acts on the logits before the temperature divides them; one number;
             inf bounds nothing; differentiable.
-        label_smoothing: epsilon in [0, 1], one number or one a token; differentiable.
-        z_loss: factor lambda of the squared log-normaliser, one number or one a token;
+        label_smoothing: epsilon in [0, 1], one number or one per token; differentiable.
+        z_loss: factor lambda of the squared log-normaliser, one number or one per token;
             differentiable.
         ignore_index: a label, of any value, whose tokens have loss and gradient 0, whatever
             they hold.
@@ -86,11 +92,10 @@ def linear_cross_entropy(
             `reduction=None`; `block_size` is then that of the tokens taken at once.
 
     Returns:
-        One number, or one loss a token with `reduction=None`; float32 or wider.
+        One number, or one loss per token with `reduction=None`; float32 or wider.
 
     Raises:
-        TypeError: an argument is not real, `labels` not integer, or the dtypes of `features`
-            and `weights` differ.
+        TypeError: an argument is not real, `labels` not integer, or `bias` bool.
         ValueError: shapes do not fit, `reduction` or `block_size` is none of the above, or
             `forward_gradient` meets `reduction=None`.
 
@@ -114,47 +119,42 @@ def linear_cross_entropy(
         derivative by blocks is that of Rabe and Staats (2021), Self-attention does not need
         O(n^2) memory.
     """
-    if reduction not in ("mean", "sum", None):
-        raise ValueError(f'`reduction` must be "mean", "sum" or None, got {reduction!r}.')
+    check_reduction(reduction)
     if check_flag(forward_gradient, name="forward_gradient") and reduction is None:
         raise ValueError(
             '`reduction` must be "mean" or "sum" with `forward_gradient`, which knows the'
             " gradient of one number alone, got None."
         )
-    tokens = prepare_layer(features, weights, bias, temperature, soft_cap)
-    rows = token_labels(tokens, labels, ignore_index)
-    layer = tokens.layer
+    layer = prepare_layer(features, weights, bias, temperature, soft_cap)
+    head, rows = layer.head, token_labels(layer, labels, ignore_index)
     if class_weights is not None:
-        num_classes = layer.weights.shape[0]
-        layer = layer._replace(classes=per_class(class_weights, num_classes, tokens.dtype))
+        class_weights = per_class(class_weights, head.weights.shape[0], layer.dtype)
+        head = head._replace(class_weights=class_weights)
     shares, masses = shares_and_masses(
-        jnp.ones(tokens.shape, tokens.dtype),
+        jnp.ones(layer.shape, layer.dtype),
         labels,
         ignore_index=ignore_index,
-        class_weights=layer.classes,
+        class_weights=class_weights,
         example_weights=example_weights,
     )
-    parts = {"shares": shares.reshape(-1)}
-    for name, option in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
-        if not is_zero(option):
-            parts[name] = tokens.row(option, name)
+    tokens = layer.tokens._replace(
+        label_smoothing=layer.optional(label_smoothing, "label_smoothing"),
+        z_loss=layer.optional(z_loss, "z_loss"),
+        shares=shares.reshape(-1),
+    )
     if ignore_index is not None or example_weights is not None:
-        by_token = (layer.features, layer.temperature)
-        idle = idle_tokens(parts["shares"], *by_token, *parts.values(), rows=rows)
-        layer = without(layer, idle)
-        parts = {name: jnp.where(idle, 0, x) for name, x in parts.items()}
-        masses = jnp.where(idle.reshape(masses.shape), 0, masses)
+        idle = idle_tokens(shares.reshape(-1), tokens, known=rows.known)
+        idle = idle if rows.ignored is None else idle | rows.ignored
+        tokens = without(tokens, idle)
+        shares, masses = (jnp.where(idle.reshape(x.shape), 0, x) for x in (shares, masses))
         rows = rows._replace(known=rows.known | idle, ignored=idle)
-    parts |= {name: x for name, x in layer._asdict().items() if x is not None}
-    plan = plan_for(layer, block_size)
+    plan = plan_for(tokens, head, block_size)
     if forward_gradient:
-        total = total_with_gradient(block_size, parts, rows)
-    else:
-        loss = token_losses(plan, parts, rows)
-        if reduction is None:
-            return (parts["shares"] * loss).reshape(tokens.shape)
-        total = sum_of_counted(loss, parts["shares"])
-    return over_mass(total, masses) if reduction == "mean" else total
+        total = total_with_gradient(block_size, (tokens, head), rows)
+        return over_mass(total, masses) if reduction == "mean" else total
+
+    loss = token_losses(plan, tokens, head, rows).reshape(layer.shape)
+    return reduce(loss, shares, masses, reduction)
 
 
 @api("block_size", temperature=POSITIVE, soft_cap=POSITIVE)
@@ -168,24 +168,24 @@ def linear_statistics(
     soft_cap: ArrayLike | None = None,
     block_size: int | None = None,
 ) -> Statistics:
-    r"""Tells what is usually asked of the logits of a linear layer, without storing them.
+    r"""Computes the usual statistics of the logits of a linear layer, without storing them.
 
     .. math:: \log Z = \log \sum_j e^{s_j}, \quad H = -\sum_j p_j \log p_j, \quad
         \arg\max_j s_j, \quad \log p_y
 
     Args:
         features: x, `[..., D]`, real; differentiable.
-        weights: W, `[V, D]`, of the dtype of `features`; differentiable.
+        weights: W, `[V, D]`, of any dtype, as in `linear_cross_entropy`; differentiable.
         labels: classes y, int, `[...]`, or None.
         bias: b, `[V]`; differentiable. -inf drops a class.
-        temperature: T > 0, one number or one a token; differentiable.
+        temperature: T > 0, one number or one per token; differentiable.
         soft_cap: c > 0, before the temperature, as in `linear_cross_entropy`; differentiable.
         block_size: classes formed at once; chosen from the shapes by default.
 
     Returns:
         (logsumexp, entropy, argmax, log_prob), each `[...]`: float32 or wider, but argmax int32
-        (the first of equals); log_prob is None without labels, and NaN where one is out of
-        range.
+        (the first of equals, before the soft cap and the temperature make more of them);
+        log_prob is None without labels, and NaN where one is out of range.
 
     Raises:
         TypeError: as `linear_cross_entropy`.
@@ -199,15 +199,11 @@ def linear_statistics(
         One pass over the vocabulary; cost and derivatives as `linear_cross_entropy`. The
         entropy is a sum of terms of one sign, and keeps its digits where it is small.
     """
-    tokens = prepare_layer(features, weights, bias, temperature, soft_cap)
-    asked = jnp.zeros(tokens.shape, jnp.int32) if labels is None else labels
-    rows = token_labels(tokens, asked, None)
-    plan = plan_for(tokens.layer, block_size)._replace(dense=False, entropy=True)
-    found = statistics(plan, tokens.layer, rows.labels)
-    log_prob = None
-    if labels is not None:
-        log_prob = -rows.finish(found.surprise).reshape(tokens.shape)
-    shaped = lambda x: x.reshape(tokens.shape)
-    return Statistics(
-        shaped(found.logsumexp), shaped(found.entropy), shaped(found.argmax), log_prob
-    )
+    layer = prepare_layer(features, weights, bias, temperature, soft_cap)
+    asked = jnp.zeros(layer.shape, jnp.int32) if labels is None else labels
+    rows = token_labels(layer, asked, None)
+    plan = plan_for(layer.tokens, layer.head, block_size)._replace(dense=False, entropy=True)
+    found = statistics(plan, layer.tokens, layer.head, rows.labels)
+    log_prob = None if labels is None else -rows.finish(found.nll)
+    parts: Any = found.logsumexp, found.entropy, found.argmax, log_prob
+    return Statistics(*jax.tree.map(lambda x: x.reshape(layer.shape), parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from softjax._scan import scan_blocks
 from softjax._uint64 import WORD, Wide
 from softjax.losses._softmax_stats import nll
 from softjax.output_layers._layer import (
-    Layer,
-    cooled,
+    Head,
+    Tokens,
     layer_scores,
     prepare_layer,
     shown,
@@ -57,8 +57,8 @@ def sampled_cross_entropy(
     Args:
         key: random key.
         features: x, `[..., D]`, real; differentiable.
-        weights: W, `[V, D]`, of the dtype of `features`, sorted by how frequent the classes
-            are, the most frequent first; differentiable.
+        weights: W, `[V, D]`, of any dtype, as in `linear_cross_entropy`, sorted by how frequent
+            the classes are, the most frequent first; differentiable.
         labels: classes y, int, `[...]`.
         num_samples: m, at least 1: how many classes are drawn, with replacement, once for all
             tokens.
@@ -101,59 +101,42 @@ def sampled_cross_entropy(
     """
     check_key(key)
     num_samples = check_int(num_samples, name="num_samples", least=1)
-    tokens = prepare_layer(features, weights, bias, temperature, None)
-    rows = token_labels(tokens, labels, ignore_index)
-    layer = without(tokens.layer, rows.ignored)
-    num_classes = layer.weights.shape[0]
+    layer = prepare_layer(features, weights, bias, temperature, None)
+    rows = token_labels(layer, labels, ignore_index)
+    tokens, head = without(layer.tokens, rows.ignored), layer.head
+    num_classes = head.weights.shape[0]
     drawn = log_uniform(key, num_samples, num_classes)
-    place = drawn.astype(tokens.dtype)
+    place = drawn.astype(layer.dtype)
     expected = num_samples * jnp.log1p(1 / (place + 1)) / math.log1p(num_classes)
     surplus = jnp.log(expected)
-    candidates = _classes(layer, drawn)
+    candidates = _classes(head, drawn)
 
     def visit(_: None, first: Array, block: Any) -> tuple[None, Array]:
         return None, nats_of(candidates, surplus, *block)
 
     @jax.checkpoint
     def nats_of(
-        candidates: _Classes,
-        surplus: Array,
-        features: Array,
-        temperature: Array | None,
-        labels: Array,
-        label_classes: _Classes,
+        candidates: Head, surplus: Array, tokens: Tokens, labels: Array, label_classes: Head
     ) -> Array:
-        layer = Layer(features, candidates.weights, candidates.bias, temperature, None)
-        scores = layer_scores(layer) - surplus[None]
+        scores = layer_scores(tokens, candidates)[0] - surplus[None]
         scores = jnp.where(
             drawn.astype(labels.dtype)[None] == labels[:, None], -jnp.inf, scores
         )
-        chosen = jnp.einsum(
-            "nd,nd->n", features, label_classes.weights, preferred_element_type=tokens.dtype
-        )
-        if label_classes.bias is not None:
-            chosen += label_classes.bias
-        if temperature is not None:
-            chosen = cooled(chosen, temperature)
+        by_one = jax.tree.map(lambda x: x[:, None], (tokens, label_classes))
+        chosen = jax.vmap(layer_scores)(*by_one)[0][:, 0, 0]
         together = jnp.concatenate([chosen[:, None], scores], 1)
         return nll(together, jnp.zeros_like(labels), 1)
 
-    blocks = (layer.features, layer.temperature, rows.labels, _classes(layer, rows.labels))
+    blocks = (tokens, rows.labels, _classes(head, rows.labels))
     nats = scan_blocks(visit, None, blocks, max(1, ENTRIES // num_samples))[1]
-    nats = jnp.zeros(rows.labels.shape, tokens.dtype) if nats is None else nats
-    return rows.finish(nats).reshape(tokens.shape)
+    nats = jnp.zeros(rows.labels.shape, layer.dtype) if nats is None else nats
+    return rows.finish(nats).reshape(layer.shape)
 
 
-class _Classes(NamedTuple):
+def _classes(head: Head, chosen: Array) -> Head:
     """Some classes of a layer."""
-
-    weights: Array
-    bias: Array | None
-
-
-def _classes(layer: Layer, chosen: Array) -> _Classes:
-    bias = None if layer.bias is None else layer.bias[chosen]
-    return _Classes(shown(layer.weights[chosen], bias), bias)
+    bias = None if head.bias is None else head.bias[chosen]
+    return Head(shown(head.weights[chosen], bias), bias)
 
 
 def log_uniform(key: Array, num_samples: int, num_classes: int) -> Array:
