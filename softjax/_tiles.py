@@ -19,7 +19,7 @@ from softjax._inputs import to_integers
 FARTHEST = 2**31 - 2  # of positions and distances; what lies beyond is taken for it
 
 
-class Index(NamedTuple):
+class ScoreIndex(NamedTuple):
     """Which scores a tile holds: int32 arrays that broadcast to `[batch, head, query, key]`."""
 
     batch: Array
@@ -108,9 +108,9 @@ class Grid:
         """How many sequences there are: all axes of the batch in one."""
         return math.prod(self.batch)
 
-    def index(self, i: Any, j: Any) -> Index:
+    def index(self, i: Any, j: Any) -> ScoreIndex:
         """Of the tile of query block i and key block j."""
-        return Index(
+        return ScoreIndex(
             jnp.arange(self.rows, dtype=jnp.int32)[:, None, None, None],
             jnp.arange(self.heads, dtype=jnp.int32)[None, :, None, None],
             self.queries.places(i)[:, None, :, None],
@@ -124,7 +124,7 @@ class Tile(NamedTuple):
     grid: Grid
     i: Any  # the block of queries
     j: Any  # the block of keys
-    places: Index
+    places: ScoreIndex
 
     def queries(self, x: Array, axis: int = -1) -> Array:
         """Of an array over all queries along `axis`, the part of this tile."""

@@ -72,12 +72,6 @@ class Mask:
         kept = self.bind(grid).tile(Tile(grid, 0, 0, grid.index(0, 0)))
         return jnp.broadcast_to(kept, shape).reshape(*batch, *shape[1:])
 
-    def functions(self) -> list[Callable[..., Array]]:
-        """The functions that are asked, of this mask and of those that it is made of."""
-        names = getattr(self, "__dataclass_fields__", ())
-        parts = [getattr(self, name) for name in names]
-        return [f for part in parts if isinstance(part, Mask) for f in part.functions()]
-
     __array_ufunc__ = None  # So that NumPy leaves `array & mask` to the mask.
 
     def __and__(self, other: Mask | ArrayLike) -> Mask:
@@ -284,9 +278,6 @@ class Function(Mask):
 
     keep: Callable[..., Array] = dataclasses.field(metadata={"static": True})
 
-    def functions(self) -> list[Callable[..., Array]]:
-        return [self.keep]
-
     def bind(self, grid: Grid) -> _Bound:
         index = grid.index(0, 0)
         keep, captured = hoist(lambda index: self.keep(index), index)
@@ -380,6 +371,14 @@ class Inside(Mask):
         last = jnp.arange(grid.keys.num_blocks) == grid.keys.num_blocks - 1
         short = last & (grid.keys.padding > 0)
         return _everywhere(True), ~short[None, None, None]
+
+
+def asks(mask: Mask | None) -> bool:
+    """Whether a user's function is among the parts of a mask."""
+    parts = [getattr(mask, name) for name in getattr(mask, "__dataclass_fields__", ())]
+    return isinstance(mask, Function) or any(
+        asks(part) for part in parts if isinstance(part, Mask)
+    )
 
 
 def as_mask(mask: Any) -> Mask | None:

@@ -10,7 +10,7 @@ import pytest
 import softjax as sj
 from softjax import masks
 from softjax.attentions import _threshold_tiles
-from softjax.attentions._inputs import prepare, with_weigher
+from softjax.attentions._inputs import cut_into_tiles, with_weigher
 from tests import oracles
 from tests.helpers import NAN, assert_close, eps
 from tests.test_attention import INF, MODES, pairs
@@ -133,7 +133,7 @@ def test_a_map_of_a_users_own():
 def test_tiles_without_weight_are_skipped():
     """Two of four blocks of keys lie below the threshold of every query."""
     keys = jnp.zeros((1, 16, 1, 1)).at[:, 5:7].set(3.0).at[:, 12].set(2.75)
-    problem = prepare(
+    problem = cut_into_tiles(
         jnp.ones((1, 8, 1, 1)),
         keys,
         jnp.ones((1, 16, 1, 1)),

@@ -18,7 +18,7 @@ from softjax._inputs import computing_dtype, nan_unless_positive, one_number, to
 from softjax._mesh import vary
 from softjax._tiles import Grid, grid_of, per_score
 from softjax.attentions._dropout import words_of
-from softjax.attentions._operands import Floats, Others, Program
+from softjax.attentions._operands import Constants, DiffOperands, Static
 from softjax.masks import Inside, Mask
 
 DENSE = 2**19  # so many scores, or fewer, are formed at once and kept for the derivative
@@ -27,17 +27,17 @@ LARGEST = 512  # queries of a block, at most
 LEAST = 32  # keys of a block, at least
 
 
-class Problem(NamedTuple):
+class TiledAttention(NamedTuple):
     """An attention as its tiles see it."""
 
-    program: Program
-    floats: Floats
-    others: Others
+    static: Static
+    operands: DiffOperands
+    constants: Constants
     shape: tuple[int, ...]  # of the result, [..., T, N, W]
     dtype: jnp.dtype  # of the result
 
 
-def prepare(
+def cut_into_tiles(
     queries: ArrayLike,
     keys: ArrayLike,
     values: ArrayLike,
@@ -52,7 +52,7 @@ def prepare(
     dropout_key: Array | None,
     block_size: int | tuple[int, int] | None,
     implementation: str | None,
-) -> Problem:
+) -> TiledAttention:
     """Checks and cuts the arguments of `attention`."""
     queries, keys, values, dtype = _three(queries, keys, values)
     *batch, num_queries, heads, width = queries.shape
@@ -84,11 +84,11 @@ def prepare(
     queries = queries.reshape(shared)
 
     remember = grid.queries.num_blocks == grid.keys.num_blocks == 1 and block_size is None
-    program = Program(remember=remember)
-    floats = Floats(
+    static = Static(remember=remember)
+    operands = DiffOperands(
         grid.queries.cut(queries, 3), grid.keys.cut(keys, 2), grid.keys.cut(values, 2)
     )
-    floats = floats._replace(
+    operands = operands._replace(
         bias=None if bias is None else _bias(bias, grid),
         scale=per_head(
             1 / max(1, width) ** 0.5 if scale is None else scale, heads, wide, "scale"
@@ -97,15 +97,15 @@ def prepare(
         if soft_cap is None
         else nan_unless_positive(per_head(soft_cap, heads, wide, "soft_cap")),
     )
-    others = Others(grid, bound, bad_queries, bad_keys)
+    constants = Constants(grid, bound, bad_queries, bad_keys)
     if score is not None:
-        program, floats, others = _with_score(score, program, floats, others, wide)
+        static, operands, constants = _with_score(score, static, operands, constants, wide)
     if dropout_key is not None:
         rate = one_number(dropout_rate, name="dropout_rate")
         rate = jnp.where((rate >= 0) & (rate <= 1), rate, jnp.nan)
-        others = others._replace(dropout=(words_of(dropout_key), rate.astype(wide)))
+        constants = constants._replace(dropout=(words_of(dropout_key), rate.astype(wide)))
     shape = (*batch, num_queries, heads, values.shape[-1])
-    return Problem(program, floats, others, shape, dtype)
+    return TiledAttention(static, operands, constants, shape, dtype)
 
 
 def per_head(x: ArrayLike, heads: int, dtype: Any, name: str) -> Array:
@@ -217,11 +217,15 @@ def _bias(bias: ArrayLike, grid: Grid) -> Array:
 
 
 def _with_score(
-    score: Callable[..., Array], program: Program, floats: Floats, others: Others, dtype: Any
-) -> tuple[Program, Floats, Others]:
-    grid = others.grid
+    score: Callable[..., Array],
+    static: Static,
+    operands: DiffOperands,
+    constants: Constants,
+    dtype: Any,
+) -> tuple[Static, DiffOperands, Constants]:
+    grid = constants.grid
     shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
-    scores, index = vary(jnp.zeros(shape, dtype), floats), grid.index(0, 0)
+    scores, index = vary(jnp.zeros(shape, dtype), operands), grid.index(0, 0)
     run, floating, fixed = hoist_floats(
         lambda scores, index: score(scores, index), scores, index
     )
@@ -230,15 +234,15 @@ def _with_score(
         raise ValueError(f"`score` must give scores of the shape {shape}, got {out}.")
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"`score` must give real scores, got {out.dtype}.")
-    program = program._replace(score=run)
-    return program, floats._replace(captured=floating), others._replace(captured=fixed)
+    static = static._replace(score=run)
+    return static, operands._replace(captured=floating), constants._replace(captured=fixed)
 
 
-def with_weigher(problem: Problem, weigh: Callable[[Array], Array]) -> Problem:
-    """The problem under a threshold map of a user's own."""
-    grid, dtype = problem.others.grid, computing_dtype(problem.dtype)
+def with_weigher(tiled: TiledAttention, weigh: Callable[[Array], Array]) -> TiledAttention:
+    """The tiled under a threshold map of a user's own."""
+    grid, dtype = tiled.constants.grid, computing_dtype(tiled.dtype)
     shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
-    margins = vary(jnp.zeros(shape, dtype), problem.floats)
+    margins = vary(jnp.zeros(shape, dtype), tiled.operands)
     run, floating, fixed = hoist_floats(lambda margins: weigh(margins), margins)
     out = jax.eval_shape(run, floating, fixed, margins)
     if not isinstance(out, jax.ShapeDtypeStruct) or (out.shape, out.dtype) != (shape, dtype):
@@ -246,8 +250,8 @@ def with_weigher(problem: Problem, weigh: Callable[[Array], Array]) -> Problem:
             f"the function of `normalizer` must keep shape and dtype, {shape} and {dtype}, got"
             f" {out}."
         )
-    return problem._replace(
-        program=problem.program._replace(weigh=run),
-        floats=problem.floats._replace(weigher=floating),
-        others=problem.others._replace(weigher=fixed),
+    return tiled._replace(
+        static=tiled.static._replace(weigh=run),
+        operands=tiled.operands._replace(weigher=floating),
+        constants=tiled.constants._replace(weigher=fixed),
     )

@@ -1,7 +1,7 @@
 """What scores are made of, and the scores of one tile.
 
-Arrays with derivatives (`Floats`) are cut into blocks beforehand, so that their cotangents are
-formed block by block; the others (`Others`) are sliced where a tile needs them. Inside, heads
+Arrays with derivatives (`DiffOperands`) are cut into blocks beforehand, so that their cotangents are
+formed block by block; the constants (`Constants`) are sliced where a tile needs them. Inside, heads
 come before tokens, and the G query heads that share a head of keys lie side by side, so that
 no key is ever repeated.
 """
@@ -23,7 +23,7 @@ from softjax.attentions._dropout import keep_weight
 from softjax.masks import Mask
 
 
-class Floats(NamedTuple):
+class DiffOperands(NamedTuple):
     """All that has a derivative. None plays no part, or does not move."""
 
     queries: Any  # [i, batch, K, G, query block, H]
@@ -35,9 +35,9 @@ class Floats(NamedTuple):
     captured: Any = None  # by the score function
     weigher: Any = None  # what the function of a threshold map has captured
 
-    def by_query(self, grid: Grid) -> tuple["Floats", "Floats"]:
+    def by_query(self, grid: Grid) -> tuple["DiffOperands", "DiffOperands"]:
         """What is cut along the queries, and the rest."""
-        rows = Floats(self.queries, None, None)
+        rows = DiffOperands(self.queries, None, None)
         rest = self._replace(queries=None)
         if self.bias is None:
             return rows, rest
@@ -45,9 +45,9 @@ class Floats(NamedTuple):
             return rows._replace(bias=self.bias), rest._replace(bias=None)
         return rows, rest._replace(bias=self.bias[0])
 
-    def by_key(self, grid: Grid) -> tuple["Floats", "Floats"]:
+    def by_key(self, grid: Grid) -> tuple["DiffOperands", "DiffOperands"]:
         """Of what belongs to a block of queries: what is cut along the keys, and the rest."""
-        rows = Floats(None, self.keys, self.values)
+        rows = DiffOperands(None, self.keys, self.values)
         rest = self._replace(keys=None, values=None)
         if self.bias is None:
             return rows, rest
@@ -55,12 +55,12 @@ class Floats(NamedTuple):
             return rows._replace(bias=self.bias), rest._replace(bias=None)
         return rows, rest._replace(bias=self.bias[0])
 
-    def join(self, rest: "Floats") -> "Floats":
+    def join(self, rest: "DiffOperands") -> "DiffOperands":
         """The parts together again."""
-        return Floats(*(a if b is None else b for a, b in zip(self, rest, strict=True)))
+        return DiffOperands(*(a if b is None else b for a, b in zip(self, rest, strict=True)))
 
 
-class Others(NamedTuple):
+class Constants(NamedTuple):
     """All that has no derivative."""
 
     grid: Grid
@@ -72,7 +72,7 @@ class Others(NamedTuple):
     dropout: tuple[Array, Array] | None = None  # two words of random bits, and the rate
 
 
-class Place(NamedTuple):
+class TileIndex(NamedTuple):
     """Which tile, and what is known of it."""
 
     i: Any
@@ -80,24 +80,26 @@ class Place(NamedTuple):
     kind: Any = 1  # 0: empty, 1: to be masked, 2: full
 
 
-class Program(NamedTuple):
+class Static(NamedTuple):
     """What is static."""
 
-    score: Callable[..., Array] | None = None  # of (floats, others captured; scores, index)
+    score: Callable[..., Array] | None = (
+        None  # of (operands, constants captured; scores, index)
+    )
     weigh: Callable[..., Array] | None = None  # of a threshold map; None: softmax
     remember: bool = False  # one tile, whose weights are kept for the derivative
 
 
-def scores_of(program: Program, part: Floats, others: Others, at: Place) -> Array:
+def scores_of(static: Static, part: DiffOperands, constants: Constants, at: TileIndex) -> Array:
     """The scores of a tile from its part of the operands, `[batch, N, query, key]`.
 
     -inf is dropped; NaN marks who sees a bad token. Of a full tile nothing is.
     """
-    return _dropped(_raw(program, part, others, at), program, part, others, at)
+    return _dropped(_raw(static, part, constants, at), static, part, constants, at)
 
 
 def push_scores(
-    program: Program, part: Floats, dot: Floats, others: Others, at: Place
+    static: Static, part: DiffOperands, dot: DiffOperands, constants: Constants, at: TileIndex
 ) -> tuple[Array, Array]:
     """The scores of a tile, and their tangent in the operands that move: 0 where dropped."""
     apart = ("values", "weigher")
@@ -105,12 +107,12 @@ def push_scores(
         name: x for name, x in dot._asdict().items() if x is not None and name not in apart
     }
     if not moving:
-        scores = scores_of(program, part, others, at)
+        scores = scores_of(static, part, constants, at)
         return scores, jnp.zeros_like(scores)
     base = {name: _alike(getattr(part, name), x) for name, x in moving.items()}
-    form = lambda moved: _raw(program, part._replace(**moved), others, at)
+    form = lambda moved: _raw(static, part._replace(**moved), constants, at)
     raw, raw_dot = jax.jvp(form, (base,), (moving,))
-    scores = _dropped(raw, program, part, others, at)
+    scores = _dropped(raw, static, part, constants, at)
     # For the transpose: the cotangent of a dropped score, NaN perhaps, ends here.
     moves = (scores > -jnp.inf) & (scores < huge(scores.dtype))
     return scores, jnp.where(moves, raw_dot, 0)
@@ -120,16 +122,16 @@ def _alike(x: Any, dot: Any) -> Any:
     return jax.tree.map(lambda x, dot: x.astype(dot.dtype), x, dot)
 
 
-def widened(floats: Floats) -> Floats:
+def widened(operands: DiffOperands) -> DiffOperands:
     """In the computing dtype: what is cut, and what is added up over blocks."""
     wide = lambda x: x if x is None else x.astype(computing_dtype(x.dtype))
     changed = {
-        name: wide(getattr(floats, name)) for name in ("queries", "keys", "values", "bias")
+        name: wide(getattr(operands, name)) for name in ("queries", "keys", "values", "bias")
     }
-    return floats._replace(**changed)
+    return operands._replace(**changed)
 
 
-def moving(dots: Floats) -> Floats:
+def moving(dots: DiffOperands) -> DiffOperands:
     """Tangents, of which those that vanish are None; of what is captured, all or none."""
 
     def kept(dot: Any) -> Any:
@@ -139,66 +141,70 @@ def moving(dots: Floats) -> Floats:
         written = lambda x: jnp.zeros(x.aval.shape, x.aval.dtype) if zero(x) else x
         return None if all(map(zero, dot)) else tuple(map(written, dot))
 
-    return Floats(*map(kept, dots))
+    return DiffOperands(*map(kept, dots))
 
 
-def _raw(program: Program, part: Floats, others: Others, at: Place) -> Array:
+def _raw(static: Static, part: DiffOperands, constants: Constants, at: TileIndex) -> Array:
     """The scores before anything is dropped."""
     dtype = computing_dtype(part.queries.dtype)
     scores = _products(part.queries, part.keys, dtype)
     if part.scale is not None:
         scores *= part.scale
     if part.bias is not None:
-        scores += _safe_bias(program, part, others, at).astype(dtype)
+        scores += _safe_bias(static, part, constants, at).astype(dtype)
     if part.soft_cap is not None:
         scores = capped(scores, part.soft_cap)
-    if program.score is not None:
-        index = others.grid.index(at.i, at.j)
-        scores = program.score(part.captured, others.captured, scores, index).astype(dtype)
+    if static.score is not None:
+        index = constants.grid.index(at.i, at.j)
+        scores = static.score(part.captured, constants.captured, scores, index).astype(dtype)
     return scores
 
 
-def _safe_bias(program: Program, part: Floats, others: Others, at: Place) -> Array:
+def _safe_bias(
+    static: Static, part: DiffOperands, constants: Constants, at: TileIndex
+) -> Array:
     """The bias; 0 where a score is dropped of which a function has a derivative."""
     bias = part.bias
     assert bias is not None
-    if part.soft_cap is None and program.score is None:
+    if part.soft_cap is None and static.score is None:
         return bias
     keep = bias != -jnp.inf
-    if others.mask is not None:
-        keep &= _seen(others, at)
+    if constants.mask is not None:
+        keep &= _seen(constants, at)
     return jnp.where(keep, bias, 0)
 
 
-def _seen(others: Others, at: Place) -> Array:
-    assert others.mask is not None
-    index = others.grid.index(at.i, at.j)
-    return others.mask.tile(Tile(others.grid, at.i, at.j, index))
+def _seen(constants: Constants, at: TileIndex) -> Array:
+    assert constants.mask is not None
+    index = constants.grid.index(at.i, at.j)
+    return constants.mask.tile(Tile(constants.grid, at.i, at.j, index))
 
 
-def _dropped(scores: Array, program: Program, part: Floats, others: Others, at: Place) -> Array:
+def _dropped(
+    scores: Array, static: Static, part: DiffOperands, constants: Constants, at: TileIndex
+) -> Array:
     """The scores, -inf where dropped, NaN where bad; infinite ones are equal and finite."""
-    if part.bias is not None and (part.soft_cap is not None or program.score is not None):
+    if part.bias is not None and (part.soft_cap is not None or static.score is not None):
         scores = jnp.where(part.bias == -jnp.inf, -jnp.inf, scores)
-    masked = functools.partial(_masked, others=others, at=at)
+    masked = functools.partial(_masked, constants=constants, at=at)
     if isinstance(at.kind, int):
         scores = masked(scores) if at.kind == 1 else scores
     else:
-        scores = vary(scores, others)  # Of both branches alike.
+        scores = vary(scores, constants)  # Of both branches alike.
         scores = lax.cond(at.kind == 1, masked, lambda scores: scores, scores)
     return jnp.where(scores > huge(scores.dtype), huge(scores.dtype), scores)
 
 
-def _masked(scores: Array, others: Others, at: Place) -> Array:
-    grid = others.grid
-    bad = grid.queries.take(others.bad_queries, at.i)[..., :, None]
-    bad |= _per_head(grid.keys.take(others.bad_keys, at.j), grid)[..., None, :]
+def _masked(scores: Array, constants: Constants, at: TileIndex) -> Array:
+    grid = constants.grid
+    bad = grid.queries.take(constants.bad_queries, at.i)[..., :, None]
+    bad |= _per_head(grid.keys.take(constants.bad_keys, at.j), grid)[..., None, :]
     if grid.queries.padding:  # What fills up the last block may see what no query does.
         bad &= (grid.queries.order(at.i) < grid.queries.size)[None, None, :, None]
     scores = jnp.where(bad & (scores != -jnp.inf), jnp.nan, scores)
-    if others.mask is None:
+    if constants.mask is None:
         return scores
-    return jnp.where(_seen(others, at), scores, -jnp.inf)
+    return jnp.where(_seen(constants, at), scores, -jnp.inf)
 
 
 def huge(dtype: Any) -> float:
@@ -216,23 +222,23 @@ def weighted(weights: Array, values: Array) -> Array:
     return sums.reshape(batch, heads, num_queries, values.shape[-1])
 
 
-def drop(weights: Array, others: Others, at: Place) -> Array:
+def drop(weights: Array, constants: Constants, at: TileIndex) -> Array:
     """The weights after dropout."""
-    if others.dropout is None:
+    if constants.dropout is None:
         return weights
-    words, rate = others.dropout
-    return weights * keep_weight(words, rate, others.grid, at.i, at.j, weights.dtype)
+    words, rate = constants.dropout
+    return weights * keep_weight(words, rate, constants.grid, at.i, at.j, weights.dtype)
 
 
-def tile_kinds(others: Others) -> Array:
+def tile_kinds(constants: Constants) -> Array:
     """0 for a tile that is empty, 1 for one that needs masking, 2 for one that is full."""
-    grid = others.grid
+    grid = constants.grid
     shape = (grid.rows, grid.heads, grid.queries.num_blocks, grid.keys.num_blocks)
     some = everything = jnp.ones((1, 1, 1, 1), bool)
-    if others.mask is not None:
-        some, everything = others.mask.bounds(grid)
-    bad_query = jnp.any(grid.queries.cut(others.bad_queries, 2), (1, 2, 3))
-    bad_key = jnp.any(grid.keys.cut(others.bad_keys, 2), (1, 2, 3))
+    if constants.mask is not None:
+        some, everything = constants.mask.bounds(grid)
+    bad_query = jnp.any(grid.queries.cut(constants.bad_queries, 2), (1, 2, 3))
+    bad_key = jnp.any(grid.keys.cut(constants.bad_keys, 2), (1, 2, 3))
     clean = ~(bad_query[:, None] | bad_key[None, :])
     some = jnp.any(jnp.broadcast_to(some, (*some.shape[:2], *shape[2:])), (0, 1))
     everything = jnp.all(

@@ -20,10 +20,10 @@ from softjax._float import where_finite
 from softjax._inputs import computing_dtype
 from softjax._mesh import vary
 from softjax.attentions._operands import (
-    Floats,
-    Others,
-    Place,
-    Program,
+    Constants,
+    DiffOperands,
+    Static,
+    TileIndex,
     drop,
     huge,
     moving,
@@ -40,7 +40,7 @@ from softjax.attentions._tile_loops import (
     sum_over_keys,
 )
 
-WHOLE = Place(0, 0)
+WHOLE = TileIndex(0, 0)
 
 
 class _Seen(NamedTuple):
@@ -55,49 +55,53 @@ class _Moved(NamedTuple):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def average(program: Program, floats: Floats, others: Others) -> tuple[Array, Array]:
+def average(
+    static: Static, operands: DiffOperands, constants: Constants
+) -> tuple[Array, Array]:
     """Averages of values `[i, batch, N, query, W]`, and log-sum-exp `[i, batch, N, query]`.
 
     A query that sees nothing has average 0 and log-sum-exp -inf.
     """
-    if program.remember:
-        (part,) = only_tile((floats,))
-        return _at_once(scores_of(program, part, others, WHOLE), part, others)[:2]
-    grid, kinds = others.grid, tile_kinds(others)
-    dtype = computing_dtype(floats.queries.dtype)
+    if static.remember:
+        (part,) = only_tile((operands,))
+        return _at_once(scores_of(static, part, constants, WHOLE), part, constants)[:2]
+    grid, kinds = constants.grid, tile_kinds(constants)
+    dtype = computing_dtype(operands.queries.dtype)
     rows = (grid.rows, grid.heads, grid.queries.block)
     zero = jnp.zeros(rows, dtype)
 
-    def block(i: Any, parts: tuple[Floats], kinds: Array) -> tuple[Array, Array]:
-        start = _Seen(jnp.full(rows, -jnp.inf, dtype), zero, _no_sums(zero, floats))
-        start = vary(start, floats, others)
+    def block(i: Any, parts: tuple[DiffOperands], kinds: Array) -> tuple[Array, Array]:
+        start = _Seen(jnp.full(rows, -jnp.inf, dtype), zero, _no_sums(zero, operands))
+        start = vary(start, operands, constants)
 
-        def visit(at: Place, seen: _Seen, part: Floats) -> _Seen:
+        def visit(at: TileIndex, seen: _Seen, part: DiffOperands) -> _Seen:
             # (Written so that plain differentiation is right too: JAX 0.10 forgets the rule
             # where the reverse of a scan is differentiated once more.)
-            scores = scores_of(program, part, others, at)
+            scores = scores_of(static, part, constants, at)
             peak = jnp.maximum(seen.peak, lax.stop_gradient(jnp.max(scores, -1)))
             anchor = where_finite(peak)
             weights = jnp.exp(scores - anchor[..., None])
             fade = jnp.exp(seen.peak - anchor)
             total = seen.total * fade + jnp.sum(weights, -1)
-            sums = weighted(drop(weights, others, at), part.values)
+            sums = weighted(drop(weights, constants, at), part.values)
             return _Seen(peak, total, seen.sums * fade[..., None] + sums)
 
         seen = scan_key_blocks(grid, i, visit, start, kinds, *parts)
         total = jnp.where(seen.total == 0, 1, seen.total)
         return seen.sums / total[..., None], _log_sum(seen.peak, seen.total)
 
-    return map_query_blocks(grid, block, (floats,), kinds)
+    return map_query_blocks(grid, block, (operands,), kinds)
 
 
-def _at_once(scores: Array, part: Floats, others: Others) -> tuple[Array, Array, Array]:
+def _at_once(
+    scores: Array, part: DiffOperands, constants: Constants
+) -> tuple[Array, Array, Array]:
     """The averages and log-sum-exp of a single tile, and its weights."""
     peak = lax.stop_gradient(jnp.max(scores, -1))
     weights = jnp.exp(scores - where_finite(peak)[..., None])
     total = jnp.sum(weights, -1)
     divisor = jnp.where(total == 0, 1, total)[..., None]
-    out = weighted(drop(weights, others, WHOLE), part.values) / divisor
+    out = weighted(drop(weights, constants, WHOLE), part.values) / divisor
     return out[None], _log_sum(peak, total)[None], weights / divisor
 
 
@@ -107,38 +111,38 @@ def _log_sum(peak: Array, total: Array) -> Array:
     return jnp.where(total == 0, -jnp.inf, lse)
 
 
-def _average_jvp(program: Program, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    floats, others = primals
+def _average_jvp(static: Static, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    operands, constants = primals
     dots = moving(tangents[0])
-    if program.remember:
-        part, dot = only_tile((floats, dots))
-        scores, scores_dot = push_scores(program, part, dot, others, WHOLE)
-        out, lse, weights = _at_once(scores, part, others)
-        moved = _move(weights, scores_dot, part, dot, others, WHOLE)
+    if static.remember:
+        part, dot = only_tile((operands, dots))
+        scores, scores_dot = push_scores(static, part, dot, constants, WHOLE)
+        out, lse, weights = _at_once(scores, part, constants)
+        moved = _move(weights, scores_dot, part, dot, constants, WHOLE)
         return (out, lse), (
             moved.sums[None] - moved.mean[None, ..., None] * out,
             moved.mean[None],
         )
 
-    out, lse = average(program, floats, others)
-    grid, kinds = others.grid, tile_kinds(others)
+    out, lse = average(static, operands, constants)
+    grid, kinds = constants.grid, tile_kinds(constants)
     zero = jnp.zeros(lse.shape[1:], lse.dtype)
 
     def block(i: Any, parts: Any, kinds: Array, out: Array, lse: Array) -> tuple[Array, Array]:
         level = jnp.where(lse == -jnp.inf, 0, lse)
 
-        def term(at: Place, part: Floats, dot: Floats, level: Array) -> _Moved:
-            scores, scores_dot = push_scores(program, part, dot, others, at)
+        def term(at: TileIndex, part: DiffOperands, dot: DiffOperands, level: Array) -> _Moved:
+            scores, scores_dot = push_scores(static, part, dot, constants, at)
             weights = jnp.exp(scores - level[..., None])
-            return _move(weights, scores_dot, part, dot, others, at)
+            return _move(weights, scores_dot, part, dot, constants, at)
 
-        start = vary(_Moved(zero, _no_sums(zero, floats)), primals)
+        start = vary(_Moved(zero, _no_sums(zero, operands)), primals)
         moved = sum_over_keys(grid, i, term, start, kinds, parts, level)
         return moved.sums - moved.mean[..., None] * out, moved.mean
 
     # (Widened, or the cotangents of half precision would be rounded with every block.)
     dots = widened(dots)
-    dots = map_query_blocks(grid, block, (floats, dots), kinds, out, lse, remember=False)
+    dots = map_query_blocks(grid, block, (operands, dots), kinds, out, lse, remember=False)
     return (out, lse), dots
 
 
@@ -146,15 +150,20 @@ average.defjvp(_average_jvp, symbolic_zeros=True)
 
 
 def _move(
-    weights: Array, scores_dot: Array, part: Floats, dot: Floats, others: Others, at: Place
+    weights: Array,
+    scores_dot: Array,
+    part: DiffOperands,
+    dot: DiffOperands,
+    constants: Constants,
+    at: TileIndex,
 ) -> _Moved:
     """What a tile adds to the tangents."""
     pulled = weights * scores_dot
-    sums = weighted(drop(pulled, others, at), part.values)
+    sums = weighted(drop(pulled, constants, at), part.values)
     if dot.values is not None:
-        sums += weighted(drop(weights, others, at), dot.values)
+        sums += weighted(drop(weights, constants, at), dot.values)
     return _Moved(jnp.sum(pulled, -1), sums)
 
 
-def _no_sums(zero: Array, floats: Floats) -> Array:
-    return jnp.zeros((*zero.shape, floats.values.shape[-1]), zero.dtype)
+def _no_sums(zero: Array, operands: DiffOperands) -> Array:
+    return jnp.zeros((*zero.shape, operands.values.shape[-1]), zero.dtype)

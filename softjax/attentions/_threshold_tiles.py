@@ -24,10 +24,10 @@ from softjax._inputs import computing_dtype
 from softjax._mesh import vary
 from softjax._threshold import reciprocal
 from softjax.attentions._operands import (
-    Floats,
-    Others,
-    Place,
-    Program,
+    Constants,
+    DiffOperands,
+    Static,
+    TileIndex,
     drop,
     moving,
     push_scores,
@@ -70,56 +70,65 @@ class _Climb(NamedTuple):
     steps: Array
 
 
-def sparse_average(program: Program, floats: Floats, others: Others, reach: Array) -> Array:
+def sparse_average(
+    static: Static, operands: DiffOperands, constants: Constants, reach: Array
+) -> Array:
     """Averages of values `[i, batch, N, query, W]`."""
-    floats = widened(floats)  # Or cotangents would be rounded with every block.
-    found = _threshold(program, floats, others, reach)
-    grid = others.grid
-    start = jnp.zeros((*found.tau.shape[1:], floats.values.shape[-1]), found.tau.dtype)
-    start = vary(start, floats, others)
+    operands = widened(operands)  # Or cotangents would be rounded with every block.
+    found = _threshold(static, operands, constants, reach)
+    grid = constants.grid
+    start = jnp.zeros((*found.tau.shape[1:], operands.values.shape[-1]), found.tau.dtype)
+    start = vary(start, operands, constants)
 
-    def block(i: Any, parts: tuple[Floats], found: _Found) -> Array:
-        def term(at: Place, part: Floats, tau: Array, peak: Array) -> Array:
-            scores = scores_of(program, part, others, at)
-            weights = _weights(program, part, others, scores, tau, peak)
-            return weighted(drop(weights, others, at), part.values)
+    def block(i: Any, parts: tuple[DiffOperands], found: _Found) -> Array:
+        def term(at: TileIndex, part: DiffOperands, tau: Array, peak: Array) -> Array:
+            scores = scores_of(static, part, constants, at)
+            weights = _weights(static, part, constants, scores, tau, peak)
+            return weighted(drop(weights, constants, at), part.values)
 
         rows = (found.tau, found.peak)
         return sum_over_keys(grid, i, term, start, found.kinds, parts, *rows)
 
-    out = map_query_blocks(grid, block, (floats,), found, remember=False)
+    out = map_query_blocks(grid, block, (operands,), found, remember=False)
     return jnp.where(jnp.isnan(found.tau)[..., None], jnp.nan, out)
 
 
 def _weights(
-    program: Program, part: Floats, others: Others, scores: Array, tau: Array, peak: Array
+    static: Static,
+    part: DiffOperands,
+    constants: Constants,
+    scores: Array,
+    tau: Array,
+    peak: Array,
 ) -> Array:
     dropped = scores == -jnp.inf
     margins = jnp.where(dropped, 0, (scores - peak[..., None]) - tau[..., None])
-    assert program.weigh is not None
-    weights = program.weigh(part.weigher, others.weigher, margins)
+    assert static.weigh is not None
+    weights = static.weigh(part.weigher, constants.weigher, margins)
     return jnp.where(dropped, 0, jnp.where(jnp.isnan(scores), jnp.nan, weights))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _threshold(program: Program, floats: Floats, others: Others, reach: Array) -> _Found:
-    grid = others.grid
-    dtype = computing_dtype(floats.queries.dtype)
+def _threshold(
+    static: Static, operands: DiffOperands, constants: Constants, reach: Array
+) -> _Found:
+    grid = constants.grid
+    dtype = computing_dtype(operands.queries.dtype)
     rows = (grid.rows, grid.heads, grid.queries.block)
 
-    def block(i: Any, parts: tuple[Floats], kinds: Array) -> _Found:
-        def higher(at: Place, peak: Array, part: Floats) -> Array:
-            return jnp.maximum(peak, jnp.max(scores_of(program, part, others, at), -1))
+    def block(i: Any, parts: tuple[DiffOperands], kinds: Array) -> _Found:
+        def higher(at: TileIndex, peak: Array, part: DiffOperands) -> Array:
+            return jnp.maximum(peak, jnp.max(scores_of(static, part, constants, at), -1))
 
-        lowest = vary(jnp.full(rows, -jnp.inf, dtype), floats, others)
+        lowest = vary(jnp.full(rows, -jnp.inf, dtype), operands, constants)
         peak = where_finite(scan_key_blocks(grid, i, higher, lowest, kinds, *parts))
 
         def sums(tau: Array, kinds: Array) -> tuple[Array, Array, Array]:
             """Of weights and slopes; and which tiles reach above the thresholds."""
 
-            def visit(at: Place, seen: Any, part: Floats) -> Any:
-                scores = scores_of(program, part, others, at)
-                weigh = lambda tau: -_weights(program, part, others, scores, tau, peak)
+            def visit(at: TileIndex, seen: Any, part: DiffOperands) -> Any:
+                scores = scores_of(static, part, constants, at)
+                weigh = lambda tau: -_weights(static, part, constants, scores, tau, peak)
                 weights, slopes = jax.jvp(weigh, (tau,), (jnp.ones_like(tau),))
                 live = jnp.where(
                     jnp.any(~(weights >= 0)), seen[2].at[at.j].set(at.kind), seen[2]
@@ -139,30 +148,34 @@ def _threshold(program: Program, floats: Floats, others: Others, reach: Array) -
             return _Climb(tau, live, far, state.steps + 1)
 
         start = _Climb(jnp.full(rows, -reach), kinds, jnp.array(True), jnp.array(0))
-        start = vary(start, floats, others)
+        start = vary(start, operands, constants)
         found = lax.while_loop(lambda s: s.moving & (s.steps < STEPS), newton_from_left, start)
         return _Found(found.tau, peak, found.kinds)
 
-    return map_query_blocks(grid, block, (floats,), tile_kinds(others))
+    return map_query_blocks(grid, block, (operands,), tile_kinds(constants))
 
 
-def _threshold_jvp(program: Program, primals: Any, tangents: Any) -> tuple[_Found, _Found]:
+def _threshold_jvp(static: Static, primals: Any, tangents: Any) -> tuple[_Found, _Found]:
     # The rule of an implicit function; see the module. Its slopes are those of f, found by JAX.
-    floats, others, _ = primals
-    found = _threshold(program, *primals)
-    dots, grid = moving(tangents[0]), others.grid
+    operands, constants, _ = primals
+    found = _threshold(static, *primals)
+    dots, grid = moving(tangents[0]), constants.grid
     zero = vary(jnp.zeros(found.tau.shape[1:], found.tau.dtype), found, primals)
 
-    def slopes(at: Place, part: Floats, tau: Array, peak: Array) -> Array:
-        scores = scores_of(program, part, others, at)
-        weigh = lambda tau: -_weights(program, part, others, scores, tau, peak)
+    def slopes(at: TileIndex, part: DiffOperands, tau: Array, peak: Array) -> Array:
+        scores = scores_of(static, part, constants, at)
+        weigh = lambda tau: -_weights(static, part, constants, scores, tau, peak)
         return jnp.sum(jax.jvp(weigh, (tau,), (jnp.ones_like(tau),))[1], -1)
 
-    def term(at: Place, part: Floats, dot: Floats, tau: Array, peak: Array) -> Array:
-        scores, scores_dot = push_scores(program, part, dot, others, at)
+    def term(
+        at: TileIndex, part: DiffOperands, dot: DiffOperands, tau: Array, peak: Array
+    ) -> Array:
+        scores, scores_dot = push_scores(static, part, dot, constants, at)
 
         def weigh(scores: Array, weigher: Any) -> Array:
-            return _weights(program, part._replace(weigher=weigher), others, scores, tau, peak)
+            return _weights(
+                static, part._replace(weigher=weigher), constants, scores, tau, peak
+            )
 
         if dot.weigher is None:
             pushed = jax.jvp(lambda s: weigh(s, part.weigher), (scores,), (scores_dot,))
@@ -176,7 +189,7 @@ def _threshold_jvp(program: Program, primals: Any, tangents: Any) -> tuple[_Foun
         moved = sum_over_keys(grid, i, term, zero, found.kinds, parts, *rows)
         return moved * reciprocal(slope)
 
-    tau_dot = map_query_blocks(grid, block, (floats, dots), found, remember=False)
+    tau_dot = map_query_blocks(grid, block, (operands, dots), found, remember=False)
     fixed = [zero_from_primal(x, symbolic_zeros=True) for x in (found.peak, found.kinds)]
     return found, _Found(tau_dot, *fixed)
 

@@ -14,13 +14,13 @@ from jax import Array, lax
 
 from softjax._mesh import replicated_axes
 from softjax._tiles import Grid
-from softjax.attentions._operands import Floats, Place
+from softjax.attentions._operands import DiffOperands, TileIndex
 
-Parts = tuple[Floats, ...]
+Parts = tuple[DiffOperands, ...]
 Visit = Callable[..., Any]  # of a place, and more
 
 
-def only_tile(floats: Parts) -> Parts:
+def only_tile(operands: Parts) -> Parts:
     """The operands of the one tile that there is."""
     first = lambda x: x if x is None else x[0]
     whole = lambda f: f._replace(
@@ -29,17 +29,17 @@ def only_tile(floats: Parts) -> Parts:
         values=first(f.values),
         bias=first(first(f.bias)),
     )
-    return tuple(map(whole, floats))
+    return tuple(map(whole, operands))
 
 
 def map_query_blocks(
-    grid: Grid, body: Callable[..., Any], floats: Parts, *rows: Any, remember: bool = True
+    grid: Grid, body: Callable[..., Any], operands: Parts, *rows: Any, remember: bool = True
 ) -> Any:
-    """body(i, floats of block i, *rows of block i) for all i, stacked.
+    """body(i, operands of block i, *rows of block i) for all i, stacked.
 
     Unless it may be remembered, each is found again for the derivative.
     """
-    cut, rest = zip(*(f.by_query(grid) for f in floats), strict=True)
+    cut, rest = zip(*(f.by_query(grid) for f in operands), strict=True)
 
     def one(rest: Parts, i: Any, cut: Parts, rows: Any) -> Any:
         parts = tuple(a.join(b) for a, b in zip(cut, rest, strict=True))
@@ -74,13 +74,13 @@ def _shared_by_batch(
     return _shared(kinds), False
 
 
-def _agreed(kinds: Array, floats: Parts) -> Array:
+def _agreed(kinds: Array, operands: Parts) -> Array:
     """The same on all devices that share an array: there its cotangents are summed.
 
     (Such a sum, in a branch that only some of them take, would wait for the others forever. A
     function's captured arrays alone are shared still; all others were made to vary before.)
     """
-    axes = replicated_axes(kinds, floats)
+    axes = replicated_axes(kinds, operands)
     if not axes:
         return kinds
     low, high = lax.pmin(kinds, axes), lax.pmax(kinds, axes)
@@ -88,14 +88,14 @@ def _agreed(kinds: Array, floats: Parts) -> Array:
 
 
 def scan_key_blocks(
-    grid: Grid, i: Any, visit: Visit, state: Any, kinds: Array, floats: Floats
+    grid: Grid, i: Any, visit: Visit, state: Any, kinds: Array, operands: DiffOperands
 ) -> Any:
     """The state after the blocks of keys whose tiles are not empty.
 
     (A block is sliced where it is needed, so that an empty tile costs nothing. The transpose
     of that would add up whole arrays: what is transposed is `sum_over_keys`.)
     """
-    cut, rest = floats.by_key(grid)
+    cut, rest = operands.by_key(grid)
 
     def step(state: Any, xs: Any) -> tuple[Any, None]:
         j, kind = xs
@@ -104,7 +104,7 @@ def scan_key_blocks(
             def run(state: Any) -> Any:
                 here = lambda x: lax.dynamic_index_in_dim(x, j, 0, keepdims=False)
                 part = jax.tree.map(here, cut).join(rest)
-                return visit(Place(i, j, kind), state, part)
+                return visit(TileIndex(i, j, kind), state, part)
 
             return run
 
@@ -115,10 +115,10 @@ def scan_key_blocks(
 
 
 def sum_over_keys(
-    grid: Grid, i: Any, term: Visit, start: Any, kinds: Array, floats: Parts, *rows: Any
+    grid: Grid, i: Any, term: Visit, start: Any, kinds: Array, operands: Parts, *rows: Any
 ) -> Any:
     """The start and the terms of all tiles that are not empty, found again for a derivative."""
-    cut, rest = zip(*(f.by_key(grid) for f in floats), strict=True)
+    cut, rest = zip(*(f.by_key(grid) for f in operands), strict=True)
 
     def step(total: Any, xs: Any) -> tuple[Any, None]:
         j, kind, cut = xs
@@ -128,7 +128,7 @@ def sum_over_keys(
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def live(cut: Parts, rest: Parts, rows: Any) -> Any:
             parts = tuple(a.join(b) for a, b in zip(cut, rest, strict=True))
-            return term(Place(i, j, kind), *parts, *rows)
+            return term(TileIndex(i, j, kind), *parts, *rows)
 
         def add(total: Any, cut: Parts, rest: Parts, rows: Any) -> Any:
             return jax.tree.map(jnp.add, total, live(cut, rest, rows))
@@ -136,4 +136,4 @@ def sum_over_keys(
         return lax.cond(kind > 0, add, lambda total, *_: total, total, cut, rest, rows), None
 
     numbers = jnp.arange(grid.keys.num_blocks, dtype=jnp.int32)
-    return lax.scan(step, start, (numbers, _shared(_agreed(kinds, floats)), cut))[0]
+    return lax.scan(step, start, (numbers, _shared(_agreed(kinds, operands)), cut))[0]

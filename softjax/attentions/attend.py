@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +13,9 @@ from jax.typing import ArrayLike
 
 from softjax import masks
 from softjax._api import named
-from softjax._closures import Captured
 from softjax._inputs import computing_dtype
 from softjax._mesh import vary
-from softjax.attentions._inputs import Problem, per_head, prepare, with_weigher
+from softjax.attentions._inputs import TiledAttention, cut_into_tiles, per_head, with_weigher
 from softjax.attentions._softmax_tiles import average
 from softjax.attentions._threshold_tiles import MAPS, sparse_average
 
@@ -146,16 +143,18 @@ def attention(
         name = "return_lse" if return_lse else "sink"
         raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
     mask = masks.as_mask(mask)
-    return _attend(
+    # `jit` would remember a user's function by its identity alone, and answer with what it
+    # once held. Such a call is traced, or run, where its caller is.
+    asks = score is not None or not isinstance(normalizer, str) or masks.asks(mask)
+    return (_attend if asks else _jitted)(
         queries,
         keys,
         values,
-        held=held_by(mask, weigh, score),
-        weigh=None if weigh is None else Argument.of(weigh),
+        weigh=weigh,
         reach=reach,
         mask=mask,
         bias=bias,
-        score=None if score is None else Argument.of(score),
+        score=score,
         scale=scale,
         soft_cap=soft_cap,
         sink=sink,
@@ -195,77 +194,51 @@ def _pair(normalizer: Any, queries: ArrayLike) -> tuple[Callable[..., Array], Ar
     return weigh, reach
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Argument:
-    """A function, or an object with arrays that can be called, as an argument of `jit`."""
-
-    arrays: list[Any]
-    others: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
-    structure: Any = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, function: Callable[..., Any]) -> Argument:
-        leaves, structure = jax.tree.flatten(function)
-        arrays = [x if hasattr(x, "dtype") else None for x in leaves]
-        others = tuple(None if hasattr(x, "dtype") else x for x in leaves)
-        return cls(arrays, others, structure)
-
-    def __call__(self, *args: Any) -> Any:
-        leaves = [b if a is None else a for a, b in zip(self.arrays, self.others, strict=True)]
-        return jax.tree.unflatten(self.structure, leaves)(*args)
-
-
-def held_by(mask: masks.Mask | None, *functions: Any) -> Captured:
-    """What the functions of a call hold, those of its mask too."""
-    return Captured(*functions, *(mask.functions() if isinstance(mask, masks.Mask) else ()))
-
-
-@functools.partial(
-    jax.jit, static_argnames=("block_size", "implementation", "return_lse", "held")
-)
 def _attend(
     queries: ArrayLike,
     keys: ArrayLike,
     values: ArrayLike,
     *,
-    held: Captured,
     weigh: Callable[..., Array] | None,
     reach: ArrayLike,
     sink: ArrayLike | None,
     return_lse: bool,
     **options: Any,
 ) -> Any:
-    del held
-    given = (queries, keys, values, options, weigh, reach, sink)
-    queries, keys, values, options, weigh, reach, sink = vary(given)
-    problem = prepare(queries, keys, values, **options)
-    if problem.others.grid.empty:
-        return _nothing(problem, sink, return_lse)
-    grid, wide = problem.others.grid, computing_dtype(problem.dtype)
+    given = (queries, keys, values, options, reach, sink)
+    queries, keys, values, options, reach, sink = vary(given)
+    tiled = cut_into_tiles(queries, keys, values, **options)
+    if tiled.constants.grid.empty:
+        return _nothing(tiled, sink, return_lse)
+    grid, wide = tiled.constants.grid, computing_dtype(tiled.dtype)
     shaped = lambda x: grid.queries.join(x, 2).swapaxes(1, 2)
     if weigh is not None:
-        problem = with_weigher(problem, weigh)
+        tiled = with_weigher(tiled, weigh)
         reach = jnp.asarray(reach, wide)
-        out = sparse_average(problem.program, problem.floats, problem.others, reach)
-        return shaped(out).reshape(problem.shape).astype(problem.dtype)
-    out, lse = average(problem.program, problem.floats, problem.others)
+        out = sparse_average(tiled.static, tiled.operands, tiled.constants, reach)
+        return shaped(out).reshape(tiled.shape).astype(tiled.dtype)
+    out, lse = average(tiled.static, tiled.operands, tiled.constants)
     if sink is not None:
         level = per_head(sink, grid.heads, wide, "sink")
         out, lse = with_sink(out, lse, jnp.squeeze(level, 3)[None])
-    out = shaped(out).reshape(problem.shape).astype(problem.dtype)
-    return (out, shaped(lse).reshape(problem.shape[:-1])) if return_lse else out
+    out = shaped(out).reshape(tiled.shape).astype(tiled.dtype)
+    return (out, shaped(lse).reshape(tiled.shape[:-1])) if return_lse else out
 
 
-def _nothing(problem: Problem, sink: ArrayLike | None, return_lse: bool) -> Any:
+_jitted = jax.jit(
+    _attend, static_argnames=("weigh", "block_size", "implementation", "return_lse")
+)
+
+
+def _nothing(tiled: TiledAttention, sink: ArrayLike | None, return_lse: bool) -> Any:
     """The result where there are no queries, or no keys to see."""
-    out = jnp.zeros(problem.shape, problem.dtype)
-    heads, dtype = problem.others.grid.heads, computing_dtype(problem.dtype)
-    lse = jnp.full(problem.shape[:-1], -jnp.inf, dtype)
+    out = jnp.zeros(tiled.shape, tiled.dtype)
+    heads, dtype = tiled.constants.grid.heads, computing_dtype(tiled.dtype)
+    lse = jnp.full(tiled.shape[:-1], -jnp.inf, dtype)
     if sink is not None:
         level = per_head(sink, heads, dtype, "sink").reshape(-1)
         lse = jnp.broadcast_to(level, (*(1,) * (lse.ndim - 1), level.size)).astype(dtype)
-        lse = jnp.broadcast_to(lse, problem.shape[:-1])
+        lse = jnp.broadcast_to(lse, tiled.shape[:-1])
     return (out, lse) if return_lse else out
 
 

@@ -17,11 +17,10 @@ from jax.typing import ArrayLike
 
 from softjax import _online, masks
 from softjax._api import api, named
-from softjax._closures import Captured
 from softjax._inputs import computing_dtype, to_float, to_integers
 from softjax._mesh import vary
 from softjax.attentions._inputs import per_head
-from softjax.attentions.attend import Argument, attention, held_by, with_sink
+from softjax.attentions.attend import attention, with_sink
 
 __all__ = ["merge_attention", "paged_attention"]
 
@@ -133,15 +132,15 @@ def paged_attention(
     """
     if num_splits < 1:
         raise ValueError(f"`num_splits` must be at least 1, got {num_splits}.")
-    return _paged(
+    asks = score is not None or masks.asks(mask)  # As in `attention`.
+    return (_paged if asks else _jitted)(
         queries,
         key_pages,
         value_pages,
         page_table,
         lengths,
         mask=mask,
-        held=held_by(mask, score),
-        score=None if score is None else Argument.of(score),
+        score=score,
         scale=scale,
         soft_cap=soft_cap,
         sink=sink,
@@ -150,7 +149,6 @@ def paged_attention(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("num_splits", "at_once", "held"))
 def _paged(
     queries: ArrayLike,
     key_pages: ArrayLike,
@@ -162,10 +160,8 @@ def _paged(
     sink: ArrayLike | None,
     num_splits: int,
     at_once: int,
-    held: Captured,
     **options: Any,
 ) -> Array:
-    del held
     given = (queries, key_pages, value_pages, page_table, lengths, mask, sink, options)
     queries, key_pages, value_pages, page_table, lengths, mask, sink, options = vary(given)
     # (`attention` checks them; integers become the default float here.)
@@ -218,6 +214,9 @@ def _paged(
         level = per_head(sink, queries.shape[-2], lse.dtype, "sink").reshape(-1)
         out, _ = with_sink(out, lse, level.reshape(*(1,) * len(batch), 1, -1))
     return out.astype(queries.dtype)
+
+
+_jitted = jax.jit(_paged, static_argnames=("num_splits", "at_once"))
 
 
 def _walk(
