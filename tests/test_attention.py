@@ -86,6 +86,10 @@ OPTIONS = {
     "bias, one column": ({"bias": RNG.standard_normal((T, 1))},) * 2,
     "bias with -inf": ({"bias": np.where(RNG.random((T, S)) < 0.5, -INF, 1.0)},) * 2,
     "soft cap": ({"soft_cap": 1.5, "bias": np.where(np.tri(T, S) > 0, 0.5, -INF)},) * 2,
+    "soft cap of the sum": (
+        {"soft_cap": 1.5, "cap_bias": True, "bias": np.where(np.tri(T, S) > 0, 0.5, -INF)},
+    )
+    * 2,
     "sink": ({"sink": RNG.standard_normal(N)},) * 2,
     "score": (
         {"score": functools.partial(alibi, jnp.asarray(SLOPES))},
@@ -117,7 +121,8 @@ def test_masks(way, mask):
 
 
 @pytest.mark.parametrize(
-    ("way", "name"), [*mostly_slow(OPTIONS, ("bias with -inf", "soft cap", "sink"))]
+    ("way", "name"),
+    [*mostly_slow(OPTIONS, ("bias with -inf", "soft cap", "soft cap of the sum", "sink"))],
 )
 def test_options(way, name):
     check_value(way, MASKS["causal"], *OPTIONS[name])
@@ -190,8 +195,8 @@ def definition(queries, keys, values, bias, scale, soft_cap, sink, slopes):
     """Plain, dense and in float64; its derivatives are those of JAX."""
     keys, values = (jnp.repeat(x, N // K, 2) for x in (keys, values))
     column = lambda x: x[None, :, None, None]
-    scores = column(scale) * jnp.einsum("btnh,bsnh->bnts", queries, keys) + bias
-    scores = column(soft_cap) * jnp.tanh(scores / column(soft_cap))
+    scores = column(scale) * jnp.einsum("btnh,bsnh->bnts", queries, keys)
+    scores = column(soft_cap) * jnp.tanh(scores / column(soft_cap)) + bias
     distance = np.abs(np.subtract.outer(np.arange(T), np.arange(S))).astype(float)
     scores = jnp.where(KEEP, scores - column(slopes) * distance[None, None], -1e9)
     peak = jnp.maximum(jnp.max(scores, -1, keepdims=True), column(sink))
@@ -357,7 +362,7 @@ def test_a_bias_of_minus_inf_hides_what_stands_there(way, squashed):
     mask[4, 7] = False  # What stands there in the bias plays no part.
     bias = np.where(dropped, -INF, 1.0)
     options = {
-        "soft cap": lambda c: {"soft_cap": 1 + c},
+        "soft cap": lambda c: {"soft_cap": 1 + c, "cap_bias": True},
         "score": lambda c: {"score": lambda z, at: c * z**2 - z},
     }[squashed]
 
@@ -700,6 +705,8 @@ def test_derivatives_under_dropout(mode):
         ({"mask": jnp.ones((S, T), bool)}, ValueError, "`mask` of shape"),
         ({"mask": lambda at: at.key > 0}, TypeError, r"masks\.Function"),
         ({"bias": jnp.ones((3, T, S))}, ValueError, "`bias` of shape"),
+        ({"bias": jnp.ones((T, S), bool)}, TypeError, "`bias` must hold numbers, got bool"),
+        ({"bias": True}, TypeError, "`bias` must hold numbers, got bool"),
         ({"scale": jnp.ones(3)}, ValueError, "`scale` must be one number"),
         ({"soft_cap": jnp.ones((N, 1))}, ValueError, "`soft_cap` must be one number"),
         ({"sink": jnp.ones(3)}, ValueError, "`sink` must be one number"),

@@ -1,9 +1,10 @@
 """From what a caller passes to the operands of the tiles: shapes, dtypes, blocks.
 
-Keys and values that hold NaN or inf are replaced by zeros and remembered as bad, and so are
-queries: who sees one gets NaN, and nobody else is touched, in no derivative either.
+Queries and keys that hold NaN or inf become NaN, and so does the key of such a value: who sees
+one gets NaN, and nobody else is touched, in no derivative either.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -30,7 +31,6 @@ LEAST = 32  # keys of a block, at least
 class TiledAttention(NamedTuple):
     """An attention as its tiles see it."""
 
-    static: Static
     operands: DiffOperands
     constants: Constants
     shape: tuple[int, ...]  # of the result, [..., T, N, W]
@@ -47,6 +47,7 @@ def cut_into_tiles(
     score: Callable[..., Array] | None,
     scale: ArrayLike | None,
     soft_cap: ArrayLike | None,
+    cap_bias: bool,
     positions: Any,
     dropout_rate: ArrayLike,
     dropout_key: Array | None,
@@ -75,37 +76,37 @@ def cut_into_tiles(
 
     by_head = lambda x: x.reshape(grid.rows, *x.shape[-3:]).swapaxes(1, 2)
     queries, keys, values = by_head(queries), by_head(keys), by_head(values)
-    bad_queries = _bad(queries)
-    bad_keys = _bad(keys) | _bad(values)
-    queries = jnp.where(bad_queries[..., None], 0, queries)
-    keys = jnp.where(bad_keys[..., None], 0, keys)
-    values = jnp.where(bad_keys[..., None], 0, values)
+    bad = ~jnp.all(jnp.isfinite(values), -1, keepdims=True)
+    queries = jnp.where(jnp.isfinite(queries), queries, jnp.nan)
+    keys = jnp.where(jnp.isfinite(keys) & ~bad, keys, jnp.nan)
+    values = jnp.where(bad, 0, values)
     shared = (grid.rows, key_heads, heads // key_heads, num_queries, width)
     queries = queries.reshape(shared)
 
-    remember = grid.queries.num_blocks == grid.keys.num_blocks == 1 and block_size is None
-    static = Static(remember=remember)
+    capped = None
+    if soft_cap is not None:
+        capped = nan_unless_positive(per_head(soft_cap, heads, wide, "soft_cap"))
+    scale = 1 / max(1, width) ** 0.5 if scale is None else scale
     operands = DiffOperands(
-        grid.queries.cut(queries, 3), grid.keys.cut(keys, 2), grid.keys.cut(values, 2)
-    )
-    operands = operands._replace(
+        grid.queries.cut(queries, 3),
+        grid.keys.cut(keys, 2),
+        grid.keys.cut(values, 2),
         bias=None if bias is None else _bias(bias, grid),
-        scale=per_head(
-            1 / max(1, width) ** 0.5 if scale is None else scale, heads, wide, "scale"
-        ),
-        soft_cap=None
-        if soft_cap is None
-        else nan_unless_positive(per_head(soft_cap, heads, wide, "soft_cap")),
+        scale=per_head(scale, heads, wide, "scale"),
+        soft_cap=capped,
     )
-    constants = Constants(grid, bound, bad_queries, bad_keys)
-    if score is not None:
-        static, operands, constants = _with_score(score, static, operands, constants, wide)
+    remember = grid.queries.num_blocks == grid.keys.num_blocks == 1 and block_size is None
+    static = Static(cap_bias=cap_bias and soft_cap is not None, remember=remember)
+    dropout = None
     if dropout_key is not None:
         rate = one_number(dropout_rate, name="dropout_rate")
         rate = jnp.where((rate >= 0) & (rate <= 1), rate, jnp.nan)
-        constants = constants._replace(dropout=(words_of(dropout_key), rate.astype(wide)))
+        dropout = words_of(dropout_key), rate.astype(wide)
+    constants = Constants(static, grid, bound, dropout=dropout)
+    if score is not None:
+        operands, constants = _with_score(score, operands, constants, wide)
     shape = (*batch, num_queries, heads, values.shape[-1])
-    return TiledAttention(static, operands, constants, shape, dtype)
+    return TiledAttention(operands, constants, shape, dtype)
 
 
 def per_head(x: ArrayLike, heads: int, dtype: Any, name: str) -> Array:
@@ -203,11 +204,9 @@ def _positions(positions: Any) -> tuple[Any, Any]:
     return positions, positions
 
 
-def _bad(x: Any) -> Array:
-    return ~jnp.all(jnp.isfinite(x), -1)
-
-
 def _bias(bias: ArrayLike, grid: Grid) -> Array:
+    if jnp.result_type(bias) == jnp.bool_:
+        raise TypeError("`bias` must hold numbers, got bool: an array of bools is a `mask`.")
     wide, dtype = to_float(bias, name="bias")
     bias = per_score(wide.astype(dtype), grid, "bias")
     cut = grid.queries.cut(bias, 2) if bias.shape[2] != 1 else bias[None]
@@ -217,41 +216,37 @@ def _bias(bias: ArrayLike, grid: Grid) -> Array:
 
 
 def _with_score(
-    score: Callable[..., Array],
-    static: Static,
-    operands: DiffOperands,
-    constants: Constants,
-    dtype: Any,
-) -> tuple[Static, DiffOperands, Constants]:
-    grid = constants.grid
-    shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
-    scores, index = vary(jnp.zeros(shape, dtype), operands), grid.index(0, 0)
-    run, floating, fixed = hoist_floats(
-        lambda scores, index: score(scores, index), scores, index
-    )
-    out = jax.eval_shape(run, floating, fixed, scores, index)
-    if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != shape:
-        raise ValueError(f"`score` must give scores of the shape {shape}, got {out}.")
+    score: Callable[..., Array], operands: DiffOperands, constants: Constants, dtype: Any
+) -> tuple[DiffOperands, Constants]:
+    scores = vary(jnp.zeros(_tile_shape(constants.grid), dtype), operands)
+    index = constants.grid.index(0, 0)
+    run, floats, rest = hoist_floats(lambda scores, at: score(scores, at), scores, index)
+    out = jax.eval_shape(run, floats, rest, scores, index)
+    if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != scores.shape:
+        raise ValueError(f"`score` must give scores of the shape {scores.shape}, got {out}.")
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"`score` must give real scores, got {out.dtype}.")
-    static = static._replace(score=run)
-    return static, operands._replace(captured=floating), constants._replace(captured=fixed)
+    static = constants.static._replace(score=run)
+    constants = dataclasses.replace(constants, static=static, captured=rest)
+    return operands._replace(captured=floats), constants
 
 
 def with_weigher(tiled: TiledAttention, weigh: Callable[[Array], Array]) -> TiledAttention:
-    """The tiled under a threshold map of a user's own."""
-    grid, dtype = tiled.constants.grid, computing_dtype(tiled.dtype)
-    shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
-    margins = vary(jnp.zeros(shape, dtype), tiled.operands)
-    run, floating, fixed = hoist_floats(lambda margins: weigh(margins), margins)
-    out = jax.eval_shape(run, floating, fixed, margins)
-    if not isinstance(out, jax.ShapeDtypeStruct) or (out.shape, out.dtype) != (shape, dtype):
+    """The same attention under a threshold map."""
+    constants, dtype = tiled.constants, computing_dtype(tiled.dtype)
+    margins = vary(jnp.zeros(_tile_shape(constants.grid), dtype), tiled.operands)
+    run, floats, rest = hoist_floats(lambda margins: weigh(margins), margins)
+    out = jax.eval_shape(run, floats, rest, margins)
+    wanted = margins.shape, dtype
+    if not isinstance(out, jax.ShapeDtypeStruct) or (out.shape, out.dtype) != wanted:
         raise ValueError(
-            f"the function of `normalizer` must keep shape and dtype, {shape} and {dtype}, got"
-            f" {out}."
+            f"the function of `normalizer` must keep shape and dtype, {margins.shape} and"
+            f" {dtype}, got {out}."
         )
-    return tiled._replace(
-        static=tiled.static._replace(weigh=run),
-        operands=tiled.operands._replace(weigher=floating),
-        constants=tiled.constants._replace(weigher=fixed),
-    )
+    static = constants.static._replace(weigh=run)
+    constants = dataclasses.replace(constants, static=static, weigher=rest)
+    return tiled._replace(operands=tiled.operands._replace(weigher=floats), constants=constants)
+
+
+def _tile_shape(grid: Grid) -> tuple[int, ...]:
+    return grid.rows, grid.heads, grid.queries.block, grid.keys.block

@@ -10,7 +10,6 @@ values, over those tiles alone. The threshold has one rule, that of an implicit 
 and the weighted sum is differentiated as it stands.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,9 +25,9 @@ from softjax._threshold import reciprocal
 from softjax.attentions._operands import (
     Constants,
     DiffOperands,
-    Static,
     TileIndex,
     drop,
+    moves,
     moving,
     push_scores,
     scores_of,
@@ -70,20 +69,18 @@ class _Climb(NamedTuple):
     steps: Array
 
 
-def sparse_average(
-    static: Static, operands: DiffOperands, constants: Constants, reach: Array
-) -> Array:
+def sparse_average(operands: DiffOperands, constants: Constants, reach: Array) -> Array:
     """Averages of values `[i, batch, N, query, W]`."""
     operands = widened(operands)  # Or cotangents would be rounded with every block.
-    found = _threshold(static, operands, constants, reach)
+    found = _threshold(operands, constants, reach)
     grid = constants.grid
     start = jnp.zeros((*found.tau.shape[1:], operands.values.shape[-1]), found.tau.dtype)
     start = vary(start, operands, constants)
 
     def block(i: Any, parts: tuple[DiffOperands], found: _Found) -> Array:
         def term(at: TileIndex, part: DiffOperands, tau: Array, peak: Array) -> Array:
-            scores = scores_of(static, part, constants, at)
-            weights = _weights(static, part, constants, scores, tau, peak)
+            scores = scores_of(part, constants, at)
+            weights = _weights(part, constants, scores, tau, peak)
             return weighted(drop(weights, constants, at), part.values)
 
         rows = (found.tau, found.peak)
@@ -94,7 +91,6 @@ def sparse_average(
 
 
 def _weights(
-    static: Static,
     part: DiffOperands,
     constants: Constants,
     scores: Array,
@@ -103,22 +99,20 @@ def _weights(
 ) -> Array:
     dropped = scores == -jnp.inf
     margins = jnp.where(dropped, 0, (scores - peak[..., None]) - tau[..., None])
-    assert static.weigh is not None
-    weights = static.weigh(part.weigher, constants.weigher, margins)
+    assert constants.static.weigh is not None
+    weights = constants.static.weigh(part.weigher, constants.weigher, margins)
     return jnp.where(dropped, 0, jnp.where(jnp.isnan(scores), jnp.nan, weights))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _threshold(
-    static: Static, operands: DiffOperands, constants: Constants, reach: Array
-) -> _Found:
+@jax.custom_jvp
+def _threshold(operands: DiffOperands, constants: Constants, reach: Array) -> _Found:
     grid = constants.grid
     dtype = computing_dtype(operands.queries.dtype)
     rows = (grid.rows, grid.heads, grid.queries.block)
 
     def block(i: Any, parts: tuple[DiffOperands], kinds: Array) -> _Found:
         def higher(at: TileIndex, peak: Array, part: DiffOperands) -> Array:
-            return jnp.maximum(peak, jnp.max(scores_of(static, part, constants, at), -1))
+            return jnp.maximum(peak, jnp.max(scores_of(part, constants, at), -1))
 
         lowest = vary(jnp.full(rows, -jnp.inf, dtype), operands, constants)
         peak = where_finite(scan_key_blocks(grid, i, higher, lowest, kinds, *parts))
@@ -127,8 +121,8 @@ def _threshold(
             """Of weights and slopes; and which tiles reach above the thresholds."""
 
             def visit(at: TileIndex, seen: Any, part: DiffOperands) -> Any:
-                scores = scores_of(static, part, constants, at)
-                weigh = lambda tau: -_weights(static, part, constants, scores, tau, peak)
+                scores = scores_of(part, constants, at)
+                weigh = lambda tau: -_weights(part, constants, scores, tau, peak)
                 weights, slopes = jax.jvp(weigh, (tau,), (jnp.ones_like(tau),))
                 live = jnp.where(
                     jnp.any(~(weights >= 0)), seen[2].at[at.j].set(at.kind), seen[2]
@@ -155,27 +149,26 @@ def _threshold(
     return map_query_blocks(grid, block, (operands,), tile_kinds(constants))
 
 
-def _threshold_jvp(static: Static, primals: Any, tangents: Any) -> tuple[_Found, _Found]:
+def _threshold_jvp(primals: Any, tangents: Any) -> tuple[_Found, _Found]:
     # The rule of an implicit function; see the module. Its slopes are those of f, found by JAX.
     operands, constants, _ = primals
-    found = _threshold(static, *primals)
+    found = _threshold(*primals)
     dots, grid = moving(tangents[0]), constants.grid
     zero = vary(jnp.zeros(found.tau.shape[1:], found.tau.dtype), found, primals)
 
     def slopes(at: TileIndex, part: DiffOperands, tau: Array, peak: Array) -> Array:
-        scores = scores_of(static, part, constants, at)
-        weigh = lambda tau: -_weights(static, part, constants, scores, tau, peak)
+        scores = scores_of(part, constants, at)
+        weigh = lambda tau: -_weights(part, constants, scores, tau, peak)
         return jnp.sum(jax.jvp(weigh, (tau,), (jnp.ones_like(tau),))[1], -1)
 
     def term(
         at: TileIndex, part: DiffOperands, dot: DiffOperands, tau: Array, peak: Array
     ) -> Array:
-        scores, scores_dot = push_scores(static, part, dot, constants, at)
+        scores, scores_dot = push_scores(part, dot, constants, at)
+        scores_dot = jnp.where(moves(scores), scores_dot, 0)
 
         def weigh(scores: Array, weigher: Any) -> Array:
-            return _weights(
-                static, part._replace(weigher=weigher), constants, scores, tau, peak
-            )
+            return _weights(part._replace(weigher=weigher), constants, scores, tau, peak)
 
         if dot.weigher is None:
             pushed = jax.jvp(lambda s: weigh(s, part.weigher), (scores,), (scores_dot,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,57 @@ from softjax.attentions._threshold_tiles import MAPS, sparse_average
 __all__ = ["attention"]
 
 
+class Options(TypedDict, total=False):
+    """The options of `attention` on which the type of its result does not depend."""
+
+    mask: masks.Mask | ArrayLike | None
+    bias: ArrayLike | None
+    score: Callable[..., Array] | None
+    scale: ArrayLike | None
+    soft_cap: ArrayLike | None
+    cap_bias: bool
+    sink: ArrayLike | None
+    normalizer: str | tuple[Callable[[Array], Array], ArrayLike]
+    positions: ArrayLike | tuple[ArrayLike | None, ArrayLike | None] | None
+    dropout_rate: ArrayLike
+    dropout_key: Array | None
+    block_size: int | tuple[int, int] | None
+    implementation: str | None
+
+
+@overload
+def attention(
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Array: ...
+
+
+@overload
+def attention(
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def attention(
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]: ...
+
+
 @named
 def attention(
     queries: ArrayLike,
@@ -33,6 +84,7 @@ def attention(
     score: Callable[..., Array] | None = None,
     scale: ArrayLike | None = None,
     soft_cap: ArrayLike | None = None,
+    cap_bias: bool = False,
     sink: ArrayLike | None = None,
     normalizer: str | tuple[Callable[[Array], Array], ArrayLike] = "softmax",
     positions: ArrayLike | tuple[ArrayLike | None, ArrayLike | None] | None = None,
@@ -41,12 +93,12 @@ def attention(
     block_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
-) -> Any:
+) -> Array | tuple[Array, Array]:
     r"""Averages values, weighted by the softmax, or a sparse map, of query-key scores.
 
     .. math:: o_t = \sum_s p_{ts} v_s, \qquad
         p_{ts} = e^{z_{ts}} \Big/ \Big(e^{c} + \sum_{r} e^{z_{tr}}\Big), \qquad
-        z_{ts} = f\big(\kappa \tanh((\lambda \langle q_t, k_s \rangle + b_{ts}) / \kappa)\big)
+        z_{ts} = f\big(\kappa \tanh(\lambda \langle q_t, k_s \rangle / \kappa) + b_{ts}\big)
 
     Args:
         queries: q, `[..., T, N, H]`, real; differentiable.
@@ -58,12 +110,12 @@ def attention(
         bias: b, broadcastable to `[..., N, T, S]`; differentiable. -inf drops a score.
         score: f, a function of (scores, index) that gives new scores of the same shape: those
             of a tile, `[batch, N, query, key]`, and `index.batch`, `index.head`, `index.query`
-            and `index.key`, ints that broadcast to it. Arrays that it captures, or holds as a
-            `jax.tree_util.Partial`, are differentiable. -inf drops a score. A new function, or
-            one that has captured something new, is compiled anew (a `Partial` of one function
-            and new arrays is not); NumPy arrays must not be changed in place.
+            and `index.key`, ints that broadcast to it. Arrays that it captures or holds are
+            differentiable. -inf drops a score.
         scale: lambda, one number or one a head `[N]`; 1 / sqrt(H) by default; differentiable.
-        soft_cap: kappa > 0, one number or one a head; None for no cap; differentiable.
+        soft_cap: kappa > 0, one number or one a head; None for no cap; differentiable. As in
+            Gemma 2, it caps the products alone, so that a bias of -1e9 hides a key.
+        cap_bias: whether to cap the sum of product and bias instead.
         sink: c, a score that takes weight and has no value, one number or one a head; None for
             no sink; differentiable.
         normalizer: how scores become weights: "softmax", "sparsemax", "entmax15", or a pair of
@@ -77,10 +129,10 @@ def attention(
             however the scores are formed.
         block_size: tokens of a block, or a pair for queries and keys; chosen by default.
         implementation: "dense" forms all scores at once and remembers the weights; "streamed"
-            forms them tile by tile and never keeps one; None takes the first for up to 2^19
-            scores. The results are the same but for rounding.
-        return_lse: whether to return also the logarithm of the sum of exponentials (of softmax
-            alone, as is `sink`).
+            forms them tile by tile and never keeps one; None takes the first for short
+            sequences. The results are the same but for rounding.
+        return_lse: whether to return also the logarithm of the sum of exponentials; as `sink`,
+            for softmax alone.
 
     Returns:
         Averages `[..., T, N, W]` in the dtype of `queries`; with `return_lse`, a pair of them
@@ -110,6 +162,10 @@ def attention(
         sparse maps skip those without weight too, once their thresholds are found in some ten
         walks over the scores. Half precision is summed and averaged in float32, and so are
         cotangents; they are rounded once. Both modes, any order.
+
+        A function (`score`, `normalizer`, `masks.Function`) is traced anew in every call, in
+        the program of its caller. Outside of `jit` such a call runs operation by operation, and
+        compiles its loops anew each time if it is streamed or sparse: call it within `jit`.
 
     Reference:
         Vaswani et al. (2017), Attention is all you need; Milakov and Gimelshein (2018), Online
@@ -157,6 +213,7 @@ def attention(
         score=score,
         scale=scale,
         soft_cap=soft_cap,
+        cap_bias=cap_bias,
         sink=sink,
         positions=positions,
         dropout_rate=dropout_rate,
@@ -202,12 +259,23 @@ def _attend(
     weigh: Callable[..., Array] | None,
     reach: ArrayLike,
     sink: ArrayLike | None,
+    cap_bias: bool,
+    block_size: int | tuple[int, int] | None,
+    implementation: str | None,
     return_lse: bool,
     **options: Any,
-) -> Any:
+) -> Array | tuple[Array, Array]:
     given = (queries, keys, values, options, reach, sink)
     queries, keys, values, options, reach, sink = vary(given)
-    tiled = cut_into_tiles(queries, keys, values, **options)
+    tiled = cut_into_tiles(
+        queries,
+        keys,
+        values,
+        cap_bias=cap_bias,
+        block_size=block_size,
+        implementation=implementation,
+        **options,
+    )
     if tiled.constants.grid.empty:
         return _nothing(tiled, sink, return_lse)
     grid, wide = tiled.constants.grid, computing_dtype(tiled.dtype)
@@ -215,9 +283,9 @@ def _attend(
     if weigh is not None:
         tiled = with_weigher(tiled, weigh)
         reach = jnp.asarray(reach, wide)
-        out = sparse_average(tiled.static, tiled.operands, tiled.constants, reach)
+        out = sparse_average(tiled.operands, tiled.constants, reach)
         return shaped(out).reshape(tiled.shape).astype(tiled.dtype)
-    out, lse = average(tiled.static, tiled.operands, tiled.constants)
+    out, lse = average(tiled.operands, tiled.constants)
     if sink is not None:
         level = per_head(sink, grid.heads, wide, "sink")
         out, lse = with_sink(out, lse, jnp.squeeze(level, 3)[None])
@@ -225,12 +293,13 @@ def _attend(
     return (out, shaped(lse).reshape(tiled.shape[:-1])) if return_lse else out
 
 
-_jitted = jax.jit(
-    _attend, static_argnames=("weigh", "block_size", "implementation", "return_lse")
-)
+STATIC = ("weigh", "cap_bias", "block_size", "implementation", "return_lse")
+_jitted = jax.jit(_attend, static_argnames=STATIC)
 
 
-def _nothing(tiled: TiledAttention, sink: ArrayLike | None, return_lse: bool) -> Any:
+def _nothing(
+    tiled: TiledAttention, sink: ArrayLike | None, return_lse: bool
+) -> Array | tuple[Array, Array]:
     """The result where there are no queries, or no keys to see."""
     out = jnp.zeros(tiled.shape, tiled.dtype)
     heads, dtype = tiled.constants.grid.heads, computing_dtype(tiled.dtype)

@@ -228,11 +228,9 @@ def _stream(block: int, teacher: Layer, student: Layer) -> _Found:
         )
 
     seen = over_blocks(block, visit, seen, teacher, student)
-    totals = [
-        part.peak + jnp.log(jnp.where(part.total == 0, 1, part.total))
-        for part in (seen.teacher, seen.student)
-    ]
-    mean, curve = seen.teacher.average[..., 0], seen.teacher.average[..., 1]
+    averages, teacher_total = online.finish(seen.teacher)
+    totals = teacher_total, online.finish(seen.student)[1]
+    mean, curve = averages[..., 0], averages[..., 1]
     # With E over the teacher, D = log E[e^-x] + E[x]; near, as a difference of two small
     # numbers that are not negative.
     close = seen.widest < 1
