@@ -36,7 +36,7 @@ def pages(seed=0, num_queries=2):
 def test_a_cache_with_lengths():
     """One query a sequence against a cache that is not full, whatever stands behind."""
     queries, keys, values = draw(0, (B, 1, N, H), (B, 16, K, H), (B, 16, K, W))
-    mask = masks.Causal(LENGTHS - 1) & masks.Lengths(None, LENGTHS)
+    mask = masks.Causal(LENGTHS - 1) & masks.Lengths(key_lengths=LENGTHS)
     for way in ({}, {"block_size": (1, 5)}):
         behind = np.arange(16)[None, :, None, None] >= LENGTHS.reshape(-1, 1, 1, 1)
         spoilt = [jnp.where(behind, NAN, x) for x in (keys, values)]

@@ -217,24 +217,29 @@ def _products_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
 
 def _dot(queries: Array, keys: Array) -> Array:
+    """Products `[batch, N, query, key]` of queries `[batch, K, G, query, H]` with keys."""
     dtype = computing_dtype(queries.dtype)
     if queries.dtype != keys.dtype:  # One of the two is a tangent, or moves.
         queries, keys = queries.astype(dtype), keys.astype(dtype)
+    batch, num_key_heads, groups, num_queries, width = queries.shape
+    # The queries of all heads that share keys are the rows of one matrix: XLA's CPU backend
+    # would copy the scores to contract two axes in the transpose.
+    rows = queries.reshape(batch, num_key_heads, groups * num_queries, width)
     products = lax.dot_general(
-        queries, keys, (((4,), (3,)), ((0, 1), (0, 1))), preferred_element_type=dtype
+        rows, keys, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=dtype
     )
-    batch, _, _, num_queries, num_keys = products.shape
-    return products.reshape(batch, -1, num_queries, num_keys)
+    return products.reshape(batch, num_key_heads * groups, num_queries, keys.shape[2])
 
 
 def weighted(weights: Array, values: Array) -> Array:
     """Sums of values `[batch, K, key, W]` with weights `[batch, N, query, key]`."""
     batch, heads, num_queries, num_keys = weights.shape
-    groups = weights.reshape(batch, values.shape[1], -1, num_queries, num_keys)
-    sums = lax.dot_general(
-        groups, values.astype(weights.dtype), (((4,), (2,)), ((0, 1), (0, 1)))
-    )
-    return sums.reshape(batch, heads, num_queries, values.shape[-1])
+    num_key_heads, width = values.shape[1], values.shape[3]
+    rows = heads // num_key_heads * num_queries
+    weights = weights.reshape(batch, num_key_heads, rows, num_keys)
+    values = values.astype(weights.dtype)
+    sums = lax.dot_general(weights, values, (((3,), (2,)), ((0, 1), (0, 1))))
+    return sums.reshape(batch, heads, num_queries, width)
 
 
 def drop(weights: Array, constants: Constants, at: TileIndex) -> Array:

@@ -112,12 +112,12 @@ def attention(
             of a tile, `[batch, N, query, key]`, and `index.batch`, `index.head`, `index.query`
             and `index.key`, ints that broadcast to it. Arrays that it captures or holds are
             differentiable. -inf drops a score.
-        scale: lambda, one number or one a head `[N]`; 1 / sqrt(H) by default; differentiable.
-        soft_cap: kappa > 0, one number or one a head; None for no cap; differentiable. As in
+        scale: lambda, one number or one per head `[N]`; 1 / sqrt(H) by default; differentiable.
+        soft_cap: kappa > 0, one number or one per head; None for no cap; differentiable. As in
             Gemma 2, it caps the products alone, so that a bias of -1e9 hides a key.
         cap_bias: whether to cap the sum of product and bias instead.
-        sink: c, a score that takes weight and has no value, one number or one a head; None for
-            no sink; differentiable.
+        sink: c, a score that takes weight and has no value, one number or one per head; None
+            for no sink; differentiable.
         normalizer: how scores become weights: "softmax", "sparsemax", "entmax15", or a pair of
             a function f and a number r for weights f(z - tau) that sum to one. f is convex and
             increases from 0, elementwise, with f(r) = 1; what it captures is differentiable.

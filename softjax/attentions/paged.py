@@ -192,7 +192,7 @@ def _paged(
     table = jnp.moveaxis(table.reshape(*batch, num_splits, num_steps, at_once), -2, 0)
     last = jnp.arange(num_queries, 0, -1, dtype=jnp.int32)
     asked = lengths[..., None] - last.reshape(*(1,) * len(batch), -1)
-    seen = masks.Causal() & masks.Lengths(None, lengths)
+    seen = masks.Causal() & masks.Lengths(key_lengths=lengths)
     seen = seen if mask is None else seen & mask
 
     def attend(keys: Array, values: Array, places: Array) -> _online.State:

@@ -68,8 +68,8 @@ def qk_norm(
     Args:
         queries: q, `[..., H]`, real; differentiable.
         keys: k, `[..., H]`, real; differentiable.
-        query_scale: g for the queries, broadcastable to them: one number, one a component
-            `[H]`, or one a head too `[N, H]`; differentiable.
+        query_scale: g for the queries, broadcastable to them: one number, one per component
+            `[H]`, or one per head too `[N, H]`; differentiable.
         key_scale: likewise for the keys; differentiable.
         epsilon: at least 0, one number; not differentiable. With 0, a vector of zeros stays.
 
@@ -128,7 +128,7 @@ def scalable_queries(queries: ArrayLike, counts: ArrayLike, scale: ArrayLike = 1
         queries: q, `[..., T, N, H]`, real; differentiable.
         counts: n, how many keys a query sees, one number or broadcastable to `[..., T]`; not
             differentiable. Below 1 as 1. Under a causal mask, 1, 2, ..., T.
-        scale: s, one number or one a head `[N]`; differentiable.
+        scale: s, one number or one per head `[N]`; differentiable.
 
     Returns:
         Queries `[..., T, N, H]` in their dtype, with which the logits of attention are those of
