@@ -1,7 +1,7 @@
-"""Functions that users pass: what they capture becomes an argument.
+"""Functions that users pass: the arrays that they capture become arguments.
 
-A closure may hold arrays that are traced, batched or differentiated outside. A rule with
-derivatives of its own must receive all of them as arguments.
+A closure may hold arrays that are traced, batched or differentiated outside. A function with a
+derivative rule of its own must receive all of them as arguments.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
     """A function of (captured, *args) alone, and the arrays that `function` has captured.
 
-    They become arguments, and so have derivatives; the result is static.
+    As arguments they have derivatives. The function is static.
     """
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
     structure = jax.tree.structure(out)
@@ -31,7 +31,7 @@ def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any],
 def hoist_floats(
     function: Callable[..., Any], *args: Any
 ) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...]]:
-    """A function of (floats, others, *args), and what it captured, in these two kinds."""
+    """A function of (floats, rest, *args), and the captured arrays of these two kinds."""
     run, captured = hoist(function, *args)
     moves = [jnp.issubdtype(x.dtype, jnp.floating) for x in captured]
 

@@ -40,7 +40,7 @@ Node = TypeVar("Node")
 
 
 class Mask:
-    """What all masks share; one of your own needs `bind`, `tile` and `bounds`."""
+    """The base of all masks; one of your own needs `bind`, `tile` and `bounds`."""
 
     def bind(self, grid: Grid) -> Mask:
         """The same mask, checked against the shapes, its arrays `[batch or 1, ...]`."""

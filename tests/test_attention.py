@@ -144,6 +144,29 @@ def test_block_sizes_change_nothing(block_size):
     assert_close(call(block_size=block_size), call(**DENSE), rtol=0, atol=16 * eps("float64"))
 
 
+def test_numpy_ints_are_ints():
+    arrays = draw(1)
+    call = functools.partial(sj.attention, *arrays, mask=masks.Causal(np.int64(1)))
+    assert_same(call(block_size=np.int64(4)), call(block_size=(4, np.int32(4))))
+
+
+def test_a_soft_cap_of_the_product_alone():
+    """A bias of -1e9 hides a key as a mask does, by default; under the cap it leaks."""
+    arrays, bias = draw(2), jnp.asarray(np.where(np.tri(T, S) > 0, 0.0, -1e9))
+    hidden = sj.attention(*arrays, bias=bias, soft_cap=50.0)
+    masked = sj.attention(*arrays, mask=bias == 0, soft_cap=50.0)
+    assert_close(hidden, masked, rtol=0, atol=16 * eps("float64"))
+    ones = [jnp.ones_like(x) for x in arrays]
+    lse = lambda **options: sj.attention(
+        *ones, bias=bias, soft_cap=4.0, return_lse=True, **options
+    )[1]
+    leak = jnp.exp(lse(cap_bias=True) - lse()) - 1
+    assert leak[0, 0, 0] > 1e-3
+    assert_same(
+        sj.attention(*arrays, bias=bias, cap_bias=True), sj.attention(*arrays, bias=bias)
+    )
+
+
 def test_layouts():
     """No batch, several axes of it, one query, one key, and nothing at all."""
     arrays = [x[0] for x in draw(2)]
@@ -717,7 +740,11 @@ def test_derivatives_under_dropout(mode):
         ({"positions": (None,)}, ValueError, "`positions`"),
         ({"dropout_rate": 0.5}, ValueError, "needs a `dropout_key`"),
         ({"dropout_rate": 1.5}, ValueError, r"in \[0, 1\], got 1\.5"),
-        ({"block_size": 0}, ValueError, "`block_size` must be a positive int"),
+        ({"block_size": 0}, ValueError, "`block_size` must be at least 1"),
+        ({"block_size": 2.0}, TypeError, r"`block_size` must be an int, got 2\.0"),
+        ({"cap_bias": 1}, TypeError, "`cap_bias` must be True or False"),
+        ({"return_lse": 1}, TypeError, "`return_lse` must be True or False"),
+        ({"dropout_key": 0}, TypeError, "`dropout_key` must be a random key, got 0"),
         ({"block_size": (2, 3, 4)}, ValueError, "`block_size`"),
         ({"block_size": [2, 3]}, TypeError, r"`block_size` must be an int.*\[2, 3\]"),
         ({"block_size": 2, "implementation": "dense"}, ValueError, "no meaning"),

@@ -15,7 +15,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._closures import hoist_floats
-from softjax._inputs import computing_dtype, nan_unless_positive, one_number, to_float
+from softjax._inputs import (
+    check_int,
+    computing_dtype,
+    nan_unless_positive,
+    one_number,
+    to_float,
+)
 from softjax._mesh import vary
 from softjax._tiles import Grid, grid_of, per_score
 from softjax.attentions._dropout import words_of
@@ -27,9 +33,9 @@ from softjax.masks import Inside, Mask
 DENSE = 2**23  # scores
 DENSE_PER_HEAD = 2**19  # scores of one head of one sequence
 DENSE_KEYS = 128  # so few keys are dense whatever the rest, as their scores are small
-ENTRIES = 2**19  # scores of a tile, about
-LARGEST = 512  # queries of a block, at most
-LEAST = 32  # keys of a block, at least
+ENTRIES = 2**19  # about so many scores make a tile
+LARGEST = 512  # at most so many queries make a block
+LEAST = 32  # at least so many keys make a block
 
 
 class TiledAttention(NamedTuple):
@@ -162,7 +168,7 @@ def _blocks(
     block_size: int | tuple[int, int] | None,
     implementation: str | None,
 ) -> tuple[int, int]:
-    """How many queries and keys make a tile."""
+    """The numbers of queries and keys of a tile."""
     if implementation not in (None, "dense", "streamed"):
         raise ValueError(
             f'`implementation` must be None, "dense" or "streamed", got {implementation!r}.'
@@ -170,10 +176,9 @@ def _blocks(
     heads, num_queries, num_keys = max(1, heads), max(1, num_queries), max(1, num_keys)
     if block_size is not None:
         pair = block_size if isinstance(block_size, tuple) else (block_size, block_size)
-        if len(pair) != 2 or any(not isinstance(n, int) or n < 1 for n in pair):
-            raise ValueError(
-                f"`block_size` must be a positive int, or two of them, got {block_size!r}."
-            )
+        if len(pair) != 2:
+            raise ValueError(f"`block_size` must be an int or a pair of them, got {pair}.")
+        pair = tuple(check_int(n, name="block_size", least=1) for n in pair)
         if implementation == "dense":
             raise ValueError('`block_size` has no meaning with `implementation="dense"`.')
         return min(pair[0], num_queries), min(pair[1], num_keys)
@@ -181,18 +186,18 @@ def _blocks(
     small = scores <= min(DENSE_PER_HEAD, DENSE // heads) or num_keys <= DENSE_KEYS
     if implementation == "dense" or (implementation is None and small):
         return num_queries, num_keys
-    # Twice as many queries as keys: each block of queries costs a pass over all keys.
+    # A block has twice as many queries as keys, because it costs a pass over all keys.
     side = 1 << int(math.log2(max(1, ENTRIES / (2 * heads))) / 2)
     key_block = max(LEAST, min(LARGEST // 2, side))
     query_block = _even(num_queries, 2 * key_block)
     key_block = _even(num_keys, max(key_block, 2 * key_block**2 // query_block))
     if (query_block, key_block) == (num_queries, num_keys):
-        key_block = -(-num_keys // 2)  # Streamed means in tiles.
+        key_block = -(-num_keys // 2)  # A streamed form has two tiles at least.
     return query_block, key_block
 
 
 def _even(size: int, block: int) -> int:
-    """A block of about that size, of which a whole number makes up nearly all tokens."""
+    """A block of about that size that divides the tokens with little padding."""
     count = -(-size // block)
     return -(-size // count)
 

@@ -1,9 +1,9 @@
 """Attention under threshold maps: sparsemax, entmax15, and maps of a user's own.
 
-The weights are f(z - tau), with a threshold tau for each query that makes them sum to one. It
-is found by Newton's method, blockwise: each step visits the tiles that still reach above it,
-and as it only climbs, they become fewer. Then one more walk takes the weighted sum of the
-values, over those tiles alone. The threshold has one rule, that of an implicit function,
+The weights are f(z - tau), with a threshold tau for each query that makes them sum to one.
+Newton's method finds it: each step visits the tiles that still reach above it, which become
+fewer, because it only rises. One more loop over those tiles takes the weighted sum of the
+values. The threshold has one rule, that of an implicit function,
 
     tau' = sum f'(z - tau) z' / sum f'(z - tau),
 
@@ -46,16 +46,16 @@ def _entmax15(margins: Array) -> Array:
     return jnp.where(margins > 0, margins / 2, 0) ** 2
 
 
-# Each f with its reach, at which it is 1.
+# Each f, and the number at which it is 1: its reach.
 MAPS: dict[str, tuple[Callable[[Array], Array], float]] = {
     "sparsemax": (_sparsemax, 1.0),
     "entmax15": (_entmax15, 2.0),
 }
-STEPS = 64  # of Newton's method, at most
+STEPS = 64  # Newton's method takes no more steps.
 
 
 class _Found(NamedTuple):
-    """Of each query; weights are f((z - peak) - tau)."""
+    """The threshold of each query, whose weights are f((z - peak) - tau)."""
 
     tau: Array  # [i, batch, N, query]; NaN where a NaN is seen
     peak: Array  # the largest score, a constant; 0 where nothing is seen
@@ -71,7 +71,7 @@ class _Climb(NamedTuple):
 
 def sparse_average(operands: DiffOperands, constants: Constants, reach: Array) -> Array:
     """Averages of values `[i, batch, N, query, W]`."""
-    operands = widened(operands)  # Or cotangents would be rounded with every block.
+    operands = widened(operands)  # Otherwise cotangents would be rounded in each block.
     found = _threshold(operands, constants, reach)
     grid = constants.grid
     start = jnp.zeros((*found.tau.shape[1:], operands.values.shape[-1]), found.tau.dtype)
@@ -118,7 +118,7 @@ def _threshold(operands: DiffOperands, constants: Constants, reach: Array) -> _F
         peak = where_finite(scan_key_blocks(grid, i, higher, lowest, kinds, *parts))
 
         def sums(tau: Array, kinds: Array) -> tuple[Array, Array, Array]:
-            """Of weights and slopes; and which tiles reach above the thresholds."""
+            """The sums of weights and slopes, and the tiles that reach above the thresholds."""
 
             def visit(at: TileIndex, seen: Any, part: DiffOperands) -> Any:
                 scores = scores_of(part, constants, at)
@@ -150,7 +150,7 @@ def _threshold(operands: DiffOperands, constants: Constants, reach: Array) -> _F
 
 
 def _threshold_jvp(primals: Any, tangents: Any) -> tuple[_Found, _Found]:
-    # The rule of an implicit function; see the module. Its slopes are those of f, found by JAX.
+    # The rule of an implicit function (see the module), with slopes of f by `jax.jvp`.
     operands, constants, _ = primals
     found = _threshold(*primals)
     dots, grid = moving(tangents[0]), constants.grid

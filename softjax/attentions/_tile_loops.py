@@ -1,7 +1,6 @@
-"""Walks over the tiles: every block of queries, and for each the blocks of keys.
+"""Loops over the tiles: every block of queries, and for each the blocks of keys.
 
-Only what is known of a tile from its bounds decides whether it is visited. A single tile
-is visited without a loop.
+The bounds of a tile alone decide whether it is visited. A single tile needs no loop.
 """
 
 import functools
@@ -17,7 +16,7 @@ from softjax._tiles import Grid
 from softjax.attentions._operands import DiffOperands, TileIndex
 
 Parts = tuple[DiffOperands, ...]
-Visit = Callable[..., Any]  # of a place, and more
+Visit = Callable[..., Any]  # of a `TileIndex`, and more
 
 
 def only_tile(operands: Parts) -> Parts:
@@ -37,7 +36,7 @@ def map_query_blocks(
 ) -> Any:
     """body(i, operands of block i, *rows of block i) for all i, stacked.
 
-    Unless it may be remembered, each is found again for the derivative.
+    Without `remember`, the derivative computes each of them again.
     """
     cut, rest = zip(*(f.by_query(grid) for f in operands), strict=True)
 
@@ -55,10 +54,10 @@ def map_query_blocks(
 
 @jax.custom_batching.custom_vmap
 def _shared(kinds: Array) -> Array:
-    """The same under `vmap` for the whole batch: a tile is skipped if nobody needs it.
+    """The kinds of tiles, made the same for a whole batch under `vmap`.
 
-    (Kinds that differ within a batch would make of every branch a select, which skips nothing
-    and has no transpose.)
+    If they differed within a batch, `vmap` would turn every branch into a select, which skips
+    nothing and has no transpose.
     """
     return kinds
 
@@ -75,10 +74,11 @@ def _shared_by_batch(
 
 
 def _agreed(kinds: Array, operands: Parts) -> Array:
-    """The same on all devices that share an array: there its cotangents are summed.
+    """The kinds of tiles, made the same on all devices that share an array.
 
-    (Such a sum, in a branch that only some of them take, would wait for the others forever. A
-    function's captured arrays alone are shared still; all others were made to vary before.)
+    Reverse mode sums the cotangents of a replicated array over the devices, inside the branch,
+    and hangs if only some devices take it. Only arrays that a function captures can still be
+    replicated here, because all others were made to vary before.
     """
     axes = replicated_axes(kinds, operands)
     if not axes:
@@ -92,8 +92,8 @@ def scan_key_blocks(
 ) -> Any:
     """The state after the blocks of keys whose tiles are not empty.
 
-    (A block is sliced where it is needed, so that an empty tile costs nothing. The transpose
-    of that would add up whole arrays: what is transposed is `sum_over_keys`.)
+    A block is sliced inside the branch, so that an empty tile costs nothing. This is not for
+    reverse mode, where each slice would become a whole array: `sum_over_keys` is.
     """
     cut, rest = operands.by_key(grid)
 
@@ -117,14 +117,17 @@ def scan_key_blocks(
 def sum_over_keys(
     grid: Grid, i: Any, term: Visit, start: Any, kinds: Array, operands: Parts, *rows: Any
 ) -> Any:
-    """The start and the terms of all tiles that are not empty, found again for a derivative."""
+    """The sum of the start and of the terms of all tiles that are not empty.
+
+    The derivative computes each term again.
+    """
     cut, rest = zip(*(f.by_key(grid) for f in operands), strict=True)
 
     def step(total: Any, xs: Any) -> tuple[Any, None]:
         j, kind, cut = xs
 
-        # (The checkpoint lies inside of the branch: what is skipped keeps nothing. There is one
-        # such branch only, for each keeps its own copy of what it sees.)
+        # The checkpoint is inside the branch, so that a skipped tile stores nothing. There is
+        # one such branch only, because each stores its own copy of its operands.
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def live(cut: Parts, rest: Parts, rows: Any) -> Any:
             parts = tuple(a.join(b) for a, b in zip(cut, rest, strict=True))

@@ -1,4 +1,4 @@
-"""Attention: averages of values, weighted by a map of the scores of queries and keys."""
+"""Attention: averages of values, weighted by a map of query-key scores."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from softjax import masks
 from softjax._api import named
-from softjax._inputs import computing_dtype
+from softjax._inputs import check_flag, computing_dtype
 from softjax._mesh import vary
 from softjax.attentions._inputs import TiledAttention, cut_into_tiles, per_head, with_weigher
 from softjax.attentions._softmax_tiles import average
@@ -173,8 +173,12 @@ def attention(
         O(n^2) memory; Dao et al. (2022), FlashAttention. Ainslie et al. (2023), GQA, for shared
         heads; Xiao et al. (2024), Efficient streaming language models with attention sinks.
     """
-    if not isinstance(block_size, (int, tuple, type(None))):
+    if isinstance(block_size, list):
         raise TypeError(f"`block_size` must be an int or a pair of them, got {block_size!r}.")
+    check_flag(return_lse, name="return_lse")
+    check_flag(cap_bias, name="cap_bias")
+    if not isinstance(dropout_key, (jax.Array, np.ndarray, type(None))):
+        raise TypeError(f"`dropout_key` must be a random key, got {dropout_key!r}.")
     none_dropped = False
     if isinstance(soft_cap, (int, float)) and not soft_cap > 0:
         raise ValueError(f"`soft_cap` must be positive, got {soft_cap}.")
@@ -199,8 +203,8 @@ def attention(
         name = "return_lse" if return_lse else "sink"
         raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
     mask = masks.as_mask(mask)
-    # `jit` would remember a user's function by its identity alone, and answer with what it
-    # once held. Such a call is traced, or run, where its caller is.
+    # The library's `jit` would remember a user's function by its identity alone, and answer
+    # with the values that it once held. So the caller's program traces such a call.
     asks = score is not None or not isinstance(normalizer, str) or masks.asks(mask)
     return (_attend if asks else _jitted)(
         queries,
@@ -234,7 +238,7 @@ def _pair(normalizer: Any, queries: ArrayLike) -> tuple[Callable[..., Array], Ar
     weigh, reach = normalizer
     if isinstance(reach, jax.core.Tracer):
         return weigh, reach
-    # A map of whole rows, as `softmax` is, would be taken for one of single scores.
+    # Otherwise a map of whole rows, such as `softmax`, would be applied to single scores.
     number = jnp.asarray(reach, computing_dtype(jnp.result_type(queries)))
     try:
         with jax.ensure_compile_time_eval():
@@ -303,17 +307,14 @@ def _nothing(
     """The result where there are no queries, or no keys to see."""
     out = jnp.zeros(tiled.shape, tiled.dtype)
     heads, dtype = tiled.constants.grid.heads, computing_dtype(tiled.dtype)
-    lse = jnp.full(tiled.shape[:-1], -jnp.inf, dtype)
-    if sink is not None:
-        level = per_head(sink, heads, dtype, "sink").reshape(-1)
-        lse = jnp.broadcast_to(level, (*(1,) * (lse.ndim - 1), level.size)).astype(dtype)
-        lse = jnp.broadcast_to(lse, tiled.shape[:-1])
+    level = per_head(-jnp.inf if sink is None else sink, heads, dtype, "sink")
+    lse = jnp.broadcast_to(level.reshape(-1), tiled.shape[:-1])
     return (out, lse) if return_lse else out
 
 
 def with_sink(out: Array, lse: Array, sink: Array) -> tuple[Array, Array]:
     """Averages `[..., W]` after one more score, whose value is 0."""
-    # Of two that are -inf neither counts, and the average is 0.
+    # Where both are -inf, neither counts, and the average is 0.
     share = jax.nn.sigmoid(lse - jnp.where(sink == -jnp.inf, 0, sink))
     share = jnp.where((sink == -jnp.inf) & (lse > -jnp.inf), 1, share)
     return out * share[..., None], jnp.logaddexp(lse, sink)

@@ -1,7 +1,7 @@
 """Attention in parts: averages over sets of keys that merge, and keys that lie in pages.
 
-An average and its log-sum-exp are the whole online state of a set of keys. Sets that are
-attended to apart (splits of a long cache, a shared prefix, another device) merge exactly.
+An average and its log-sum-exp are the whole online state of a set of keys. Sets that
+are attended to apart (splits of a long cache, a shared prefix, another device) merge exactly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from softjax.attentions.attend import attention, with_sink
 
 __all__ = ["merge_attention", "paged_attention"]
 
-AT_ONCE = 512  # keys that are gathered at once, about
+AT_ONCE = 512  # About so many keys are gathered at once.
 
 
 @api()
@@ -63,7 +63,7 @@ def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
         )
     dtype = jnp.promote_types(outs.dtype, lses.dtype)
     scores = jnp.moveaxis(lses.astype(dtype), 0, -1)
-    # The limit where some are infinite: they share the average equally.
+    # In the limit, infinite scores share the average equally.
     infinite = scores == jnp.inf
     some = jnp.any(infinite, -1)
     limits = jnp.where(infinite, 0, jnp.where(some[..., None], -jnp.inf, scores))
@@ -97,13 +97,14 @@ def paged_attention(
             of which sees the keys up to its own position; differentiable.
         key_pages: K, `[num_pages, P, K, H]`, P keys a page; differentiable.
         value_pages: V, `[num_pages, P, K, W]`; differentiable.
-        page_table: which pages hold a sequence, in order, ints `[..., M]`. What stands behind
-            the length plays no part.
+        page_table: the pages of each sequence, in order, ints `[..., M]`. Entries behind the
+            length play no part.
         lengths: keys of each sequence, those of the queries included, ints `[...]`.
         mask: which of these a query may see, by positions (`masks.Window`, say).
-        score: as in `attention`; its index holds positions.
+        score: as in `attention`, with the same cost outside of `jit`; its index holds
+            positions.
         scale: as in `attention`; differentiable.
-        soft_cap: as in `attention`; differentiable.
+        soft_cap: as in `attention`, of the products alone; differentiable.
         sink: as in `attention`; differentiable.
         num_splits: into how many parts the pages of a sequence are split, which are visited
             side by side and merged (for accelerators that one query cannot fill).
@@ -164,7 +165,7 @@ def _paged(
 ) -> Array:
     given = (queries, key_pages, value_pages, page_table, lengths, mask, sink, options)
     queries, key_pages, value_pages, page_table, lengths, mask, sink, options = vary(given)
-    # (`attention` checks them; integers become the default float here.)
+    # `attention` checks the rest of the queries; here integers become the default float.
     _, dtype = to_float(queries, name="queries")
     queries = jnp.asarray(queries).astype(dtype)
     key_pages, value_pages = jnp.asarray(key_pages), jnp.asarray(value_pages)
@@ -184,7 +185,7 @@ def _paged(
     at_once = max(1, min(at_once // max(1, size), -(-num_pages // num_splits)))
     num_steps = max(1, -(-num_pages // (at_once * num_splits)))
     padding = num_steps * at_once * num_splits - num_pages
-    # Neither a negative number nor what fills up the table is a page.
+    # Negative numbers are no pages, and neither is the padding of the table.
     outside = key_pages.shape[0]
     table = jnp.where(table < 0, outside, table)
     padded = [(0, 0)] * len(batch) + [(0, padding)]
@@ -227,7 +228,7 @@ def _walk(
     table: Array,
     first: Array,
 ) -> tuple[Array, Array]:
-    """Over pages `[steps, ..., pages]`, of which the first begins at the position `first`."""
+    """Visits pages `[steps, ..., pages]`, whose first key is at the position `first`."""
     num_keys = table.shape[-1] * key_pages.shape[1]
 
     def gather(pages: Array, some: Array) -> Array:
