@@ -4,12 +4,45 @@ A closure may hold arrays that are traced, batched or differentiated outside. A 
 derivative rule of its own must receive all of them as arguments.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.extend as jex
 import jax.numpy as jnp
+
+from softjax._mesh import vary
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def jit_unless_asked(
+    *static: str, prepare_call: Callable[[dict[str, Any]], bool]
+) -> Callable[[Function], Function]:
+    """Jits a function, except for calls that pass a user's function.
+
+    `jit` would remember a user's function by its identity alone, and answer with the values
+    that it once held: the caller's program traces such a call. `prepare_call` checks the
+    keyword arguments, which it may replace, and tells whether a function is among them.
+    """
+
+    def decorate(function: Function) -> Function:
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = vary((args, kwargs))
+            return function(*args, **kwargs)
+
+        jitted = jax.jit(functools.wraps(function)(run), static_argnames=static)
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            asks = prepare_call(kwargs)
+            return (run if asks else jitted)(*args, **kwargs)
+
+        return cast(Function, call)
+
+    return decorate
 
 
 def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from softjax._float import where_finite
 
 
-class State(NamedTuple):
+class OnlineState(NamedTuple):
     """The statistics of scores x and values v that their softmax average needs."""
 
     peak: Array  # max(x), [...]; -inf where nothing has been seen
@@ -26,44 +26,46 @@ class State(NamedTuple):
     sums: Array  # sum(exp(x - peak) v), [..., width]
 
 
-def init(shape: tuple[int, ...], width: int, dtype: DTypeLike) -> State:
+def init(shape: tuple[int, ...], width: int, dtype: DTypeLike) -> OnlineState:
     """The state of no scores at all."""
     peak = jnp.full(shape, -jnp.inf, dtype)
-    return State(peak, jnp.zeros(shape, dtype), jnp.zeros((*shape, width), dtype))
+    return OnlineState(peak, jnp.zeros(shape, dtype), jnp.zeros((*shape, width), dtype))
 
 
-def weigh(scores: Array) -> tuple[Array, Array]:
+def exp_below_peak(scores: Array) -> tuple[Array, Array]:
     """The peak of scores [..., n], and their exponentials below it; -inf drops a score."""
     peak = lax.stop_gradient(jnp.max(scores, -1, initial=-jnp.inf))
     return peak, jnp.exp(scores - where_finite(peak)[..., None])
 
 
-def observe(scores: Array, values: Array) -> State:
+def observe(scores: Array, values: Array) -> OnlineState:
     """The state of scores [..., n] with values [..., n, width]."""
     dropped = scores == -jnp.inf
-    peak, weights = weigh(scores)
+    peak, weights = exp_below_peak(scores)
     kept = jnp.where(dropped[..., None], 0, values)
-    return State(peak, jnp.sum(weights, -1), jnp.einsum("...n,...nw->...w", weights, kept))
+    return OnlineState(
+        peak, jnp.sum(weights, -1), jnp.einsum("...n,...nw->...w", weights, kept)
+    )
 
 
-def merge(a: State, b: State) -> State:
+def merge(a: OnlineState, b: OnlineState) -> OnlineState:
     """The state of both sets of scores together."""
     peak = lax.stop_gradient(jnp.maximum(a.peak, b.peak))
     anchor = where_finite(peak)
     a_scale, b_scale = jnp.exp(a.peak - anchor), jnp.exp(b.peak - anchor)
-    return State(
+    return OnlineState(
         peak,
         a.total * a_scale + b.total * b_scale,
         a.sums * a_scale[..., None] + b.sums * b_scale[..., None],
     )
 
 
-def update(state: State, scores: Array, values: Array) -> State:
+def update(state: OnlineState, scores: Array, values: Array) -> OnlineState:
     """The state after further scores [..., n] with values [..., n, width]."""
     return merge(state, observe(scores, values))
 
 
-def finish(state: State) -> tuple[Array, Array]:
+def finish(state: OnlineState) -> tuple[Array, Array]:
     """The softmax average of the values, and the log-sum-exp of the scores.
 
     They are 0 and -inf where nothing has been seen.

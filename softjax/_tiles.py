@@ -156,7 +156,7 @@ def positions_met(grid: Grid) -> Bounds:
     return meet(grid.queries.extent(), grid.keys.extent())
 
 
-def shifted(places: Array, by: Array) -> Array:
+def shift_positions(places: Array, by: Array) -> Array:
     """The sum, clipped to the ends of int32, where no position lies."""
     there = places + by
     ends = jnp.iinfo(there.dtype)
@@ -209,7 +209,7 @@ def per_score(x: Array, grid: Grid, name: str) -> Array:
 
 def per_sequence(x: ArrayLike, grid: Grid, name: str) -> Array:
     """One int per sequence, `[batch or 1, 1, 1, 1]`."""
-    x = _integers(x, name)
+    x = _clipped_integers(x, name)
     if x.ndim == 0:
         return x.reshape(1, 1, 1, 1)
     try:
@@ -226,7 +226,7 @@ def per_token(
     x: ArrayLike, batch: tuple[int, ...], side: Side, name: str, *, limited: bool = True
 ) -> Array:
     """One int per token, `[batch or 1, size]`; int32 if they are to be added to."""
-    x = _integers(x, name, limited=limited)
+    x = _clipped_integers(x, name, limited=limited)
     wanted = (*batch, side.size)
     if x.ndim < 1 or x.shape[-1] != side.size:
         raise ValueError(
@@ -243,7 +243,7 @@ def per_token(
     return x.reshape(math.prod(batch), side.size)
 
 
-def _integers(x: ArrayLike, name: str, *, limited: bool = True) -> Array:
+def _clipped_integers(x: ArrayLike, name: str, *, limited: bool = True) -> Array:
     if isinstance(x, int) and not isinstance(x, bool):
         return jnp.asarray(max(-FARTHEST, min(FARTHEST, x)), jnp.int32)
     x = to_integers(x, name=name)

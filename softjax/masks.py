@@ -31,7 +31,7 @@ from softjax._tiles import (
     per_sequence,
     per_token,
     positions_met,
-    shifted,
+    shift_positions,
 )
 
 __all__ = ["Causal", "Dense", "Function", "Lengths", "Mask", "Prefix", "Segments", "Window"]
@@ -135,12 +135,12 @@ class Causal(Mask):
         return Causal(per_sequence(self.offset, grid, "Causal.offset"))
 
     def tile(self, tile: Tile) -> Array:
-        return tile.places.key <= shifted(tile.places.query, self.offset)
+        return tile.places.key <= shift_positions(tile.places.query, self.offset)
 
     def bounds(self, grid: Grid) -> tuple[Array, Array]:
         at = positions_met(grid)
-        some = at.key_low <= shifted(at.query_high, self.offset)
-        return some, at.key_high <= shifted(at.query_low, self.offset)
+        some = at.key_low <= shift_positions(at.query_high, self.offset)
+        return some, at.key_high <= shift_positions(at.query_low, self.offset)
 
 
 @_node
@@ -177,9 +177,9 @@ class Window(Mask):
         """Whether the first pair is within reach to the right, the second to the left."""
         inside = _everywhere(True)
         if self.right is not None:
-            inside &= keys[0] <= shifted(queries[0], self.right)
+            inside &= keys[0] <= shift_positions(queries[0], self.right)
         if self.left is not None:
-            inside &= keys[1] >= shifted(queries[1], -self.left)
+            inside &= keys[1] >= shift_positions(queries[1], -self.left)
         return inside
 
 

@@ -1,6 +1,8 @@
 """Attention: against its definition, in every mode, and where rivals go wrong."""
 
 import functools
+import inspect
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax.test_util import check_grads
 
 import softjax as sj
 from softjax import masks
+from softjax.attentions import attend
 from tests import oracles
 from tests.helpers import INF, NAN, assert_close, assert_same, eps
 
@@ -794,3 +797,11 @@ def test_a_soft_cap_of_inf_bounds_nothing():
     expected = jax.grad(call)(queries)
     got = jax.grad(functools.partial(call, soft_cap=jnp.inf))(queries)
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_options_are_those_of_the_signature():
+    """The overloads, by which type checkers know the result, name all of them."""
+    parameters = inspect.signature(sj.attention).parameters.values()
+    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert {*attend.Options.__annotations__, "return_lse"} == names
+    assert len(typing.get_overloads(inspect.unwrap(sj.attention))) == 3

@@ -91,6 +91,7 @@ def test_merging_nothing():
 def test_pages(num_splits, monkeypatch):
     """Two pages at a time; with a sink and a soft cap; whatever stands in other pages."""
     monkeypatch.setattr("softjax.attentions.paged.AT_ONCE", 2 * PAGE)
+    jax.clear_caches()  # Programs of before have the number built in.
     queries, keys, values, table = pages()
     options = {"sink": jnp.arange(N) / 4, "soft_cap": 2.0}
     call = lambda *a: sj.paged_attention(*a, table, LENGTHS, num_splits=num_splits, **options)

@@ -30,12 +30,12 @@ from softjax.masks import Inside, Mask
 
 # Up to these sizes the dense form takes no more time than the streamed one, and a third of its
 # compile time.
-DENSE = 2**23  # scores
-DENSE_PER_HEAD = 2**19  # scores of one head of one sequence
+DENSE_SCORES = 2**23  # scores
+DENSE_SCORES_PER_HEAD = 2**19  # scores of one head of one sequence
 DENSE_KEYS = 128  # so few keys are dense whatever the rest, as their scores are small
-ENTRIES = 2**19  # about so many scores make a tile
-LARGEST = 512  # at most so many queries make a block
-LEAST = 32  # at least so many keys make a block
+TILE_SCORES = 2**19  # about so many scores make a tile
+MOST_QUERIES = 512  # at most so many queries make a block
+LEAST_KEYS = 32  # at least so many keys make a block
 
 
 class TiledAttention(NamedTuple):
@@ -178,17 +178,19 @@ def _blocks(
         pair = block_size if isinstance(block_size, tuple) else (block_size, block_size)
         if len(pair) != 2:
             raise ValueError(f"`block_size` must be an int or a pair of them, got {pair}.")
-        pair = tuple(check_int(n, name="block_size", least=1) for n in pair)
+        most_queries, most_keys = (check_int(n, name="block_size", least=1) for n in pair)
         if implementation == "dense":
             raise ValueError('`block_size` has no meaning with `implementation="dense"`.')
-        return min(pair[0], num_queries), min(pair[1], num_keys)
+        return min(most_queries, num_queries), min(most_keys, num_keys)
     scores = num_queries * num_keys
-    small = scores <= min(DENSE_PER_HEAD, DENSE // heads) or num_keys <= DENSE_KEYS
+    small = (
+        scores <= min(DENSE_SCORES_PER_HEAD, DENSE_SCORES // heads) or num_keys <= DENSE_KEYS
+    )
     if implementation == "dense" or (implementation is None and small):
         return num_queries, num_keys
     # A block has twice as many queries as keys, because it costs a pass over all keys.
-    side = 1 << int(math.log2(max(1, ENTRIES / (2 * heads))) / 2)
-    key_block = max(LEAST, min(LARGEST // 2, side))
+    side = 1 << int(math.log2(max(1, TILE_SCORES / (2 * heads))) / 2)
+    key_block = max(LEAST_KEYS, min(MOST_QUERIES // 2, side))
     query_block = _even(num_queries, 2 * key_block)
     key_block = _even(num_keys, max(key_block, 2 * key_block**2 // query_block))
     if (query_block, key_block) == (num_queries, num_keys):

@@ -18,6 +18,7 @@ from jax import Array
 from softjax import _online
 from softjax._inputs import computing_dtype
 from softjax._mesh import vary
+from softjax._online import OnlineState
 from softjax.attentions._operands import (
     Constants,
     DiffOperands,
@@ -57,32 +58,32 @@ def average(operands: DiffOperands, constants: Constants) -> tuple[Array, Array]
     """
     if constants.static.remember:
         (part,) = only_tile((operands,))
-        state, _ = _observe(scores_of(part, constants, WHOLE), part, constants, WHOLE)
-        return _finish(state, stack=True)
+        state, _ = _observe_tile(scores_of(part, constants, WHOLE), part, constants, WHOLE)
+        return _results(state, stack=True)
     grid, dtype = constants.grid, computing_dtype(operands.queries.dtype)
     rows = (grid.rows, grid.heads, grid.queries.block)
     start = vary(_online.init(rows, operands.values.shape[-1], dtype), operands, constants)
 
-    def visit(at: TileIndex, state: _online.State, part: DiffOperands) -> _online.State:
+    def visit(at: TileIndex, state: OnlineState, part: DiffOperands) -> OnlineState:
         scores = scores_of(part, constants, at)
-        return _online.merge(state, _observe(scores, part, constants, at)[0])
+        return _online.merge(state, _observe_tile(scores, part, constants, at)[0])
 
     def block(i: Any, parts: tuple[DiffOperands], kinds: Array) -> tuple[Array, Array]:
-        return _finish(scan_key_blocks(grid, i, visit, start, kinds, *parts))
+        return _results(scan_key_blocks(grid, i, visit, start, kinds, *parts))
 
     return map_query_blocks(grid, block, (operands,), tile_kinds(constants))
 
 
-def _observe(
+def _observe_tile(
     scores: Array, part: DiffOperands, constants: Constants, at: TileIndex
-) -> tuple[_online.State, Array]:
+) -> tuple[OnlineState, Array]:
     """The online state of a tile, and its weights below the peak."""
-    peak, weights = _online.weigh(scores)
+    peak, weights = _online.exp_below_peak(scores)
     sums = weighted(drop(weights, constants, at), part.values)
-    return _online.State(peak, jnp.sum(weights, -1), sums), weights
+    return OnlineState(peak, jnp.sum(weights, -1), sums), weights
 
 
-def _finish(state: _online.State, *, stack: bool = False) -> tuple[Array, Array]:
+def _results(state: OnlineState, *, stack: bool = False) -> tuple[Array, Array]:
     out, lse = _online.finish(state)
     lse = jnp.where(state.peak >= huge(lse.dtype), jnp.inf, lse)
     return (out[None], lse[None]) if stack else (out, lse)
@@ -95,13 +96,13 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     if constants.static.remember:
         part, dot = only_tile((operands, dots))
         scores, scores_dot = push_scores(part, dot, constants, WHOLE)
-        state, weights = _observe(scores, part, constants, WHOLE)
+        state, weights = _observe_tile(scores, part, constants, WHOLE)
         # As `moves` of the scores, but nothing of their size must be kept beside the weights.
         moved = (weights > 0) & ~(state.peak >= huge(weights.dtype))[..., None]
         weights /= jnp.where(state.total == 0, 1, state.total)[..., None]
         scores_dot = jnp.where(moved, scores_dot, 0)
-        mean, sums = _tangents(weights, scores_dot, part, dot, constants, WHOLE)
-        out, lse = _finish(state, stack=True)
+        mean, sums = _tile_tangents(weights, scores_dot, part, dot, constants, WHOLE)
+        out, lse = _results(state, stack=True)
         return (out, lse), (sums[None] - mean[None, ..., None] * out, mean[None])
 
     out, lse = average(operands, constants)
@@ -113,7 +114,7 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
         scores, scores_dot = push_scores(part, dot, constants, at)
         weights = jnp.exp(scores - level[..., None])
         scores_dot = jnp.where(moves(scores), scores_dot, 0)
-        return _tangents(weights, scores_dot, part, dot, constants, at)
+        return _tile_tangents(weights, scores_dot, part, dot, constants, at)
 
     def block(i: Any, parts: Any, kinds: Array, out: Array, lse: Array) -> tuple[Array, Array]:
         level = jnp.where(lse == -jnp.inf, 0, lse)
@@ -126,7 +127,7 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return (out, lse), map_query_blocks(grid, block, parts, *rows, remember=False)
 
 
-def _tangents(
+def _tile_tangents(
     weights: Array,
     scores_dot: Array,
     part: DiffOperands,

@@ -54,7 +54,7 @@ MAPS: dict[str, tuple[Callable[[Array], Array], float]] = {
 STEPS = 64  # Newton's method takes no more steps.
 
 
-class _Found(NamedTuple):
+class _Thresholds(NamedTuple):
     """The threshold of each query, whose weights are f((z - peak) - tau)."""
 
     tau: Array  # [i, batch, N, query]; NaN where a NaN is seen
@@ -62,7 +62,7 @@ class _Found(NamedTuple):
     kinds: Any  # of tiles; 0 also where all weights are 0
 
 
-class _Climb(NamedTuple):
+class _NewtonState(NamedTuple):
     tau: Array
     kinds: Array
     moving: Array
@@ -77,10 +77,10 @@ def sparse_average(operands: DiffOperands, constants: Constants, reach: Array) -
     start = jnp.zeros((*found.tau.shape[1:], operands.values.shape[-1]), found.tau.dtype)
     start = vary(start, operands, constants)
 
-    def block(i: Any, parts: tuple[DiffOperands], found: _Found) -> Array:
+    def block(i: Any, parts: tuple[DiffOperands], found: _Thresholds) -> Array:
         def term(at: TileIndex, part: DiffOperands, tau: Array, peak: Array) -> Array:
             scores = scores_of(part, constants, at)
-            weights = _weights(part, constants, scores, tau, peak)
+            weights = _margin_weights(part, constants, scores, tau, peak)
             return weighted(drop(weights, constants, at), part.values)
 
         rows = (found.tau, found.peak)
@@ -90,7 +90,7 @@ def sparse_average(operands: DiffOperands, constants: Constants, reach: Array) -
     return jnp.where(jnp.isnan(found.tau)[..., None], jnp.nan, out)
 
 
-def _weights(
+def _margin_weights(
     part: DiffOperands,
     constants: Constants,
     scores: Array,
@@ -105,12 +105,12 @@ def _weights(
 
 
 @jax.custom_jvp
-def _threshold(operands: DiffOperands, constants: Constants, reach: Array) -> _Found:
+def _threshold(operands: DiffOperands, constants: Constants, reach: Array) -> _Thresholds:
     grid = constants.grid
     dtype = computing_dtype(operands.queries.dtype)
     rows = (grid.rows, grid.heads, grid.queries.block)
 
-    def block(i: Any, parts: tuple[DiffOperands], kinds: Array) -> _Found:
+    def block(i: Any, parts: tuple[DiffOperands], kinds: Array) -> _Thresholds:
         def higher(at: TileIndex, peak: Array, part: DiffOperands) -> Array:
             return jnp.maximum(peak, jnp.max(scores_of(part, constants, at), -1))
 
@@ -122,7 +122,7 @@ def _threshold(operands: DiffOperands, constants: Constants, reach: Array) -> _F
 
             def visit(at: TileIndex, seen: Any, part: DiffOperands) -> Any:
                 scores = scores_of(part, constants, at)
-                weigh = lambda tau: -_weights(part, constants, scores, tau, peak)
+                weigh = lambda tau: -_margin_weights(part, constants, scores, tau, peak)
                 weights, slopes = jax.jvp(weigh, (tau,), (jnp.ones_like(tau),))
                 live = jnp.where(
                     jnp.any(~(weights >= 0)), seen[2].at[at.j].set(at.kind), seen[2]
@@ -133,23 +133,23 @@ def _threshold(operands: DiffOperands, constants: Constants, reach: Array) -> _F
             start = vary((zero, zero, jnp.zeros_like(kinds)), tau)
             return scan_key_blocks(grid, i, visit, start, kinds, *parts)
 
-        def newton_from_left(state: _Climb) -> _Climb:
+        def newton_from_left(state: _NewtonState) -> _NewtonState:
             total, slope, live = sums(state.tau, state.kinds)
             above = (total > 1) & (slope > 0)
             step = jnp.where(above, (total - 1) / jnp.where(above, slope, 1), 0)
             far = jnp.any(step > 2 * jnp.finfo(dtype).eps * (reach + 1))
             tau = jnp.where(jnp.isnan(total), jnp.nan, state.tau + step)
-            return _Climb(tau, live, far, state.steps + 1)
+            return _NewtonState(tau, live, far, state.steps + 1)
 
-        start = _Climb(jnp.full(rows, -reach), kinds, jnp.array(True), jnp.array(0))
+        start = _NewtonState(jnp.full(rows, -reach), kinds, jnp.array(True), jnp.array(0))
         start = vary(start, operands, constants)
         found = lax.while_loop(lambda s: s.moving & (s.steps < STEPS), newton_from_left, start)
-        return _Found(found.tau, peak, found.kinds)
+        return _Thresholds(found.tau, peak, found.kinds)
 
     return map_query_blocks(grid, block, (operands,), tile_kinds(constants))
 
 
-def _threshold_jvp(primals: Any, tangents: Any) -> tuple[_Found, _Found]:
+def _threshold_jvp(primals: Any, tangents: Any) -> tuple[_Thresholds, _Thresholds]:
     # The rule of an implicit function (see the module), with slopes of f by `jax.jvp`.
     operands, constants, _ = primals
     found = _threshold(*primals)
@@ -158,7 +158,7 @@ def _threshold_jvp(primals: Any, tangents: Any) -> tuple[_Found, _Found]:
 
     def slopes(at: TileIndex, part: DiffOperands, tau: Array, peak: Array) -> Array:
         scores = scores_of(part, constants, at)
-        weigh = lambda tau: -_weights(part, constants, scores, tau, peak)
+        weigh = lambda tau: -_margin_weights(part, constants, scores, tau, peak)
         return jnp.sum(jax.jvp(weigh, (tau,), (jnp.ones_like(tau),))[1], -1)
 
     def term(
@@ -168,7 +168,7 @@ def _threshold_jvp(primals: Any, tangents: Any) -> tuple[_Found, _Found]:
         scores_dot = jnp.where(moves(scores), scores_dot, 0)
 
         def weigh(scores: Array, weigher: Any) -> Array:
-            return _weights(part._replace(weigher=weigher), constants, scores, tau, peak)
+            return _margin_weights(part._replace(weigher=weigher), constants, scores, tau, peak)
 
         if dot.weigher is None:
             pushed = jax.jvp(lambda s: weigh(s, part.weigher), (scores,), (scores_dot,))
@@ -176,7 +176,7 @@ def _threshold_jvp(primals: Any, tangents: Any) -> tuple[_Found, _Found]:
             pushed = jax.jvp(weigh, (scores, part.weigher), (scores_dot, dot.weigher))
         return jnp.sum(pushed[1], -1)
 
-    def block(i: Any, parts: Any, found: _Found) -> Array:
+    def block(i: Any, parts: Any, found: _Thresholds) -> Array:
         rows = (found.tau, found.peak)
         slope = sum_over_keys(grid, i, slopes, zero, found.kinds, parts[:1], *rows)
         moved = sum_over_keys(grid, i, term, zero, found.kinds, parts, *rows)
@@ -184,7 +184,7 @@ def _threshold_jvp(primals: Any, tangents: Any) -> tuple[_Found, _Found]:
 
     tau_dot = map_query_blocks(grid, block, (operands, dots), found, remember=False)
     fixed = [zero_from_primal(x, symbolic_zeros=True) for x in (found.peak, found.kinds)]
-    return found, _Found(tau_dot, *fixed)
+    return found, _Thresholds(tau_dot, *fixed)
 
 
 _threshold.defjvp(_threshold_jvp, symbolic_zeros=True)

@@ -15,11 +15,11 @@ from softjax._mesh import replicated_axes
 from softjax._tiles import Grid
 from softjax.attentions._operands import DiffOperands, TileIndex
 
-Parts = tuple[DiffOperands, ...]
+Operands = tuple[DiffOperands, ...]
 Visit = Callable[..., Any]  # of a `TileIndex`, and more
 
 
-def only_tile(operands: Parts) -> Parts:
+def only_tile(operands: Operands) -> Operands:
     """The operands of the one tile that there is."""
     first = lambda x: x if x is None else x[0]
     whole = lambda f: f._replace(
@@ -32,7 +32,7 @@ def only_tile(operands: Parts) -> Parts:
 
 
 def map_query_blocks(
-    grid: Grid, body: Callable[..., Any], operands: Parts, *rows: Any, remember: bool = True
+    grid: Grid, body: Callable[..., Any], operands: Operands, *rows: Any, remember: bool = True
 ) -> Any:
     """body(i, operands of block i, *rows of block i) for all i, stacked.
 
@@ -40,7 +40,7 @@ def map_query_blocks(
     """
     cut, rest = zip(*(f.by_query(grid) for f in operands), strict=True)
 
-    def one(rest: Parts, i: Any, cut: Parts, rows: Any) -> Any:
+    def one(rest: Operands, i: Any, cut: Operands, rows: Any) -> Any:
         parts = tuple(a.join(b) for a, b in zip(cut, rest, strict=True))
         return body(i, parts, *rows)
 
@@ -73,7 +73,7 @@ def _shared_by_batch(
     return _shared(kinds), False
 
 
-def _agreed(kinds: Array, operands: Parts) -> Array:
+def _agreed(kinds: Array, operands: Operands) -> Array:
     """The kinds of tiles, made the same on all devices that share an array.
 
     Reverse mode sums the cotangents of a replicated array over the devices, inside the branch,
@@ -115,7 +115,7 @@ def scan_key_blocks(
 
 
 def sum_over_keys(
-    grid: Grid, i: Any, term: Visit, start: Any, kinds: Array, operands: Parts, *rows: Any
+    grid: Grid, i: Any, term: Visit, start: Any, kinds: Array, operands: Operands, *rows: Any
 ) -> Any:
     """The sum of the start and of the terms of all tiles that are not empty.
 
@@ -129,11 +129,11 @@ def sum_over_keys(
         # The checkpoint is inside the branch, so that a skipped tile stores nothing. There is
         # one such branch only, because each stores its own copy of its operands.
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def live(cut: Parts, rest: Parts, rows: Any) -> Any:
+        def live(cut: Operands, rest: Operands, rows: Any) -> Any:
             parts = tuple(a.join(b) for a, b in zip(cut, rest, strict=True))
             return term(TileIndex(i, j, kind), *parts, *rows)
 
-        def add(total: Any, cut: Parts, rest: Parts, rows: Any) -> Any:
+        def add(total: Any, cut: Operands, rest: Operands, rows: Any) -> Any:
             return jax.tree.map(jnp.add, total, live(cut, rest, rows))
 
         return lax.cond(kind > 0, add, lambda total, *_: total, total, cut, rest, rows), None

@@ -13,13 +13,73 @@ from jax.typing import ArrayLike
 
 from softjax import masks
 from softjax._api import named
+from softjax._closures import jit_unless_asked
 from softjax._inputs import check_flag, computing_dtype
-from softjax._mesh import vary
-from softjax.attentions._inputs import TiledAttention, cut_into_tiles, per_head, with_weigher
+from softjax.attentions._inputs import cut_into_tiles, per_head, with_weigher
 from softjax.attentions._softmax_tiles import average
 from softjax.attentions._threshold_tiles import MAPS, sparse_average
 
 __all__ = ["attention"]
+
+
+def _prepare_call(given: dict[str, Any]) -> bool:
+    """Checks what `jit` would hide, and tells whether a user's function is asked."""
+    if isinstance(given.get("block_size"), list):
+        raise TypeError(
+            f"`block_size` must be an int or a pair of them, got {given['block_size']!r}."
+        )
+    return_lse = check_flag(given.get("return_lse", False), name="return_lse")
+    check_flag(given.get("cap_bias", False), name="cap_bias")
+    soft_cap, rate = given.get("soft_cap"), given.get("dropout_rate", 0.0)
+    if isinstance(soft_cap, (int, float)) and not soft_cap > 0:
+        raise ValueError(f"`soft_cap` must be positive, got {soft_cap}.")
+    number = isinstance(rate, (int, float))
+    if number and not 0 <= rate <= 1:
+        raise ValueError(f"`dropout_rate` must be in [0, 1], got {rate}.")
+    key = given.get("dropout_key")
+    if not isinstance(key, (jax.Array, np.ndarray, type(None))):
+        raise TypeError(f"`dropout_key` must be a random key, got {key!r}.")
+    if key is None and not (number and rate == 0):
+        raise ValueError("`dropout_rate` needs a `dropout_key`.")
+    normalizer = given.get("normalizer", "softmax")
+    if not isinstance(normalizer, str):
+        _check_pair(normalizer)
+    elif normalizer != "softmax" and normalizer not in MAPS:
+        raise ValueError(
+            '`normalizer` must be "softmax", "sparsemax", "entmax15" or a pair of a'
+            f" function and a number, got {normalizer!r}."
+        )
+    if normalizer != "softmax" and (return_lse or given.get("sink") is not None):
+        name = "return_lse" if return_lse else "sink"
+        raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
+    given["mask"] = masks.as_mask(given.get("mask"))
+    asked = given.get("score") is not None or not isinstance(normalizer, str)
+    return asked or masks.asks(given["mask"])
+
+
+def _check_pair(normalizer: Any) -> None:
+    pair = isinstance(normalizer, tuple) and len(normalizer) == 2 and callable(normalizer[0])
+    if not pair:
+        raise TypeError(
+            f"`normalizer` must be a name, or a pair of a function and a number, got"
+            f" {normalizer!r}."
+        )
+    weigh, reach = normalizer
+    if isinstance(reach, jax.core.Tracer):
+        return
+    # Otherwise a map of whole rows, such as `softmax`, would be applied to single scores.
+    try:
+        with jax.ensure_compile_time_eval():
+            at_reach = weigh(jnp.asarray(reach, jnp.result_type(float)))
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            "the function of `normalizer` must be elementwise: of one number it raises an error"
+        ) from error
+    known = not isinstance(at_reach, jax.core.Tracer)
+    if known and not np.allclose(at_reach, 1, atol=1e-3):
+        raise ValueError(
+            f"the function of `normalizer` must be 1 at its number, {reach}, got {at_reach}."
+        )
 
 
 class Options(TypedDict, total=False):
@@ -74,6 +134,10 @@ def attention(
 
 
 @named
+@jit_unless_asked(
+    *("normalizer", "cap_bias", "block_size", "implementation", "return_lse"),
+    prepare_call=_prepare_call,
+)
 def attention(
     queries: ArrayLike,
     keys: ArrayLike,
@@ -173,143 +237,40 @@ def attention(
         O(n^2) memory; Dao et al. (2022), FlashAttention. Ainslie et al. (2023), GQA, for shared
         heads; Xiao et al. (2024), Efficient streaming language models with attention sinks.
     """
-    if isinstance(block_size, list):
-        raise TypeError(f"`block_size` must be an int or a pair of them, got {block_size!r}.")
-    check_flag(return_lse, name="return_lse")
-    check_flag(cap_bias, name="cap_bias")
-    if not isinstance(dropout_key, (jax.Array, np.ndarray, type(None))):
-        raise TypeError(f"`dropout_key` must be a random key, got {dropout_key!r}.")
-    none_dropped = False
-    if isinstance(soft_cap, (int, float)) and not soft_cap > 0:
-        raise ValueError(f"`soft_cap` must be positive, got {soft_cap}.")
-    if isinstance(dropout_rate, (int, float)):
-        none_dropped = dropout_rate == 0
-        if not 0 <= dropout_rate <= 1:
-            raise ValueError(f"`dropout_rate` must be in [0, 1], got {dropout_rate}.")
-    if dropout_key is None and not none_dropped:
-        raise ValueError("`dropout_rate` needs a `dropout_key`.")
-    weigh: Callable[..., Array] | None = None
-    reach: ArrayLike = 0.0
-    if not isinstance(normalizer, str):
-        weigh, reach = _pair(normalizer, queries)
-    elif normalizer != "softmax":
-        if normalizer not in MAPS:
-            raise ValueError(
-                '`normalizer` must be "softmax", "sparsemax", "entmax15" or a pair of a'
-                f" function and a number, got {normalizer!r}."
-            )
-        weigh, reach = MAPS[normalizer]
-    if weigh is not None and (return_lse or sink is not None):
-        name = "return_lse" if return_lse else "sink"
-        raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
-    mask = masks.as_mask(mask)
-    # The library's `jit` would remember a user's function by its identity alone, and answer
-    # with the values that it once held. So the caller's program traces such a call.
-    asks = score is not None or not isinstance(normalizer, str) or masks.asks(mask)
-    return (_attend if asks else _jitted)(
+    tiled = cut_into_tiles(
         queries,
         keys,
         values,
-        weigh=weigh,
-        reach=reach,
-        mask=mask,
+        mask=masks.as_mask(mask),
         bias=bias,
         score=score,
         scale=scale,
         soft_cap=soft_cap,
         cap_bias=cap_bias,
-        sink=sink,
         positions=positions,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         block_size=block_size,
         implementation=implementation,
-        return_lse=return_lse,
     )
-
-
-def _pair(normalizer: Any, queries: ArrayLike) -> tuple[Callable[..., Array], ArrayLike]:
-    pair = isinstance(normalizer, tuple) and len(normalizer) == 2 and callable(normalizer[0])
-    if not pair:
-        raise TypeError(
-            f"`normalizer` must be a name, or a pair of a function and a number, got"
-            f" {normalizer!r}."
-        )
-    weigh, reach = normalizer
-    if isinstance(reach, jax.core.Tracer):
-        return weigh, reach
-    # Otherwise a map of whole rows, such as `softmax`, would be applied to single scores.
-    number = jnp.asarray(reach, computing_dtype(jnp.result_type(queries)))
-    try:
-        with jax.ensure_compile_time_eval():
-            at_reach = weigh(number)
-    except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(
-            "the function of `normalizer` must be elementwise: of one number it raises an error"
-        ) from error
-    known = not isinstance(at_reach, jax.core.Tracer)
-    if known and not np.allclose(at_reach, 1, atol=1e-3):
-        raise ValueError(
-            f"the function of `normalizer` must be 1 at its number, {reach}, got {at_reach}."
-        )
-    return weigh, reach
-
-
-def _attend(
-    queries: ArrayLike,
-    keys: ArrayLike,
-    values: ArrayLike,
-    *,
-    weigh: Callable[..., Array] | None,
-    reach: ArrayLike,
-    sink: ArrayLike | None,
-    cap_bias: bool,
-    block_size: int | tuple[int, int] | None,
-    implementation: str | None,
-    return_lse: bool,
-    **options: Any,
-) -> Array | tuple[Array, Array]:
-    given = (queries, keys, values, options, reach, sink)
-    queries, keys, values, options, reach, sink = vary(given)
-    tiled = cut_into_tiles(
-        queries,
-        keys,
-        values,
-        cap_bias=cap_bias,
-        block_size=block_size,
-        implementation=implementation,
-        **options,
-    )
-    if tiled.constants.grid.empty:
-        return _nothing(tiled, sink, return_lse)
     grid, wide = tiled.constants.grid, computing_dtype(tiled.dtype)
+    level = None if sink is None else per_head(sink, grid.heads, wide, "sink")
     shaped = lambda x: grid.queries.join(x, 2).swapaxes(1, 2)
-    if weigh is not None:
+    if grid.empty:
+        out = jnp.zeros(tiled.shape, tiled.dtype)
+        level = jnp.full(1, -jnp.inf, wide) if level is None else level.reshape(-1)
+        lse = jnp.broadcast_to(level, tiled.shape[:-1])
+        return (out, lse) if return_lse else out
+    if normalizer != "softmax":
+        weigh, reach = MAPS[normalizer] if isinstance(normalizer, str) else normalizer
         tiled = with_weigher(tiled, weigh)
-        reach = jnp.asarray(reach, wide)
-        out = sparse_average(tiled.operands, tiled.constants, reach)
-        return shaped(out).reshape(tiled.shape).astype(tiled.dtype)
+        found = sparse_average(tiled.operands, tiled.constants, jnp.asarray(reach, wide))
+        return shaped(found).reshape(tiled.shape).astype(tiled.dtype)
     out, lse = average(tiled.operands, tiled.constants)
-    if sink is not None:
-        level = per_head(sink, grid.heads, wide, "sink")
+    if level is not None:
         out, lse = with_sink(out, lse, jnp.squeeze(level, 3)[None])
     out = shaped(out).reshape(tiled.shape).astype(tiled.dtype)
     return (out, shaped(lse).reshape(tiled.shape[:-1])) if return_lse else out
-
-
-STATIC = ("weigh", "cap_bias", "block_size", "implementation", "return_lse")
-_jitted = jax.jit(_attend, static_argnames=STATIC)
-
-
-def _nothing(
-    tiled: TiledAttention, sink: ArrayLike | None, return_lse: bool
-) -> Array | tuple[Array, Array]:
-    """The result where there are no queries, or no keys to see."""
-    out = jnp.zeros(tiled.shape, tiled.dtype)
-    heads, dtype = tiled.constants.grid.heads, computing_dtype(tiled.dtype)
-    level = per_head(-jnp.inf if sink is None else sink, heads, dtype, "sink")
-    lse = jnp.broadcast_to(level.reshape(-1), tiled.shape[:-1])
-    return (out, lse) if return_lse else out
 
 
 def with_sink(out: Array, lse: Array, sink: Array) -> tuple[Array, Array]:

@@ -17,7 +17,8 @@ from jax.typing import ArrayLike
 
 from softjax import _online, masks
 from softjax._api import api, named
-from softjax._inputs import computing_dtype, to_float, to_integers
+from softjax._closures import jit_unless_asked
+from softjax._inputs import check_int, computing_dtype, to_float, to_integers
 from softjax._mesh import vary
 from softjax.attentions._inputs import per_head
 from softjax.attentions.attend import attention, with_sink
@@ -72,7 +73,14 @@ def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
     return out.astype(out_dtype), jnp.where(some, jnp.inf, lse)
 
 
+def _prepare_call(given: dict[str, Any]) -> bool:
+    check_int(given.get("num_splits", 1), name="num_splits", least=1)
+    given["mask"] = masks.as_mask(given.get("mask"))
+    return given.get("score") is not None or masks.asks(given["mask"])
+
+
 @named
+@jit_unless_asked("num_splits", prepare_call=_prepare_call)
 def paged_attention(
     queries: ArrayLike,
     key_pages: ArrayLike,
@@ -131,45 +139,14 @@ def paged_attention(
         Kwon et al. (2023), Efficient memory management for large language model serving with
         PagedAttention; Dao et al. (2023), Flash-Decoding, for the splits.
     """
-    if num_splits < 1:
-        raise ValueError(f"`num_splits` must be at least 1, got {num_splits}.")
-    asks = score is not None or masks.asks(mask)  # As in `attention`.
-    return (_paged if asks else _jitted)(
-        queries,
-        key_pages,
-        value_pages,
-        page_table,
-        lengths,
-        mask=mask,
-        score=score,
-        scale=scale,
-        soft_cap=soft_cap,
-        sink=sink,
-        num_splits=num_splits,
-        at_once=AT_ONCE,
-    )
-
-
-def _paged(
-    queries: ArrayLike,
-    key_pages: ArrayLike,
-    value_pages: ArrayLike,
-    page_table: ArrayLike,
-    lengths: ArrayLike,
-    *,
-    mask: masks.Mask | None,
-    sink: ArrayLike | None,
-    num_splits: int,
-    at_once: int,
-    **options: Any,
-) -> Array:
-    given = (queries, key_pages, value_pages, page_table, lengths, mask, sink, options)
-    queries, key_pages, value_pages, page_table, lengths, mask, sink, options = vary(given)
     # `attention` checks the rest of the queries; here integers become the default float.
     _, dtype = to_float(queries, name="queries")
     queries = jnp.asarray(queries).astype(dtype)
     key_pages, value_pages = jnp.asarray(key_pages), jnp.asarray(value_pages)
-    table, lengths = _integers(page_table, "page_table"), _integers(lengths, "lengths")
+    table, lengths = (
+        to_integers(x, name=name).astype(jnp.int32)
+        for name, x in (("page_table", page_table), ("lengths", lengths))
+    )
     batch = queries.shape[:-3]
     if key_pages.ndim != 4 or value_pages.shape[:3] != key_pages.shape[:3]:
         raise ValueError(
@@ -182,7 +159,7 @@ def _paged(
             f" `queries`, got {table.shape} and {lengths.shape}."
         )
     num_pages, size, num_queries = table.shape[-1], key_pages.shape[1], queries.shape[-3]
-    at_once = max(1, min(at_once // max(1, size), -(-num_pages // num_splits)))
+    at_once = max(1, min(AT_ONCE // max(1, size), -(-num_pages // num_splits)))
     num_steps = max(1, -(-num_pages // (at_once * num_splits)))
     padding = num_steps * at_once * num_splits - num_pages
     # Negative numbers are no pages, and neither is the padding of the table.
@@ -196,13 +173,21 @@ def _paged(
     seen = masks.Causal() & masks.Lengths(key_lengths=lengths)
     seen = seen if mask is None else seen & mask
 
-    def attend(keys: Array, values: Array, places: Array) -> _online.State:
+    def attend(keys: Array, values: Array, places: Array) -> _online.OnlineState:
         positions = asked, places
         out, lse = attention(
-            queries, keys, values, mask=seen, positions=positions, return_lse=True, **options
+            queries,
+            keys,
+            values,
+            mask=seen,
+            score=score,
+            scale=scale,
+            soft_cap=soft_cap,
+            positions=positions,
+            return_lse=True,
         )
         total = jnp.where(lse == -jnp.inf, 0, 1).astype(lse.dtype)
-        return _online.State(lse, total, out.astype(lse.dtype))
+        return _online.OnlineState(lse, total, out.astype(lse.dtype))
 
     shape, width = queries.shape[:-1], value_pages.shape[-1]
     start = _online.init(shape, width, computing_dtype(queries.dtype))
@@ -217,12 +202,9 @@ def _paged(
     return out.astype(queries.dtype)
 
 
-_jitted = jax.jit(_paged, static_argnames=("num_splits", "at_once"))
-
-
 def _walk(
-    attend: Callable[..., _online.State],
-    start: _online.State,
+    attend: Callable[..., _online.OnlineState],
+    start: _online.OnlineState,
     key_pages: Array,
     value_pages: Array,
     table: Array,
@@ -235,7 +217,7 @@ def _walk(
         found = jnp.take(pages, some, 0, mode="fill", fill_value=jnp.nan)
         return found.reshape(*some.shape[:-1], num_keys, *pages.shape[2:])
 
-    def visit(state: _online.State, step: Any) -> tuple[_online.State, None]:
+    def visit(state: _online.OnlineState, step: Any) -> tuple[_online.OnlineState, None]:
         number, some = step
         places = first + number * num_keys + jnp.arange(num_keys, dtype=jnp.int32)
         part = attend(gather(key_pages, some), gather(value_pages, some), places)
@@ -244,7 +226,3 @@ def _walk(
     numbers = jnp.arange(table.shape[0], dtype=jnp.int32)
     start = vary(start, key_pages)
     return _online.finish(lax.scan(visit, start, (numbers, table))[0])
-
-
-def _integers(x: ArrayLike, name: str) -> Array:
-    return to_integers(x, name=name).astype(jnp.int32)
