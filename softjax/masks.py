@@ -409,18 +409,26 @@ class _Not(Mask):
 
 @_node
 class Inside(Mask):
-    """Not the padding of the last block of keys."""
+    """Not the padding of the last blocks.
+
+    A padded query sees nothing: a NaN that it alone saw would reach the cotangents of keys.
+    """
 
     def bind(self, grid: Grid) -> Inside:
         return self
 
     def tile(self, tile: Tile) -> Array:
-        return (tile.grid.keys.order(tile.j) < tile.grid.keys.size)[None, None, None]
+        queries, keys = tile.grid.queries, tile.grid.keys
+        inside = (queries.order(tile.i) < queries.size)[:, None]
+        return (inside & (keys.order(tile.j) < keys.size)[None])[None, None]
 
     def bounds(self, grid: Grid) -> tuple[Array, Array]:
-        last = jnp.arange(grid.keys.num_blocks) == grid.keys.num_blocks - 1
-        short = last & (grid.keys.padding > 0)
-        return _everywhere(True), ~short[None, None, None]
+        short_queries, short_keys = (
+            (jnp.arange(side.num_blocks) == side.num_blocks - 1) & (side.padding > 0)
+            for side in (grid.queries, grid.keys)
+        )
+        short = short_queries[:, None] | short_keys[None]
+        return _everywhere(True), ~short[None, None]
 
 
 def asks(mask: Mask | None) -> bool:

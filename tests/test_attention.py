@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 import softjax as sj
 from softjax import masks
-from softjax.attentions import attend
+from softjax.attentions.attend import Options
 from tests import oracles
 from tests.helpers import INF, NAN, assert_close, assert_same, eps
 
@@ -803,5 +803,5 @@ def test_options_are_those_of_the_signature():
     """The overloads, by which type checkers know the result, name all of them."""
     parameters = inspect.signature(sj.attention).parameters.values()
     names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    assert {*attend.Options.__annotations__, "return_lse"} == names
+    assert {*Options.__annotations__, "return_lse"} == names
     assert len(typing.get_overloads(inspect.unwrap(sj.attention))) == 3

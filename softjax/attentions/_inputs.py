@@ -81,7 +81,7 @@ def cut_into_tiles(
         positions=_positions(positions),
     )
     bound = None if mask is None else mask.bind(grid)
-    if grid.keys.padding:
+    if grid.queries.padding or grid.keys.padding:
         bound = Inside() if bound is None else bound & Inside()
 
     by_head = lambda x: x.reshape(grid.rows, *x.shape[-3:]).swapaxes(1, 2)
