@@ -1,4 +1,38 @@
-"""From scores to choices: softmax and its relatives, exact and differentiable in JAX."""
+"""From scores to choices: softmax and its relatives, exact and differentiable in JAX.
+
+Every public function is an attribute of this package, and masks of attention are in
+`softjax.masks`. The code lies in these modules and subpackages:
+
+    reductions     log-sum-exp, its mean form, and mellowmax
+    dense          softmax and log_softmax
+    sparse         maps that give exact zeros: sparsemax, entmax15, entmax
+    top_k          weights that sum to k
+    segments       softmax of segments of different lengths
+    scores         transformations of logits before a map
+    filters        top-k, top-p and other filters of logits
+    decoding       penalties on tokens that came before
+    entropies      entropy, divergence, and the log-probability of a label
+    losses         losses of logits and labels, and their weighted means
+    output_layers  losses of a linear layer whose logits are never stored
+    contrastive    losses of pairs
+    sampling       samples, and Gumbel noise
+    subsets        samples without replacement
+    gradients      functions that change a gradient and no value
+    estimators     relaxed samples, and estimators of gradients
+    policies       action values and policies in reinforcement learning
+    masks          which query sees which key
+    attentions     attention, dense and streamed, of whole sequences and of pages
+
+The policy is the same everywhere. A logit of -inf, or one that `where` masks, is dropped: its
+probability and its derivatives are exactly 0. A kept NaN makes its slice NaN. float16 and
+bfloat16 are computed in float32, and the result has their dtype again. Narrower floats give
+float32, and integers give the default float. An argument that is not understood raises an error
+that names it.
+
+Modules that begin with an underscore are private: `_api` checks and jits, `_inputs` checks
+arrays, `_slices`, `_threshold` and `_softmax` hold the algorithm that all maps share, and the
+others support these.
+"""
 
 from softjax import masks as masks
 from softjax.attentions import (
@@ -19,7 +53,15 @@ from softjax.estimators import (
     reinmax,
     relaxed_log_density,
 )
-from softjax.filters import min_p_filter, top_k_filter, top_p_filter, typical_filter
+from softjax.filters import (
+    epsilon_filter,
+    eta_filter,
+    min_p_filter,
+    top_k_filter,
+    top_n_sigma_filter,
+    top_p_filter,
+    typical_filter,
+)
 from softjax.gradients import clip_gradient, reverse_gradient, score_function, straight_through
 from softjax.losses import (
     check_labels,
@@ -65,7 +107,7 @@ from softjax.scores import (
     soft_cap,
     taylor_scores,
 )
-from softjax.segments import segment_softmax
+from softjax.segments import segment_logsumexp, segment_softmax
 from softjax.sparse import entmax, entmax15, sparsemax
 from softjax.subsets import ranking_log_prob, sample_without_replacement, weighted_subset
 from softjax.top_k import soft_top_k
@@ -89,6 +131,8 @@ __all__ = [
     "entmax15",
     "entmax_loss",
     "entropy",
+    "epsilon_filter",
+    "eta_filter",
     "expected_value",
     "exponential_temperature",
     "focal_loss",
@@ -128,6 +172,7 @@ __all__ = [
     "scalable_queries",
     "scalable_scores",
     "score_function",
+    "segment_logsumexp",
     "segment_softmax",
     "select_action",
     "siglip_loss",
@@ -143,8 +188,13 @@ __all__ = [
     "target_entropy_temperature",
     "taylor_scores",
     "top_k_filter",
+    "top_n_sigma_filter",
     "top_p_filter",
     "typical_filter",
     "visit_count_temperature",
     "weighted_subset",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "masks"])

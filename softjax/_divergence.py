@@ -17,7 +17,7 @@ from softjax._autodiff import with_gradient_of
 from softjax._elementary import expm1_over_twice_near, log1p
 from softjax._scores import centre
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX, exponentials, normalise
+from softjax._softmax import SOFTMAX, normalizer, weights
 from softjax._threshold import solve
 
 
@@ -27,27 +27,25 @@ def nats_between(
 ) -> tuple[Array, Array]:
     """T^2 D(softmax(x / T) || softmax(y / T)), and what `_log_ratio` takes from differences."""
     slices = AlongAxes(axes)
-    x_peak, p_scale, p_log = normalise(slices, x, temperature)
-    y_peak, q_scale, q_log = normalise(slices, y, temperature)
-    rows = (x_peak, y_peak, temperature, p_scale, q_scale)
+    of_p, of_q = (normalizer(slices, z, temperature) for z in (x, y))
+    per_slice = (of_p.peak, of_q.peak, temperature, of_p.total, of_q.total)
 
     def found(x: Array, y: Array, *rows: Array) -> tuple[Array, Array, Array]:
-        x_peak, y_peak, temperature, p_scale, q_scale, shift = rows
-        p = exponentials(x, x_peak, temperature) * p_scale
-        q = exponentials(y, y_peak, temperature) * q_scale
+        x_peak, y_peak, temperature, p_total, q_total, shift = rows
+        p = weights(x, x_peak, temperature) / p_total
+        q = weights(y, y_peak, temperature) / q_total
         ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
         return p, q, jnp.where(p == 0, 0, ratio)
 
     # Rounded logarithms are too coarse for distributions that are closer. What they lack shows
     # in the sum of q - p.
-    shift = p_log - q_log
-    total = functools.partial(slices.sum_of, least=None)
-    gain = total(lambda *args: _gain(*found(*args)), (x, y), *rows, shift)
+    shift = of_p.log_total - of_q.log_total
+    gain = slices.sum_of(lambda *args: _gain(*found(*args)), (x, y), *per_slice, shift)
     shift -= log1p(jnp.where(jnp.abs(gain) < 0.5, gain, 0))
-    row = total(lambda *args: _nats(*found(*args)), (x, y), *rows, shift)
+    row = slices.sum_of(lambda *args: _nats(*found(*args)), (x, y), *per_slice, shift)
     if temperature is not None:
         row = row * temperature * temperature
-    return jnp.where(x_peak == -jnp.inf, 0, row), shift
+    return jnp.where(of_p.is_empty, 0, row), shift
 
 
 @nats_between.defjvp
@@ -79,10 +77,7 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
         # by term, where D and D' are of second and cancel. (If p is 0, of 2 q - q v, with v
         # the scores of q above the same.)
         terms = _nats(p.probs, q.probs, ratio)
-        scores = [
-            centre(z, peak, temperature, slices.broadcast).near
-            for z, peak in ((x, x_peak), (y, y_peak))
-        ]
+        scores = [centre(z, peak, temperature).near for z, peak in ((x, x_peak), (y, y_peak))]
         mean = slices.sum(p.probs * scores[0])
         above = jnp.where(both, scores[0] - mean, 0)
         of_q = jnp.where(kept, q.margins, 0) - slices.sum(p.probs * margins[0])
@@ -98,6 +93,7 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
     return (row, shift), (tangent(primals, tangents, row, shift), jnp.zeros_like(shift))
 
 
+@jax.jit
 def _third_order(ratio: Array) -> Array:
     """2 (exp(-r) - 1 + r) + r (exp(-r) - 1) within 1 of 0: r^3 / 6 - r^4 / 12 + ..."""
     num_terms = 21 if ratio.dtype == jnp.float64 else 13
@@ -109,29 +105,31 @@ def _third_order(ratio: Array) -> Array:
     return ratio * ratio * ratio * series
 
 
+@jax.jit
 def _log_ratio(
     x: Array, y: Array, x_peak: Array, y_peak: Array, temperature: Array | None, shift: Array
 ) -> Array:
     """log(p / q) where p has weight: inf where q is dropped."""
-    p, q = (
-        centre(z, peak, temperature, lambda row: row) for z, peak in ((x, x_peak), (y, y_peak))
-    )
-    far = jnp.where(q.dead, q.values, q.near)
-    return ((p.near - far) - shift) + (p.errors - jnp.where(q.dead, 0, q.errors))
+    p, q = (centre(z, peak, temperature) for z, peak in ((x, x_peak), (y, y_peak)))
+    far = jnp.where(q.is_far, q.values, q.near)
+    return ((p.near - far) - shift) + (p.errors - jnp.where(q.is_far, 0, q.errors))
 
 
+@jax.jit
 def _nats(p: Array, q: Array, ratio: Array) -> Array:
     """The terms p log(p / q) + q - p."""
     near, _, curve = _expand(ratio)
     return jnp.where(near & (p != 0), p * curve, p * ratio + (q - p))
 
 
+@jax.jit
 def _gain(p: Array, q: Array, ratio: Array) -> Array:
     """The difference q - p, to full precision where the two are close."""
     near, close, curve = _expand(ratio)
     return jnp.where(near & (p != 0), p * (curve - close), q - p)
 
 
+@jax.jit
 def _expand(ratio: Array) -> tuple[Array, Array, Array]:
     """Where r = log(p / q) is small, r, and q / p - 1 + r."""
     near = jnp.abs(ratio) < 1

@@ -118,6 +118,7 @@ def expm1_over_twice(x: Array) -> Array:
     )
 
 
+@jax.jit
 def expm1_over_twice_near(x: Array) -> Array:
     """`expm1_over_twice` within 1 of 0, by its series alone: no slow function is called."""
     num_terms = 18 if x.dtype == jnp.float64 else 11

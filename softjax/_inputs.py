@@ -1,10 +1,12 @@
-"""Where inputs are refused: axes, dtypes, broadcasting and masks.
+"""Checks of arguments: arrays and their dtypes, axes, shapes, masks and labels.
 
-Everything public passes through here first, so that an error names the argument, what
-came and what was wanted, and so that one dtype policy and one mask policy hold.
+Every public function passes its arguments through these checks first. An error names the
+argument, what came and what was wanted. One policy for dtypes and one for masks holds for all.
 """
 
-from typing import NamedTuple
+import functools
+import operator
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +15,11 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 Axis = int | tuple[int, ...] | None
+Leaf = TypeVar("Leaf")
 
 
 def check_int(value: int, *, name: str, least: int | None = None) -> int:
-    """A static int, which a bool or a float is not."""
+    """A static int; bools and floats are refused."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be an int, got {value!r}.")
     if least is not None and value < least:
@@ -32,7 +35,7 @@ def check_flag(value: bool, *, name: str) -> bool:
 
 
 class Problem(NamedTuple):
-    """Logits in their computing dtype, what of them is kept, and along which axes."""
+    """Logits in their computing dtype, the axes of a slice, and the options of a map."""
 
     logits: Array  # [*shape]; -inf where dropped
     axes: tuple[int, ...]  # the axes of a slice, sorted and not negative
@@ -61,12 +64,12 @@ def prepare(
 
 
 def nan_unless_positive(option: Array) -> Array:
-    """What an array holds cannot be refused: it shows instead."""
+    """The option, or NaN where it is not positive: values in an array cannot be refused."""
     return jnp.where(option > 0, option, jnp.nan)
 
 
 def is_one(temperature: ArrayLike | None) -> bool:
-    """Whether it is the default, which `jit` leaves as a Python number."""
+    """Whether it is the default 1.0, which `jit` leaves as a Python number."""
     return temperature is None or (isinstance(temperature, float) and temperature == 1)
 
 
@@ -75,8 +78,70 @@ def is_zero(option: ArrayLike | None) -> bool:
     return isinstance(option, float) and option == 0
 
 
+def as_given(x: Any, *, name: str, functions: bool = False) -> Any:
+    """The array, number, or tree of them that was given, refused if JAX cannot hold it.
+
+    An object with `__jax_array__` (a parameter of a neural network library, for example) stands
+    for its array. Integers that are wider than JAX's are refused if one does not fit, because
+    JAX would take it for another number. With `functions`, what is no array stays as it is.
+    """
+    if x is None:
+        return x
+    if isinstance(x, (jax.Array, float, complex, np.ndarray, np.generic, int)):
+        if not fits(x):
+            dtype = jax.dtypes.canonicalize_dtype(getattr(x, "dtype", np.dtype("int64")))
+            raise ValueError(
+                f"`{name}` holds a number that {dtype} cannot hold, as wide as JAX's integers"
+                " are now: give smaller ones or floats, or set `jax_enable_x64`."
+            )
+        if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "OSUMm":
+            raise TypeError(f"`{name}` must hold numbers, got {x.dtype}.")
+        return x
+    if _stands_for_an_array(x):
+        return as_given(x.__jax_array__(), name=name)
+    is_function = callable(x) or isinstance(x, (str, bytes))
+    if is_function or jax.tree_util.all_leaves([x]):
+        if functions:
+            return x
+        raise TypeError(f"`{name}` must be an array or a number, got {type(x).__name__}.")
+    leaves, structure = jax.tree.flatten(x, is_leaf=_stands_for_an_array)
+    held = [as_given(leaf, name=name, functions=functions) for leaf in leaves]
+    if all(map(operator.is_, held, leaves)):
+        return x
+    return jax.tree.unflatten(structure, held)
+
+
+def _stands_for_an_array(x: Any) -> bool:
+    return hasattr(type(x), "__jax_array__")
+
+
+def fits(x: Any) -> bool:
+    """Whether JAX holds the integers of `x` unchanged."""
+    if isinstance(x, int):
+        low, high = limits_of(np.int64) or (0, 0)
+        return low <= x <= high
+    if isinstance(x, (np.ndarray, np.generic)) and x.dtype.kind in "iu" and x.size:
+        low, high = limits_of(x.dtype) or (0, 0)
+        return x.dtype.itemsize < 8 or bool(low <= x.min() and x.max() <= high)
+    return True
+
+
+def limits_of(dtype: DTypeLike) -> tuple[int, int] | None:
+    """The least and the largest integer of a dtype as JAX holds it; None for other dtypes."""
+    return _limits(jax.dtypes.canonicalize_dtype(dtype))
+
+
+@functools.cache
+def _limits(dtype: np.dtype) -> tuple[int, int] | None:
+    if not jnp.issubdtype(dtype, jnp.integer):
+        return None
+    limits = jnp.iinfo(dtype)
+    return int(limits.min), int(limits.max)
+
+
 def to_array(x: ArrayLike, *, name: str) -> Array:
-    """An array of what is one, or a number; lists are refused."""
+    """An array from an array or a number; lists are refused."""
+    x = as_given(x, name=name)
     if not isinstance(x, (jax.Array, np.ndarray, np.generic, bool, int, float)):
         kind = type(x).__name__
         hint = " (`jnp.asarray` makes one)" if kind in ("list", "tuple") else ""
@@ -85,8 +150,12 @@ def to_array(x: ArrayLike, *, name: str) -> Array:
 
 
 def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
-    """The array in its computing dtype, float32 or wider, and the dtype of the result."""
-    x = to_array(x, name=name)
+    """The array in its computing dtype, float32 or wider, and the dtype of the result.
+
+    The result has the dtype of the array, with two exceptions: integers of any width become the
+    default float, and floats of fewer than 16 bits become float32.
+    """
+    x = widened(to_array(x, name=name))
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         raise TypeError(f"`{name}` must be real, got {x.dtype}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -95,6 +164,13 @@ def to_float(x: ArrayLike, *, name: str) -> tuple[Array, jnp.dtype]:
         x = x.astype(jnp.result_type(float))
     wide = computing_dtype(x.dtype)
     return x.astype(wide), x.dtype
+
+
+def widened(x: Leaf) -> Leaf:
+    """Floats of fewer than 16 bits in float32, because several of their dtypes have no inf."""
+    if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating):
+        return x if x.dtype.itemsize >= 2 else cast(Leaf, x.astype(jnp.float32))
+    return x
 
 
 def computing_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -121,7 +197,7 @@ def resolve_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
 
 
 def resolve_one_axis(axis: Axis, ndim: int) -> int:
-    """`axis` in [0, ndim), where only one can be meant."""
+    """`axis` in [0, ndim); several axes are refused."""
     if axis is None or isinstance(axis, tuple):
         raise TypeError(f"`axis` must be one int, got {axis!r}.")
     return resolve_axes(axis, ndim)[0]
@@ -147,7 +223,7 @@ def broadcast(x: Array, shape: tuple[int, ...], *, name: str, target: str = "log
 
 
 def per_slice(value: ArrayLike, logits: Array, axes: tuple[int, ...], *, name: str) -> Array:
-    """An option, one number a slice, in the dtype and rank of `logits`: axes of size 1."""
+    """An option of one number per slice, in the dtype of `logits`, with axes of size 1."""
     value, _ = to_float(value, name=name)
     value = value.astype(logits.dtype)
     wanted = tuple(1 if i in axes else n for i, n in enumerate(logits.shape))
@@ -156,7 +232,7 @@ def per_slice(value: ArrayLike, logits: Array, axes: tuple[int, ...], *, name: s
         if value.ndim <= logits.ndim and full[i] != 1:
             raise ValueError(
                 f"`{name}` of shape {value.shape} varies along the axis {i} of slices"
-                f" of {logits.shape}; give one value a slice, in the shape {wanted}."
+                f" of {logits.shape}; give one value per slice, in the shape {wanted}."
             )
     broadcast(value, wanted, name=name, target=f"slices of {logits.shape}")
     return value.reshape(full)
@@ -171,7 +247,7 @@ def one_number(x: ArrayLike, *, name: str) -> Array:
 
 
 def to_integers(x: ArrayLike, *, name: str, hint: str = "") -> Array:
-    """The array, if it holds integers, with at least 32 bits: a count does not wrap around."""
+    """An array of integers, of at least 32 bits so that a count does not wrap around."""
     x = to_array(x, name=name)
     if not jnp.issubdtype(x.dtype, jnp.integer):
         raise TypeError(f"`{name}` must be integers, got {x.dtype}{hint}.")
@@ -179,13 +255,13 @@ def to_integers(x: ArrayLike, *, name: str, hint: str = "") -> Array:
 
 
 def labels_of(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
-    """Integer labels, one a slice along `axis` of an array of the given shape."""
+    """Integer labels, one per slice along `axis` of an array of the given shape."""
     hint = " (weights of all classes are for `soft_cross_entropy`)"
     labels = to_integers(labels, name="labels", hint=hint)
     wanted = shape[:axis] + shape[axis + 1 :]
     if labels.shape != wanted:
         raise ValueError(
-            f"`labels` must have the shape {wanted} of what they label, one a slice, got"
+            f"`labels` must have the shape {wanted} of what they label, one per slice, got"
             f" {labels.shape}. (Several of one slice: `jax.vmap` over the labels alone.)"
         )
     return labels
@@ -198,7 +274,7 @@ def per_class(
     *,
     name: str = "class_weights",
 ) -> Array:
-    """An option with one number a class, `[num_classes]`; None leaves their number open."""
+    """An option of one number per class, `[num_classes]`, where None allows any number."""
     vector, _ = to_float(value, name=name)
     if vector.ndim != 1 or num_classes not in (None, vector.size):
         count = "a" if num_classes is None else f"for each of {num_classes}"
@@ -211,7 +287,7 @@ def per_class(
 
 
 class Classes(NamedTuple):
-    """Labels as classes, and which of them are none."""
+    """Labels as classes, and which of the labels were no class."""
 
     labels: Array  # in [0, n)
     known: Array  # whether the label was in range, or ignored
@@ -233,8 +309,13 @@ def known_labels(labels: Array, num_classes: int, ignore_index: int | None) -> C
 
 
 def equal(labels: Array, index: int) -> Array:
-    """Which labels are `index`: none if their dtype cannot hold it, where == wraps around."""
+    """Which labels equal `index`: none if their dtype cannot hold it, because == would wrap."""
     index = check_int(index, name="ignore_index")
     limits = jnp.iinfo(labels.dtype)
     held = limits.min <= index <= limits.max
     return labels == index if held else jnp.zeros(labels.shape, jnp.bool_)
+
+
+def statically_greater(a: Any, b: Any) -> bool:
+    """Whether a > b; False if that is open, as the sizes of an export may be."""
+    return isinstance(a, int) and isinstance(b, int) and a > b

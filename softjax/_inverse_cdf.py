@@ -1,9 +1,9 @@
-"""Draws by inverse CDF, with 64 random bits a draw and integers for weights.
+"""Draws by inverse CDF, with 64 random bits per draw and integers for weights.
 
-Each weight is rounded once, to a multiple of about 2^-40 of the largest; from there on all
-sums are exact, so that no class gains or loses by where it stands, and a class of weight 0
-is never drawn. Weights are summed in blocks; a draw finds its block, and then its class in
-the block, by bisection.
+Each weight is rounded once, to a multiple of about 2^-40 of the largest. From there on all sums
+are exact, so that no class gains or loses by its place, and a class of weight 0 is never drawn.
+Weights are summed in blocks. A draw finds its block, and then its class in the block, by
+bisection.
 """
 
 import functools
@@ -20,12 +20,12 @@ from softjax._mesh import vary
 from softjax._scores import centre
 from softjax._uint64 import Wide
 
-FEW = 16  # classes that are added up one by one
-LONGEST = 128  # entries of a block, at most
+FEW = 16  # Up to so many classes are added up one by one.
+LONGEST = 128  # A block has at most so many entries.
 
 
 class Rows(NamedTuple):
-    """What turns the logits of a row into weights, one number a row."""
+    """The peak and the temperature of each row, which turn its logits into weights."""
 
     peak: Array
     temperature: Array | None
@@ -34,19 +34,19 @@ class Rows(NamedTuple):
         """exp((x - peak) / temperature) of logits with the rows along their first axis."""
         grow = lambda row: row.reshape(-1, *(1,) * (x.ndim - 1))
         temperature = None if self.temperature is None else grow(self.temperature)
-        scores = centre(x, grow(self.peak), temperature, lambda row: row)
-        return jnp.where(scores.dead, 0, jnp.exp(scores.near))
+        scores = centre(x, grow(self.peak), temperature)
+        return jnp.where(scores.is_far, 0, jnp.exp(scores.near))
 
 
 class Parts(NamedTuple):
-    """A weight as an integer, high 2^shift + low, of which blocks add up without rounding."""
+    """A weight as the integer high 2^shift + low. Blocks of them add up without rounding."""
 
-    high: Array  # whole numbers as floats, so that a NaN is not lost
+    high: Array  # whole numbers as floats, because an integer cannot be NaN
     low: Array  # int32, of either sign
 
 
 class Scale(NamedTuple):
-    """How many bits the parts of a weight have, for sums over a block and over a row."""
+    """How many bits each part of a weight has."""
 
     high: int
     low: int
@@ -61,14 +61,18 @@ class Scale(NamedTuple):
 
 
 def _scale(size: int, block: int) -> Scale:
-    """A block's sum of `high` fits the 24 bits of float32, that of `low` 32, a row's 63."""
+    """The scale at which no sum overflows.
+
+    The sum of `high` over a block fits the 24 bits of float32, that of `low` fits 32 bits with
+    a sign, and the sum of both over a row fits 63.
+    """
     log_block, log_size = (math.ceil(math.log2(n)) for n in (block, size))
     high = 24 - log_block
     return Scale(high, min(31 - log_block, 62 - high - log_size))
 
 
 def draw(x: Array, temperature: Array | None, bits: Wide) -> Array:
-    """Classes `[rows, draws]` of logits `[rows, n]`, n > 0, by 64 bits a draw; -1 for none."""
+    """Draws classes `[rows, draws]` from logits `[rows, n]`, n > 0; -1 where there is none."""
     if x.shape[1] <= FEW:
         return _draw_of_few(x, temperature, bits)
     rows = Rows(jnp.max(x, 1), temperature)
@@ -84,7 +88,7 @@ def draw(x: Array, temperature: Array | None, bits: Wide) -> Array:
 
 
 def _block_size(size: int) -> int:
-    """About the square root; a divisor if there is one, as padding makes a copy."""
+    """About the square root of `size`; a divisor if possible, because padding makes a copy."""
     wanted = min(LONGEST, 1 << math.ceil(math.log2(size) / 2))
     for candidate in range(wanted, wanted // 8, -1):
         if size % candidate == 0:
@@ -93,7 +97,7 @@ def _block_size(size: int) -> int:
 
 
 def _draw_of_few(x: Array, temperature: Array | None, bits: Wide) -> Array:
-    """All in one pass over the draws."""
+    """Compares each draw with the running sum at every class."""
     columns = [x[:, i] for i in range(x.shape[1])]
     rows = Rows(functools.reduce(jnp.maximum, columns), temperature)
     scale = _scale(len(columns), len(columns))
@@ -112,10 +116,11 @@ def _draw_of_few(x: Array, temperature: Array | None, bits: Wide) -> Array:
 
 
 def _draw_from_sums(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array:
-    """Only the blocks that are hit are looked into."""
+    """Sums the blocks, and weighs the entries of those blocks alone that a draw falls into."""
     block = x.shape[2]
     high, low = scale.split(rows.weights(x))
-    # (One reduction of both: two would weigh every entry twice, or write all weights out.)
+    # One reduction takes both parts, because two would weigh every entry twice, or write all
+    # weights out.
     sums = Parts(
         *lax.reduce(
             (high, low),
@@ -125,40 +130,40 @@ def _draw_from_sums(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array:
         )
     )
     which, rest, total = _find_block(scale.join(sums), bits)
-    hit = jnp.take_along_axis(x, which[:, :, None], 1)  # [rows, draws, block]
-    parts = scale.split(rows.weights(hit))
+    entries = jnp.take_along_axis(x, which[:, :, None], 1)  # [rows, draws, block]
+    parts = scale.split(rows.weights(entries))
     prefix = _prefix(scale, parts)
-    # Weighed anew, the block may weigh a rounding less: its last class takes the rest.
+    # A block that is weighed again may weigh a rounding less; its last class takes the rest.
     weight = Wide(prefix.high[..., -1], prefix.low[..., -1])
     one = Wide(jnp.zeros_like(weight.high), jnp.ones_like(weight.low))
     rest = _uint64.smaller(rest, _uint64.subtract(weight, one))
     read = lambda array, place: jnp.take_along_axis(array, place[..., None], 2)[..., 0]
-    inside = _bisect(lambda place: Wide(*(read(a, place) for a in prefix)), block, rest)
+    inside = bisect(lambda place: Wide(*(read(a, place) for a in prefix)), block, rest)
     inside = jnp.where(
-        _uint64.is_zero(weight), jnp.argmax(hit, -1).astype(inside.dtype), inside
+        _uint64.is_zero(weight), jnp.argmax(entries, -1).astype(inside.dtype), inside
     )
     return _or_none(which * block + inside, total, jnp.sum(sums.high, 1))
 
 
 def _draw_from_prefixes(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array:
-    """The weights of all classes are summed up in advance, for many draws."""
+    """Sums the weights of all classes in advance, which pays for many draws."""
     num_rows, _, block = x.shape
     parts = scale.split(rows.weights(x))
     prefixes = _prefix(scale, parts)
     which, rest, total = _find_block(Wide(*(a[..., -1] for a in prefixes)), bits)
     flat = Wide(*(a.reshape(num_rows, -1) for a in prefixes))
     start = which * block
-    inside = _bisect(lambda place: _read(flat, start + place), block, rest)
+    inside = bisect(lambda place: _read(flat, start + place), block, rest)
     return _or_none(start + inside, total, jnp.sum(parts.high, (1, 2)))
 
 
 def _find_block(sums: Wide, bits: Wide) -> tuple[Array, Wide, Wide]:
-    """Of sums `[rows, blocks]`: the block, what is left of the draw in it, the row's total."""
+    """For sums `[rows, blocks]`: each draw's block, its place in the block, the row's total."""
     ends = _uint64.running_sums(sums)
     total = Wide(ends.high[:, -1:], ends.low[:, -1:])
     target = _uint64.multiply_high(bits, total)
     size = ends.low.shape[1]
-    which = jnp.minimum(_bisect(lambda place: _read(ends, place), size, target), size - 1)
+    which = jnp.minimum(bisect(lambda place: _read(ends, place), size, target), size - 1)
     before = _read(ends, jnp.maximum(which - 1, 0))
     before = Wide(*(jnp.where(which > 0, word, 0) for word in before))
     return which, _uint64.subtract(target, before), total
@@ -175,8 +180,8 @@ def _prefix(scale: Scale, parts: Parts) -> Wide:
     return scale.join(sums)
 
 
-def _bisect(read: Callable[[Array], Wide], size: int, target: Wide) -> Array:
-    """How many of `size` sums in ascending order are at most the target."""
+def bisect(read: Callable[[Array], Wide], size: int, target: Wide) -> Array:
+    """Counts how many of `size` numbers in ascending order are at most the target."""
     num_steps = size.bit_length()
 
     def step(number: Array, place: Array) -> Array:
@@ -189,6 +194,6 @@ def _bisect(read: Callable[[Array], Wide], size: int, target: Wide) -> Array:
 
 
 def _or_none(index: Array, total: Wide, check: Array) -> Array:
-    """-1 where nothing is kept, or where a weight is NaN, and with it the check."""
+    """The index, or -1 where nothing is kept or a weight is NaN, which makes the check NaN."""
     none = _uint64.is_zero(total) | jnp.isnan(check)[:, None]
     return jnp.where(none, -1, index)

@@ -1,34 +1,32 @@
-"""Searches for a number a slice by reductions alone: nothing is sorted.
+"""Searches for one number per slice by reductions alone: nothing is sorted.
 
-`newton_from_left` and `bracketed_newton` find where a decreasing function crosses zero;
-`largest_threshold` finds a threshold among the entries themselves, by halving the range of
-their bit patterns, or, on accelerators, digit by digit: there few passes count, and to look
-whether a loop is done takes as long as one.
+`newton_from_left` and `bracketed_newton` find where a decreasing function crosses zero.
+`largest_threshold` finds a threshold among the entries themselves: it halves the range of
+their bit patterns until one is left.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softjax._float import sum_in_pairs
+from softjax._inputs import statically_greater
 from softjax._mesh import vary
 from softjax._slices import AlongAxes
 
-DIGIT = 3  # bits that one pass finds
-State = TypeVar("State", bound=tuple[Any, ...])
-Step = Callable[[Array], tuple[Array, Array]]  # tau -> (excess, -slope), one a slice
+Step = Callable[[Array], tuple[Array, Array]]  # tau -> (excess, -slope), one per slice
 Bracket = tuple[Array, Array, Array, Array, Array, Array]  # low, high, tau, last, moving, count
 
 
 def newton_from_left(step: Step, start: Array, close: float = 0.0) -> Array:
     """Newton's method from the left of the root of a decreasing convex function.
 
-    There it only ever moves right, so it stops when rounding stops it (for a piecewise
-    linear function, after finitely many steps, at the root itself), or when all steps are
-    at most `close`.
+    From there it only ever moves right. It stops when rounding stops it, or when every step
+    is at most `close`. For a piecewise linear function that is after finitely many steps, at
+    the root itself.
     """
 
     def move(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -41,14 +39,14 @@ def newton_from_left(step: Step, start: Array, close: float = 0.0) -> Array:
         return state[1] & (state[2] < 64)
 
     state = (start, vary(jnp.array(True), start), jnp.array(0))
-    return _repeat(unfinished, move, state)[0]
+    return lax.while_loop(unfinished, move, state)[0]
 
 
 def bracketed_newton(step: Step, low: Array, high: Array, start: Array) -> Array:
     """Newton's method for a decreasing function with a root in [low, high].
 
-    Where a step would leave the bracket, or the last one did not halve the excess, the
-    bracket is halved instead. A slice that has arrived waits for the others.
+    The bracket is halved instead where a step would leave it, or where the last step did not
+    halve the excess. A slice that has arrived waits for the others.
     """
 
     def move(state: Bracket) -> Bracket:
@@ -73,18 +71,7 @@ def bracketed_newton(step: Step, low: Array, high: Array, start: Array) -> Array
     last = jnp.full(start.shape, jnp.inf, start.dtype)
     moving = jnp.full(start.shape, True)
     state = (*vary((low, high, start, last, moving)), jnp.array(0))
-    return _repeat(unfinished, move, state)[2]
-
-
-def _repeat(
-    unfinished: Callable[[State], Array], move: Callable[[State], State], state: State
-) -> State:
-    """`lax.while_loop`, on accelerators by two moves at a time; one too many does no harm."""
-    return lax.platform_dependent(
-        state,
-        cpu=lambda state: lax.while_loop(unfinished, move, state),
-        default=lambda state: lax.while_loop(unfinished, lambda s: move(move(s)), state),
-    )
+    return lax.while_loop(unfinished, move, state)[2]
 
 
 def largest_threshold(
@@ -92,52 +79,98 @@ def largest_threshold(
 ) -> Array:
     """The largest v for which the entries with key >= v weigh at least `amount`.
 
-    `weights` None counts entries. What is summed is the part below v, so that digits are
-    kept where the amount is nearly all. If all weigh less than the amount, v is the least.
-    Keys are compared, and v is given, as `ordered` integers.
+    Without weights each entry counts as one. If all entries together weigh less than the
+    amount, v is the key of -inf. Keys are `ordered` integers, and so is v.
     """
+    # The part below v is what is summed, because it keeps its digits where the amount is
+    # nearly all.
     if weights is None:
-        everything = jnp.ones(keys.shape, amount.dtype)
+        size = size_of_slice(slices, keys)
+        spare = size - to_count(amount, size)
         entries: tuple[Array, ...] = (keys,)
-        below: Callable[..., Array] = lambda key, limit: (key < limit).astype(amount.dtype)
+        below: Callable[..., Array] = lambda key, limit: _as_count(key < limit)
     else:
-        everything, entries = weights, (keys, weights)
+        spare = slices.sum(weights) - amount
+        entries = (keys, weights)
         below = lambda key, weight, limit: jnp.where(key < limit, weight, 0)
-    spare = slices.sum(everything) - amount
-    limits = jnp.array([-jnp.inf, jnp.nan], amount.dtype)
-    low, high = vary(tuple(jnp.full(spare.shape, x) for x in ordered(limits)), spare)
+    bits = jnp.iinfo(keys.dtype).bits
+    least = ~int(np.array(np.inf, f"float{bits}").view(f"int{bits}"))
+    bounds = jnp.array([least, jnp.iinfo(keys.dtype).max], keys.dtype)
+    return _last_within(slices, below, entries, spare, bounds)
 
-    def by_halves(low: Array, high: Array, spare: Array, *entries: Array) -> Array:
-        def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
-            low, high = state  # The answer is in [low, high).
-            middle = (low >> 1) + (high >> 1) + (low & high & 1)
-            enough = slices.sum_of(below, entries, middle) <= spare
-            return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
-        return lax.while_loop(lambda s: jnp.any(s[0] + 1 < s[1]), halve, (low, high + 1))[0]
+def first_of_ties(slices: AlongAxes, keys: Array, threshold: Array, amount: Array) -> Array:
+    """Marks the `amount` largest keys: of those equal to the threshold, the first ones."""
+    size = size_of_slice(slices, keys)
+    place = jnp.zeros(keys.shape, jnp.result_type(int))
+    for axis in slices.axes:
+        place = place * keys.shape[axis] + lax.broadcasted_iota(place.dtype, keys.shape, axis)
+    above = keys > slices.broadcast(threshold)
+    missing = to_count(amount, size) - slices.sum(_as_count(above))
+    bounds = jnp.array([0, size + 1], place.dtype)
 
-    def by_digits(low: Array, high: Array, spare: Array, *entries: Array) -> Array:
-        # One pass finds a digit, as the sums below all that it can be are taken together.
-        info = jnp.iinfo(low.dtype)
-        num_digits = -(-info.bits // DIGIT)
+    def ties_before(key: Array, place: Array, limit: Array, threshold: Array) -> Array:
+        return _as_count((key == threshold) & (place < limit))
 
-        def find(i: Array, found: Array) -> Array:
-            shift = ((num_digits - 1 - i) * DIGIT).astype(low.dtype)
-            digits = [jnp.array(digit, low.dtype) for digit in range(1, 2**DIGIT)]
-            sums = slices.sums([below(*entries, found + (digit << shift)) for digit in digits])
-            # (Of the first digit there may be fewer bits.)
-            is_one = [lax.shift_right_logical(d << shift, shift) == d for d in digits]
-            enough = [valid & (x <= spare) for valid, x in zip(is_one, sums, strict=True)]
-            return found + (sum_in_pairs([x.astype(low.dtype) for x in enough]) << shift)
+    end = _last_within(slices, ties_before, (keys, place), missing, bounds, threshold)
+    return above | ((keys == slices.broadcast(threshold)) & (place < slices.broadcast(end)))
 
-        found = lax.fori_loop(0, num_digits, find, jnp.full_like(low, info.min))
-        return jnp.clip(found, low, high)
 
-    return lax.platform_dependent(low, high, spare, *entries, cpu=by_halves, default=by_digits)
+def _last_within(
+    slices: AlongAxes,
+    term: Callable[..., Array],
+    entries: tuple[Array, ...],
+    spare: Array,
+    bounds: Array,
+    *rows: Array,
+) -> Array:
+    """The largest v in [low, high), the bounds, for which the sum of `term` is at most `spare`.
+
+    The sum of `term(*entries, v, *rows)` must not fall as v grows. If it is larger than `spare`
+    at all v, the answer is `low`.
+    """
+    shape = tuple(1 if i in slices.axes else n for i, n in enumerate(entries[0].shape))
+
+    def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = state
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        enough = slices.sum_of(term, entries, middle, *rows) <= spare
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    low, high = (jnp.full(shape, bound) for bound in bounds)
+    state = vary((low, high), spare, entries)
+    return lax.while_loop(lambda s: jnp.any(s[0] + 1 < s[1]), halve, state)[0]
+
+
+def size_of_slice(slices: AlongAxes, x: Array) -> int:
+    """How many entries a slice of x has, all of which an integer can count."""
+    size = math.prod(x.shape[i] for i in slices.axes)
+    limit = int(jnp.iinfo(jnp.result_type(int)).max)
+    if statically_greater(size, limit - 1):
+        raise ValueError(
+            f"a slice of {size} entries is longer than its integers can count, {limit - 1}:"
+            " enable 64-bit (`jax_enable_x64`), or take shorter slices."
+        )
+    return size
+
+
+def to_count(amount: Array, size: int) -> Array:
+    """A number of entries as an integer in [0, size]: a fraction is rounded up."""
+    integer = jnp.result_type(int)
+    if jnp.issubdtype(amount.dtype, jnp.floating):
+        # The next float may be more than the largest integer; NaN keeps all.
+        fits = amount < 2.0 ** (jnp.iinfo(integer).bits - 1)
+        amount = jnp.where(fits, jnp.ceil(jnp.where(fits, amount, 0)).astype(integer), size)
+    return jnp.clip(amount, 0, size).astype(integer)
+
+
+def _as_count(marks: Array) -> Array:
+    # Not a float, because float32 holds no odd number above 2^24.
+    return marks.astype(jnp.result_type(int))
 
 
 def ordered(x: Array) -> Array:
-    """Integers in the order of the numbers; 0 and -0 are one, NaN is above all."""
+    """Integers in the order of the numbers. 0 and -0 are the same; NaN is above all."""
     integer = jnp.int64 if x.dtype == jnp.float64 else jnp.int32
     limits = jnp.iinfo(integer)
     bits = lax.bitcast_convert_type(x, integer)

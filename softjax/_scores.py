@@ -1,106 +1,113 @@
 """Scores: logits below the peak of their slice, divided by its temperature after that."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._elementary import exp_of_sum
 from softjax._float import two_difference, two_quotient
 
 FAR = 1000.0  # this far below the peak a score has no weight: exp is 0 in float64 too
 
 
 class Scores(NamedTuple):
-    """Centred scores: (x - peak) / temperature = values + errors where not dead."""
+    """Centred scores: (x - peak) / temperature = near + errors where they are above -`FAR`."""
 
     values: Array  # at most 0; -inf where dropped
-    near: Array  # values, but 0 where dead
+    near: Array  # values, but at least -`FAR` or little less
     errors: Array  # what rounding took from `near`
-    dead: Array  # dropped, or further than `FAR` below the peak
     dropped: Array  # at -inf, or finite below an infinite peak
+    is_peak: Array  # whether the score is 0; there may be several
+
+    @property
+    def is_far(self) -> Array:
+        """Whether the entry is dropped, or so far below the peak that it has no weight."""
+        return self.near <= -FAR
 
     def minus(self, threshold: Array) -> Array:
         """The margins: -inf where dropped, whatever the threshold."""
         return jnp.where(self.dropped, -jnp.inf, self.values - threshold)
 
-    def poison(self, total: Callable[[Array], Array]) -> Array:
-        """NaN for a slice that keeps a NaN, and 0 for others; XLA's maximum may miss it."""
-        return total(self.near * 0)
-
-    def exp(self, lift: int = 0) -> Array:
-        """The exponentials, to about one rounding, times 2^lift."""
-        return jnp.where(self.dead, 0, exp_of_sum(self.near, self.errors, lift))
+    def exp(self) -> Array:
+        """The exponentials, with the rounding of the scores put back to first order."""
+        weights = jnp.exp(self.near)
+        return weights + weights * self.errors
 
 
-def centre(
-    x: Array, peak: Array, temperature: Array | None, spread: Callable[[Array], Array]
-) -> Scores:
-    """Scores below the peak of their slice, divided by its temperature after that.
+@jax.jit
+def centre(x: Array, peak: Array, temperature: Array | None) -> Scores:
+    """Scores of x; `peak` and `temperature` broadcast against it.
 
     Infinite entries, if there are any, are the peak alone; so are the largest entries at
     temperature 0. At an infinite temperature all scores that are not dropped are 0.
     """
     limits = jnp.finfo(x.dtype)
     highest = float(limits.max)
-    # (Selects, for the reason that `where_finite` gives.)
-    anchor = jnp.where(jnp.isfinite(peak), peak, jnp.where(peak == jnp.inf, highest, 0))
-    anchor = jnp.where(jnp.isnan(peak), peak, anchor)
-    reach: Array | float = FAR
+    is_infinite = peak == jnp.inf
+    anchor = jnp.where(is_infinite, highest, jnp.where(peak == -jnp.inf, 0, peak))
+    dropped = x < jnp.where(is_infinite, jnp.inf, -highest)
     if temperature is not None:
-        # Below the smallest normal number a temperature may be flushed to 0, and is 0.
-        cold = jnp.abs(temperature) < limits.tiny
-        temperature = jnp.where(cold, 0, jnp.where(temperature < 0, jnp.nan, temperature))
-        reach = FAR * temperature
-    lowest = jnp.maximum(peak - reach, -highest)
-    lowest = jnp.where(jnp.isnan(lowest), -highest, lowest)
-    dead = x < spread(jnp.where(jnp.isinf(peak), jnp.inf, lowest))
-    kept = jnp.where(dead, spread(anchor), x)
-    kept = jnp.where(kept > highest, highest, kept)  # Infinite ones are at the anchor.
-    # (In as few steps as there may be: a loop of many is given to threads, however short.)
-    dropped = x < spread(jnp.where(peak == jnp.inf, jnp.inf, -highest))
-    if temperature is None:
-        values = jnp.where(dropped, -jnp.inf, jnp.minimum(x, highest) - spread(anchor))
-        near, errors = two_difference(kept, spread(anchor))
-        return Scores(values, near, lax.stop_gradient(errors), dead, dropped)
-    flat = jnp.isinf(temperature)
+        return _divided(x, peak, anchor, dropped, temperature)
+    values = jnp.where(dropped, -jnp.inf, jnp.minimum(highest, x) - anchor)
+    # Huge numbers are halved so that no difference overflows; those that differ are far apart.
+    # Clipping makes every number finite, so no NaN is made on the way. XLA's CPU backend lets
+    # a NaN through as the second operand of a maximum or minimum.
+    scale = jnp.where(jnp.abs(peak) > highest / 4, 0.5, 1).astype(x.dtype)
+    anchor = jnp.where(is_infinite, highest, anchor * scale)
+    floor = anchor - jnp.maximum(FAR, 4 * float(limits.eps) * jnp.abs(anchor))
+    near, errors = two_difference(jnp.minimum(highest, jnp.maximum(floor, x * scale)), anchor)
+    is_peak = x == jnp.where(peak == -jnp.inf, jnp.nan, peak)
+    return Scores(values, near, lax.stop_gradient(errors), dropped, is_peak)
+
+
+def _divided(
+    x: Array, peak: Array, anchor: Array, dropped: Array, temperature: Array
+) -> Scores:
+    limits = jnp.finfo(x.dtype)
+    highest = float(limits.max)
+    # A temperature below the smallest normal number counts as 0 because it may be flushed.
+    cold, flat = jnp.abs(temperature) < limits.tiny, jnp.isinf(temperature)
+    temperature = jnp.where(cold, 0, jnp.where(temperature < 0, jnp.nan, temperature))
     divisor = jnp.where(cold | flat, 1, temperature)
-    # (By halves, whose difference does not overflow before it is divided.)
-    values = (jnp.minimum(x, highest) / 2 - spread(anchor) / 2) / spread(divisor) * 2
-    values = jnp.where(spread(cold) | dropped, -jnp.inf, values)
-    # In a unit in which no difference overflows and no rounding error is flushed to 0.
+    # A NaN compares false, so that it is not dead.
+    dead = dropped | (x < jnp.maximum(peak - FAR * temperature, -highest))
+    kept = jnp.where(dead | (x == jnp.inf), anchor, x)
+    # Halves, because their difference does not overflow before it is divided.
+    values = (
+        (jnp.where(dropped, anchor, jnp.minimum(x, highest)) / 2 - anchor / 2) / divisor * 2
+    )
+    values = jnp.where(cold | dropped, -jnp.inf, values)
+    # A unit in which no difference overflows and no rounding error is flushed to 0.
     fine = 2.0 ** (2 * limits.nmant + 8)
     unit = jnp.where(
         divisor < 1 / fine, fine, jnp.where(temperature > highest / 2**12, 0.25, 1)
     )
     within = lambda x: jnp.clip(x, -highest, highest)
-    near, errors = two_difference(within(kept * spread(unit)), spread(within(anchor * unit)))
-    divisor = spread(jnp.where(flat, 1, divisor * unit))
+    near, errors = two_difference(within(kept * unit), within(anchor * unit))
+    divisor = jnp.where(flat, 1, divisor * unit)
     near, remainder = two_quotient(near, divisor)
-    # A quotient by a row may be a product, which a compiler may fuse, unrounded, with a
-    # difference that follows: a select comes between.
-    near = jnp.where(dead, 0, jnp.where(spread(flat), near * 0, near))  # NaN stays.
-    errors = jnp.where(spread(flat), 0, remainder + errors / divisor)
+    # XLA may turn this division into a multiplication and fuse it, unrounded, into a later
+    # subtraction; the select prevents that. A NaN times 0 stays.
+    near = jnp.where(dead, -FAR, jnp.where(flat, near * 0, near))
+    errors = jnp.where(dead | flat, 0, remainder + errors / divisor)
     values = jnp.where(dead, values, near)
-    return Scores(values, near, lax.stop_gradient(errors), dead, values == -jnp.inf)
+    return Scores(values, near, lax.stop_gradient(errors), values == -jnp.inf, near == 0)
 
 
-def centre_at(
-    x: Array, anchor: Array, temperature: Array | None, spread: Callable[[Array], Array]
-) -> tuple[Array, Array]:
+def centre_at(x: Array, anchor: Array, temperature: Array | None) -> tuple[Array, Array]:
     """(x - anchor) / temperature and its rounding error, held within 4 `FAR` of 0."""
     far = 4 * FAR
     low, high = jnp.finfo(x.dtype).min, jnp.finfo(x.dtype).max
-    anchor = spread(jnp.clip(anchor, low, high))
+    anchor = jnp.clip(anchor, low, high)
     values = jnp.clip(x, low, high) / 2 - anchor / 2
     divisor = jnp.ones((), x.dtype)
     if temperature is not None:
         flat = jnp.isinf(temperature)
         cold = temperature < jnp.finfo(x.dtype).tiny
-        divisor = spread(jnp.where(cold | flat, 1, temperature))
-        values = jnp.where(spread(cold), jnp.sign(values) * high, values)
-        values = jnp.where(spread(flat), 0, values)
+        divisor = jnp.where(cold | flat, 1, temperature)
+        values = jnp.where(cold, jnp.sign(values) * high, values)
+        values = jnp.where(flat, 0, values)
     usual = jnp.abs(values) < far / 2 * divisor
     near, errors = two_difference(jnp.where(usual & (values != 0), x, anchor), anchor)
     if temperature is not None:

@@ -1,13 +1,13 @@
 """Threshold maps: p = f(s - tau), where tau(s) makes the weights of a slice sum to k.
 
-Softmax, entmax, the capped simplex and their kin differ in f alone. A `Family` says what f
-is: how its threshold is found, and its slope w = f' in terms of the weights themselves. The
-derivative is the same for all. With q = w / sum(w):
+Softmax, entmax, the capped simplex and their kin differ in f alone. A `Family` holds f: how
+its threshold is found, and its slope w = f' in terms of the probabilities. The derivative rule
+is the same for all. With q = w / sum(w):
 
     tau' = <q, s'>,   (s - tau)' = s' - tau',   p' = w (s' - tau'),
 
-and terms alike for the entropic index, the budget k and a sink. It is linear in the
-tangents, so that its transpose is the VJP; differentiated again it gives the second order.
+and similar terms for the entropic index, the sum k and a sink. The rule is linear in the
+tangents, so its transpose is the VJP; differentiated again it gives the second order.
 """
 
 import functools
@@ -19,39 +19,35 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from softjax._blocks import by_one_thread
-from softjax._elementary import exp_of_sum
 from softjax._inputs import Problem
-from softjax._scores import FAR
 from softjax._slices import AlongAxes, Slices
 
 
 class Solution(NamedTuple):
-    """What a threshold map finds for scores s = (logits - peak) / temperature."""
+    """The result of a threshold map for scores s = (logits - peak) / temperature."""
 
-    probs: Array  # f(s - tau), one an entry
-    margins: Array  # s - tau, one an entry; -inf where dropped
-    threshold: Array  # tau, one a slice
-    lost: Any = None  # what rounding took from tau
+    probs: Array  # f(s - tau), one per entry
+    margins: Array  # s - tau, one per entry; -inf where dropped
+    threshold: Array  # tau, one per slice
     complement: Array | None = None  # 1 - q of the peak, where the subtraction would cancel
-    leak: Array | None = None  # the weight of the sink, one a slice
+    sink_prob: Array | None = None  # the weight of the sink, one per slice
 
 
 class Family(NamedTuple):
-    """A threshold map (static): what follows is all that differs between two of them."""
+    """A threshold map (static): everything in which two of them differ."""
 
-    solve: Callable[..., Solution]  # of (slices, logits, temperature, index, budget, sink)
-    slope: Callable[..., Array] | None = None  # f' from (probs, index); None if f' = f
-    bend: Callable[..., Array] | None = None  # df/dindex at a fixed margin, likewise
+    solve: Callable[..., Solution]  # (slices, logits, temperature, alpha, k, sink)
+    slope: Callable[..., Array] | None = None  # f' from (probs, alpha); None if f' = f
+    df_dalpha: Callable[..., Array] | None = None  # from (probs, alpha), at a fixed margin
     is_even: bool = False  # whether f' is 0 or 1
 
 
-def weigh(
-    family: Family, problem: Problem, index: Array | None = None, budget: Array | None = None
+def probs_of(
+    family: Family, problem: Problem, alpha: Array | None = None, k: Array | None = None
 ) -> Array:
-    """The weights of a problem along axes, in the dtype of its result."""
+    """The probabilities of a problem along axes, in the dtype of its result."""
     slices, temperature = AlongAxes(problem.axes), problem.temperature
-    solution = solve(family, slices, problem.logits, temperature, index, budget)
+    solution = solve(family, slices, problem.logits, temperature, alpha, k)
     return solution.probs.astype(problem.dtype)
 
 
@@ -61,56 +57,51 @@ def solve(
     slices: Slices,
     logits: Array,
     temperature: Array | None = None,
-    index: Array | None = None,
-    budget: Array | None = None,
+    alpha: Array | None = None,
+    k: Array | None = None,
     sink: Array | None = None,
 ) -> Solution:
-    """Finds the threshold. Each argument after `logits` is one number a slice, or None."""
-    return _traced_once(family, slices, logits, temperature, index, budget, sink)
+    """Finds the threshold. Each argument after `logits` is one number per slice, or None."""
+    return _traced_once(family, slices, logits, temperature, alpha, k, sink)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _traced_once(family: Family, *args: Any) -> Solution:
-    # A derivative needs the value's trace again: this one is remembered.
+    # A derivative traces the value again; this trace is remembered.
     return family.solve(*args)
 
 
 def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, Solution]:
-    # One rule for every map; see the module. It exists because the search for tau must not
-    # be differentiated, a dropped entry must have derivative 0 whatever stands there, and
-    # one array is enough to remember: each tangent is checkpointed upon its own output.
-    slices, _, temperature, index, _, _ = primals
+    # A rule, because the search for tau must not be differentiated, because a dropped entry has
+    # derivative 0 whatever stands there, and for memory: the tangents of the probabilities and
+    # of the margins each recompute what they need from that one array.
+    slices, _, temperature, alpha, _, _ = primals
     solution = solve(family, *primals)
-    probs, margins, _, lost, complement, leak = solution
     dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents[1:])
-    rows = (temperature, index, complement, leak)
+    per_slice = (temperature, alpha, solution.complement, solution.sink_prob)
     remember = functools.partial(jax.checkpoint, prevent_cse=False)
 
     @remember
     def from_probs(
-        slices: Slices, probs: Array, margins: Any, rows: Any, dots: Any
+        slices: Slices, probs: Array, margins: Any, per_slice: Any, dots: Any
     ) -> Solution:
-        return _tangents(family, slices, probs, probs != 0, margins, True, rows, dots)
+        return _tangents(family, slices, probs, probs != 0, margins, per_slice, dots)
 
     @remember
     def from_margins(
-        slices: Slices, probs: Any, margins: Array, rows: Any, dots: Any
+        slices: Slices, probs: Any, margins: Array, per_slice: Any, dots: Any
     ) -> Solution:
-        exact = probs is not None
-        if not exact:
-            # (In this order: XLA's CPU backend lets a NaN through as the second operand.)
-            weigh = lambda margins: exp_of_sum(jnp.maximum(-FAR, margins))
-            probs = by_one_thread(weigh, slices, margins)
+        probs = jnp.exp(margins) if probs is None else probs
         live = margins != -jnp.inf
-        return _tangents(family, slices, probs, live, margins, exact, rows, dots)
+        return _tangents(family, slices, probs, live, margins, per_slice, dots)
 
-    heated = None if dots[1] is None else margins
-    moved = from_probs(slices, probs, heated, rows, dots)
-    shape = None if family.slope is None else probs
-    margins_dot = from_margins(slices, shape, margins, rows, dots).margins
-    still = lambda row: None if row is None else jnp.zeros_like(row)
-    moved = moved._replace(lost=still(lost), complement=still(complement))
-    return solution, moved._replace(margins=margins_dot)
+    by_temperature = None if dots[1] is None else solution.margins
+    moved = from_probs(slices, solution.probs, by_temperature, per_slice, dots)
+    shape = None if family.slope is None else solution.probs
+    margins_dot = from_margins(slices, shape, solution.margins, per_slice, dots).margins
+    complement = solution.complement
+    complement_dot = None if complement is None else jnp.zeros_like(complement)
+    return solution, moved._replace(margins=margins_dot, complement=complement_dot)
 
 
 solve.defjvp(_solve_jvp, symbolic_zeros=True)
@@ -122,119 +113,98 @@ def _tangents(
     probs: Array,
     live: Array,
     margins: Any,
-    exact: bool,
-    rows: tuple[Any, ...],
+    per_slice: tuple[Any, ...],
     dots: tuple[Any, ...],
 ) -> Solution:
-    """The rule, for tangents `dots` of which those that are None vanish.
-
-    `exact` says that the probabilities are not exponentials of rounded margins.
-    """
-    temperature, index, complement, leak = rows
-    logits_dot, temperature_dot, index_dot, budget_dot, sink_dot = dots
-    spread = slices.broadcast
+    """The rule, for tangents `dots`, where None stands for one that vanishes."""
+    temperature, alpha, complement, sink_prob = per_slice
+    logits_dot, temperature_dot, alpha_dot, k_dot, sink_dot = dots
+    broadcast = slices.broadcast
     rate = None if temperature is None else reciprocal(temperature)
     per_mass: Any = 1.0
     if family.slope is None:
         slopes = q = probs
     else:
-        slopes = family.slope(probs, index)
+        slopes = family.slope(probs, alpha)
         per_mass = reciprocal(slices.sum(slopes))
-        q = slopes * spread(per_mass)
+        q = slopes * broadcast(per_mass)
 
     scores_dot = jnp.zeros_like(probs)
     if logits_dot is not None:
-        scores_dot = logits_dot if rate is None else logits_dot * spread(rate)
+        scores_dot = logits_dot if rate is None else logits_dot * broadcast(rate)
     if temperature_dot is not None:
-        # s' = -s T'/T; a shift of s is free, so the margins stand for the scores.
-        scores_dot -= jnp.where(live, margins, 0) * spread(temperature_dot * rate)
+        # s' = -s T'/T, where the margins may stand for the scores because a shift is free.
+        scores_dot -= jnp.where(live, margins, 0) * broadcast(temperature_dot * rate)
     unmasked, scores_dot = scores_dot, jnp.where(live, scores_dot, 0)
     sink_score_dot: Any = None
-    if leak is not None:
-        sink_score_dot = jnp.zeros_like(leak)
+    if sink_prob is not None:
+        sink_score_dot = jnp.zeros_like(sink_prob)
         if sink_dot is not None:
             sink_score_dot += sink_dot if rate is None else sink_dot * rate
         if temperature_dot is not None:
-            sink_margin = jnp.log(jnp.where(leak > 0, leak, 1))
+            sink_margin = jnp.log(jnp.where(sink_prob > 0, sink_prob, 1))
             sink_score_dot -= sink_margin * temperature_dot * rate
-        sink_score_dot = jnp.where(leak > 0, sink_score_dot, 0)
+        sink_score_dot = jnp.where(sink_prob > 0, sink_score_dot, 0)
 
-    # In two steps, as in `_project`. If q has the rounding of margins, 1 - q comes from its own
-    # sum; even shares need one step. (Selects by slice keep XLA's CPU backend from making one
-    # slow kernel of all this.)
-    poisoned = None if complement is None else jnp.isnan(complement)
+    # Subtract the mean twice: the second pass removes the first's rounding error. Uniform
+    # weights need one pass.
     pulled = q * scores_dot
     mean = jnp.zeros_like(per_mass) if family.is_even else slices.sum(pulled)
-    if leak is not None:
-        mean += leak * sink_score_dot
-    mean = _poison(mean, poisoned)
-    moved = scores_dot - spread(mean)
+    if sink_prob is not None:
+        mean += sink_prob * sink_score_dot
+    moved = scores_dot - broadcast(mean)
     step = slices.sum(slopes * moved) * per_mass
-    if leak is not None:
-        step += leak * (sink_score_dot - mean)
-    bend_dot, pressed = None, jnp.zeros_like(step)
-    if index_dot is not None and family.bend is not None:
-        bend_dot = family.bend(probs, index) * spread(index_dot)
-        pressed += slices.sum(bend_dot) * per_mass
-    if budget_dot is not None:
-        pressed -= budget_dot * per_mass
-    step = _poison(step + pressed, poisoned)
+    if sink_prob is not None:
+        step += sink_prob * (sink_score_dot - mean)
+    df, pressed = None, jnp.zeros_like(step)
+    if alpha_dot is not None and family.df_dalpha is not None:
+        df = family.df_dalpha(probs, alpha) * broadcast(alpha_dot)
+        pressed += slices.sum(df) * per_mass
+    if k_dot is not None:
+        pressed -= k_dot * per_mass
+    step += pressed
 
-    if leak is None:
-        weighing = (slices, slopes, per_mass, poisoned)
-        projected = functools.partial(_projected, family.is_even, *weighing)
-        probs_dot = _project(projected, slopes, unmasked)
+    if sink_prob is None:
+        project = functools.partial(_projected, family.is_even, slices, slopes, per_mass)
+        probs_dot = _project(project, slopes, unmasked)
     else:
-        probs_dot = jnp.where(live, slopes * (moved - spread(step)), 0)
-    if bend_dot is not None or budget_dot is not None:
-        rest_dot = -slopes * spread(pressed)
-        probs_dot += jnp.where(live, rest_dot if bend_dot is None else rest_dot + bend_dot, 0)
-    margins_dot = moved - spread(step)
-    if complement is not None and not exact:
-        rest = _one_minus(q, spread(complement))
-        margins_dot = rest * scores_dot - (spread(mean) - pulled)
-    # For the transpose: the cotangent of a dropped entry, NaN perhaps, ends here.
+        probs_dot = jnp.where(live, slopes * (moved - broadcast(step)), 0)
+    if df is not None or k_dot is not None:
+        rest_dot = -slopes * broadcast(pressed)
+        probs_dot += jnp.where(live, rest_dot if df is None else rest_dot + df, 0)
+    margins_dot = moved - broadcast(step)
+    if complement is not None:
+        # The margins of softmax: (1 - q) s' - (<q, s'> - q s') cancels nothing at a peak. Both
+        # sums share one array, so that the transpose adds its cotangents before it scales them.
+        missing = _one_minus(q, broadcast(complement))
+        margins_dot = missing * scores_dot - (broadcast(mean) - pulled)
+    # Mask again so that a NaN cotangent of a dropped entry stops here in reverse mode.
     margins_dot = jnp.where(live, margins_dot, 0)
-    leak_dot = None if leak is None else leak * (sink_score_dot - mean - step)
-
-    return Solution(probs_dot, margins_dot, mean + step, leak=leak_dot)
-
-
-def _poison(row: Array, poisoned: Array | None) -> Array:
-    return row if poisoned is None else jnp.where(poisoned, jnp.nan, row)
+    sink_dot = None if sink_prob is None else sink_prob * (sink_score_dot - mean - step)
+    return Solution(probs_dot, margins_dot, mean + step, sink_prob=sink_dot)
 
 
-def _project(projected: Callable[[Array], Array], slopes: Array, v: Array) -> Array:
-    """Computes w (v - <q, v>), by which the weights move along scores that move by v.
+def _project(project: Callable[[Array], Array], slopes: Array, v: Array) -> Array:
+    """Computes w (v - <q, v>), the motion of the weights along scores that move by v.
 
-    It is its own transpose, so that both form their terms in the sums and write none out.
+    It is its own transpose, so neither mode stores the terms of its sums.
     """
-    # Up to a shift it solves x / w = v, by which JAX knows its derivative in w. (As x / w0 over
-    # w / w0, which is 1: the square of a small w would be 0.)
+    # The projection solves x / w = v up to a shift, so `custom_linear_solve` can differentiate
+    # it in w. The ratio w / w0 is 1; 1 / w^2 would overflow for a small w.
     still = lax.stop_gradient(slopes)
     inverse = jnp.where(still != 0, 1 / jnp.where(still != 0, still, 1), 0)
     ratio = 1 + (slopes - still) * inverse
-    solve = lambda _, v: projected(v)
+    solve = lambda _, v: project(v)
     return lax.custom_linear_solve(lambda x: x * inverse / ratio, v, solve, symmetric=True)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _projected(
-    is_even: bool,
-    slices: Slices,
-    slopes: Array,
-    per_mass: Any,
-    poisoned: Array | None,
-    v: Array,
-) -> Array:
-    # In two steps, as a shift of v is free: where q is nearly 1 and nearly nothing is left, the
-    # second finds what the first rounded away. What v holds where w is 0 goes no further.
+def _projected(is_even: bool, slices: Slices, slopes: Array, per_mass: Any, v: Array) -> Array:
+    # In two steps, as in `_tangents`. Values of v where w is 0 go no further.
     def pull(w: Array, v: Array, *means: Array) -> Array:
         return jnp.where(w != 0, w * functools.reduce(jnp.subtract, means, v), 0)
 
     def mean(*means: Array) -> Array:
-        total = slices.sum_of(pull, (slopes, v), *means, least=None)
-        return _poison(total * per_mass, poisoned)
+        return slices.sum_of(pull, (slopes, v), *means) * per_mass
 
     first = mean()
     means = (first,) if is_even else (first, mean(first))

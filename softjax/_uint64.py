@@ -1,4 +1,4 @@
-"""Unsigned integers of 64 bits as two of 32, which JAX has without its 64-bit mode too."""
+"""Unsigned integers of 64 bits as pairs of 32 bits, for use without JAX's 64-bit mode."""
 
 import functools
 from typing import NamedTuple
@@ -10,10 +10,15 @@ WORD = jnp.uint32
 
 
 class Wide(NamedTuple):
-    """2^32 high + low, modulo 2^64."""
+    """The integer 2^32 high + low, modulo 2^64."""
 
     high: Array
     low: Array
+
+
+def constant(number: int) -> Wide:
+    """A Python int in [0, 2^64)."""
+    return Wide(*(jnp.array(word, WORD) for word in divmod(number, 2**32)))
 
 
 def add(a: Wide, b: Wide) -> Wide:
@@ -40,7 +45,7 @@ def is_zero(a: Wide) -> Array:
 
 
 def shifted(word: Array, shift: int) -> Wide:
-    """Word 2^shift."""
+    """2^shift word, for shifts from 0 to 63."""
     if shift == 0:
         return Wide(jnp.zeros_like(word), word)
     if shift < 32:
@@ -48,16 +53,22 @@ def shifted(word: Array, shift: int) -> Wide:
     return Wide(word << (shift - 32), jnp.zeros_like(word))
 
 
+def shift_left(a: Wide, shift: int) -> Wide:
+    """2^shift a, for shifts from 1 to 31."""
+    return Wide((a.high << shift) | (a.low >> (32 - shift)), a.low << shift)
+
+
 def from_parts(high: Array, low: Array, shift: int) -> Wide:
-    """High 2^shift + low >= 0, for int32 of which `high` is not negative."""
+    """2^shift high + low, which is not negative, for int32 with high >= 0."""
     sign, low = (lax.bitcast_convert_type(part, WORD) for part in (low >> 31, low))
     return add(shifted(high.astype(WORD), shift), Wide(sign, low))
 
 
 def running_sums(terms: Wide) -> Wide:
-    """Sums of the first, the first two, ... along the last axis, of at most 2^24 terms.
+    """Running sums along the last axis of at most 2^24 terms.
 
-    Digits are summed one by one, in words that have room for all carries.
+    Digits of 16 bits are summed one by one, or of 8 bits where there are more than 2^16 terms,
+    so that a word has room for all carries.
     """
     width = 16 if terms.low.shape[-1] <= 2**16 else 8
     mask = jnp.array(2**width - 1, WORD)
@@ -79,7 +90,7 @@ def multiply_high(a: Wide, b: Wide) -> Wide:
 
 
 def _product(a: Array, b: Array) -> Wide:
-    """All 64 bits of the product of two words, by halves of 16 bits."""
+    """All 64 bits of the product of two words, from halves of 16 bits."""
     half = jnp.array(0xFFFF, WORD)
     a_high, a_low, b_high, b_low = a >> 16, a & half, b >> 16, b & half
     low = a_low * b_low

@@ -14,7 +14,6 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._api import POSITIVE, api
-from softjax._blocks import scan_blocks
 from softjax._inputs import (
     check_flag,
     computing_dtype,
@@ -23,6 +22,7 @@ from softjax._inputs import (
     to_float,
 )
 from softjax._mesh import vary
+from softjax._scan import scan_blocks
 from softjax.output_layers import linear_cross_entropy
 from softjax.output_layers._stream import ENTRIES
 

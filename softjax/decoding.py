@@ -34,12 +34,13 @@ def repetition_penalty(
 
     Args:
         logits: scores z, `[*batch, V]`; differentiable. -inf stays -inf: dropped.
-        tokens: what has been written, int, `[*batch, L]` or broadcastable to it; a token
+        tokens: the tokens written so far, int, `[*batch, L]` or broadcastable to it; a token
             outside [0, V), such as -1 for padding, counts for nothing.
-        penalty: theta > 0, one number or one a slice `[*batch, 1]`; 1 changes nothing;
+        penalty: theta > 0, one number or one per slice `[*batch, 1]`; 1 changes nothing;
             differentiable.
-        presence: what a token that has been written loses, a, likewise; differentiable.
-        frequency: what it loses each time, b, likewise; differentiable.
+        presence: a, subtracted once from a token that has been written; one number or one per
+            slice, of any sign; differentiable.
+        frequency: b, subtracted for each time that a token has been written; likewise.
 
     Returns:
         Scores `[*batch, V]` in the dtype of `logits`.
@@ -54,8 +55,8 @@ def repetition_penalty(
         [ 1.  1. -2.]
 
     Note:
-        O(V + L) a slice; tokens that grow from step to step are best padded to one length, so
-        that nothing is compiled twice.
+        O(V + L) per slice. Pad tokens that grow from step to step to one length, so that
+        nothing is compiled twice.
 
     Reference:
         Keskar et al. (2019), CTRL: a conditional transformer language model for controllable
@@ -82,7 +83,7 @@ def repetition_penalty(
 
 
 def _count(tokens: Array, shape: tuple[int, ...]) -> Array:
-    """How often each of `shape[-1]` tokens has been written, `[*shape]`, int32."""
+    """Counts how often each of `shape[-1]` tokens has been written, `[*shape]`, int32."""
     *batch, size = shape
     if tokens.ndim == 0 or tokens.ndim > len(shape):
         raise ValueError(
@@ -96,7 +97,7 @@ def _count(tokens: Array, shape: tuple[int, ...]) -> Array:
             f"`tokens` of shape {tokens.shape} does not broadcast to {(*batch, length)}, the"
             f" slices of `logits` {shape}."
         ) from None
-    # A scatter drops what is beyond the end, but counts negative places from there.
+    # A scatter drops places beyond the end, but takes negative ones to count from the end.
     tokens = jnp.where(tokens < 0, size, tokens).reshape(math.prod(batch), length)
     count = jax.vmap(lambda row: jnp.zeros(size, jnp.int32).at[row].add(1, mode="drop"))
     return count(tokens).reshape(shape)

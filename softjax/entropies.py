@@ -19,7 +19,7 @@ from softjax._divergence import nats_between
 from softjax._inputs import Axis, Problem, labels_of, prepare, resolve_one_axis
 from softjax._scores import centre
 from softjax._slices import AlongAxes
-from softjax._softmax import LIFT, SOFTMAX, normalise
+from softjax._softmax import SOFTMAX, normalizer
 from softjax._threshold import solve
 
 __all__ = ["entropy", "kl_divergence", "log_prob"]
@@ -66,12 +66,12 @@ def softmax_entropy(axes: tuple[int, ...], x: Array, temperature: Array | None) 
     slices = AlongAxes(axes)
 
     def moment(x: Array, peak: Array, temperature: Array | None) -> Array:
-        scores = centre(x, peak, temperature, lambda row: row)
-        return -scores.near * scores.exp(LIFT)
+        scores = centre(x, peak, temperature)
+        return -scores.near * scores.exp()
 
-    peak, scale, log_total = normalise(slices, x, temperature)
-    mean = slices.sum_of(moment, (x,), peak, temperature) * scale
-    return jnp.where(peak == -jnp.inf, 0, log_total + mean)
+    found = normalizer(slices, x, temperature)
+    mean = slices.sum_of(moment, (x,), found.peak, temperature) / found.total
+    return found.log_total + mean
 
 
 @softmax_entropy.defjvp
@@ -86,7 +86,7 @@ def _softmax_entropy_jvp(
     def tangent(primals: Any, tangents: Any) -> Array:
         peak = lax.stop_gradient(slices.max(primals[0]))
         probs = lambda *args: solve(SOFTMAX, slices, *args).probs
-        scores = centre(primals[0], peak, primals[1], slices.broadcast)
+        scores = centre(primals[0], peak, primals[1])
         return -slices.sum(jax.jvp(probs, primals, tangents)[1] * scores.near)
 
     return softmax_entropy(axes, *primals), tangent(primals, tangents)

@@ -1,14 +1,14 @@
 """Samples that can be differentiated: one-hot or relaxed, each with its own estimate.
 
-What is wanted is the gradient of E f(D), for a one-hot D drawn from the softmax of logits. A
-relaxed sample has a true derivative, of another expectation; a one-hot one has none, and takes
-an estimate. Each docstring says which, how far its mean is off (bias), and how it scatters.
-`score_function` and `weighted_subset` have no bias at all.
+All estimate the gradient of E f(D), where D is a one-hot sample from the softmax of logits. A
+relaxed sample has a true derivative, but of another expectation; a one-hot sample has none and
+carries an estimate instead. Each docstring names the estimate, how far its mean is off (bias),
+and how it scatters. `score_function` and `weighted_subset` have no bias at all.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from softjax import _random
 from softjax._api import NONNEGATIVE, POSITIVE, api
 from softjax._autodiff import with_gradient_of
-from softjax._inputs import prepare, resolve_one_axis, to_float
+from softjax._inputs import check_flag, check_int, prepare, resolve_one_axis, to_float
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
@@ -28,7 +28,33 @@ from softjax.sampling import gumbel_given_argmax, sample
 __all__ = ["gumbel_softmax", "rao_blackwell_gumbel_softmax", "reinmax", "relaxed_log_density"]
 
 
-@api("hard", "axis", temperature=NONNEGATIVE)
+@overload
+def gumbel_softmax(
+    key: Array,
+    logits: ArrayLike,
+    *,
+    temperature: ArrayLike = ...,
+    hard: bool = ...,
+    axis: int = ...,
+    where: ArrayLike | None = ...,
+    return_log: Literal[False] = ...,
+) -> Array: ...
+
+
+@overload
+def gumbel_softmax(
+    key: Array,
+    logits: ArrayLike,
+    *,
+    temperature: ArrayLike = ...,
+    hard: bool = ...,
+    axis: int = ...,
+    where: ArrayLike | None = ...,
+    return_log: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+@api("hard", "axis", "return_log", temperature=NONNEGATIVE)
 def gumbel_softmax(
     key: Array,
     logits: ArrayLike,
@@ -37,7 +63,8 @@ def gumbel_softmax(
     hard: bool = False,
     axis: int = -1,
     where: ArrayLike | None = None,
-) -> Array:
+    return_log: bool = False,
+) -> Array | tuple[Array, Array]:
     r"""Draws relaxed one-hot samples: the softmax of logits with Gumbel noise.
 
     .. math:: y = \mathrm{softmax}((z + G) / T)
@@ -45,20 +72,23 @@ def gumbel_softmax(
     Args:
         key: random key.
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
-        temperature: T in [0, inf], one number or one a slice; differentiable. Towards 0 the
+        temperature: T in [0, inf], one number or one per slice; differentiable. Towards 0 the
             samples become one-hot, distributed as `sample` is, and their derivative vanishes.
         hard: whether to return the one-hot sample of the largest entry, with the derivative
             of the relaxed one (straight through).
         axis: the one axis of the classes.
         where: mask, bool, broadcastable to `[*shape]`; True keeps an entry.
+        return_log: whether to return the logarithms of the relaxed samples too, as
+            `relaxed_log_density` takes them.
 
     Returns:
         Samples `[*shape]` in the dtype of `logits`, which sum to one along `axis`; zeros in a
-        slice that keeps nothing.
+        slice that keeps nothing. With `return_log` a pair: these, and the logarithms of the
+        relaxed samples (with `hard` too), `[*shape]`, float32 or wider, -inf where dropped.
 
     Raises:
-        TypeError: `key` is no random key, `logits` not real, `where` not bool, or `axis` not
-            one int.
+        TypeError: `key` is no random key, `logits` not real, `where` not bool, `return_log` no
+            flag, or `axis` not one int.
         ValueError: `where` or `temperature` does not broadcast, `axis` is out of range, or
             `temperature` is a negative Python number.
 
@@ -66,27 +96,35 @@ def gumbel_softmax(
         >>> y = gumbel_softmax(jax.random.key(0), jnp.zeros((2, 3)), temperature=0.5)
         >>> print(jnp.sum(y, axis=-1))
         [1. 1.]
+        >>> key, z = jax.random.key(0), jnp.zeros(3)
+        >>> y, log_y = gumbel_softmax(key, z, temperature=1e-3, return_log=True)
+        >>> print(jnp.sum(y == 0), jnp.isfinite(log_y))
+        2 [ True  True  True]
 
     Note:
         Gradient: the true one of E f(y), without bias, which is that of E f(D) but for a bias
         of order T; its variance grows as 1 / T. With `hard`, f is taken at D and its gradient
         goes to y: the bias stays as T falls, unless f is linear. The noise is float32 or wider
-        for logits of any dtype. Both modes, any order.
+        for logits of any dtype. At a low T samples round to 0, and their logarithms do not.
+        Both modes, any order.
 
     Reference:
         Jang, Gu and Poole (2017), Categorical reparameterization with Gumbel-softmax;
         Maddison, Mnih and Teh (2017), The concrete distribution.
     """
     _random.check_key(key)
+    return_log = check_flag(return_log, name="return_log")
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     scores = _random.centred(problem.logits, axis)
     noisy = scores + _random.gumbel(key, scores.shape, scores.dtype)
-    soft = solve(SOFTMAX, AlongAxes((axis,)), noisy, problem.temperature).probs
+    solution = solve(SOFTMAX, AlongAxes((axis,)), noisy, problem.temperature)
+    samples = solution.probs
     if hard:
         largest = jnp.argmax(noisy, axis).astype(jnp.int32)
-        soft = with_gradient_of(soft, _one_hot(largest, scores, axis))
-    return soft.astype(problem.dtype)
+        samples = with_gradient_of(samples, _one_hot(largest, scores, axis))
+    samples = samples.astype(problem.dtype)
+    return (samples, solution.margins) if return_log else samples
 
 
 def _one_hot(labels: Array, logits: Array, axis: int) -> Array:
@@ -122,14 +160,14 @@ def relaxed_log_density(
     Args:
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
         log_samples: logarithms of the samples y, of the same shape, finite where kept;
-            differentiable. Those of `gumbel_softmax` with its noise are
-            `log_softmax((logits + noise) / T)`; the samples themselves may round to 0.
-        temperature: T in (0, inf), one number or one a slice; differentiable.
+            differentiable. `gumbel_softmax(..., return_log=True)` gives them; the samples
+            themselves may round to 0.
+        temperature: T in (0, inf), one number or one per slice; differentiable.
         axis: the one axis of the classes.
         where: mask, bool, broadcastable to `[*shape]`; True keeps an entry.
 
     Returns:
-        One number a slice, float32 or wider: the density in all but one of the n kept
+        One number per slice, float32 or wider: the density in all but one of the n kept
         entries. 0 for a slice that keeps one entry or none.
 
     Raises:
@@ -155,22 +193,24 @@ def relaxed_log_density(
         raise ValueError(
             f"`log_samples` of shape {log_y.shape} must have the shape {x.shape} of `logits`."
         )
-    heat = problem.temperature
-    heat = jnp.ones((1,) * x.ndim, x.dtype) if heat is None else heat
+    temperatures = problem.temperature
+    if temperatures is None:
+        temperatures = jnp.ones((1,) * x.ndim, x.dtype)
     kept = x != -jnp.inf
     log_y = jnp.where(kept, log_y.astype(x.dtype), 0)
-    scores = jnp.where(kept, jnp.where(kept, x, 0) - heat * log_y, -jnp.inf)
+    scores = jnp.where(kept, jnp.where(kept, x, 0) - temperatures * log_y, -jnp.inf)
     margins = solve(SOFTMAX, AlongAxes((axis,)), scores).margins
     total = jnp.sum(jnp.where(kept, jnp.where(kept, margins, 0) - log_y, 0), axis)
     num = jnp.sum(kept, axis)
-    # Of whole numbers, to the last digit; XLA's own lgamma is 1e-6 off in float32.
+    # A table of factorials is right to the last digit; XLA's lgamma is 1e-6 off in float32.
     log_factorials = np.cumsum(np.log(np.maximum(1, np.arange(x.shape[axis] + 1))))
     log_gamma = jnp.asarray(log_factorials, x.dtype)[jnp.maximum(num, 1) - 1]
-    volume = log_gamma + (num - 1).astype(x.dtype) * jnp.log(jnp.squeeze(heat, axis))
+    log_temperature = jnp.log(jnp.squeeze(temperatures, axis))
+    volume = log_gamma + (num - 1).astype(x.dtype) * log_temperature
     return jnp.where(num > 1, volume + total, 0)
 
 
-@api("num_samples", "axis", temperature=NONNEGATIVE, num_samples=(1, math.inf))
+@api("num_samples", "axis", temperature=NONNEGATIVE)
 def rao_blackwell_gumbel_softmax(
     key: Array,
     logits: ArrayLike,
@@ -189,7 +229,7 @@ def rao_blackwell_gumbel_softmax(
         key: random key.
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
         num_samples: K, how many draws of the noise, given the sample, are averaged; static.
-        temperature: T in [0, inf], one number or one a slice; differentiable.
+        temperature: T in [0, inf], one number or one per slice; differentiable.
         axis: the one axis of the classes.
         where: mask, bool, broadcastable to `[*shape]`; True keeps an entry.
 
@@ -207,9 +247,8 @@ def rao_blackwell_gumbel_softmax(
         [1. 1.]
 
     Note:
-        Gradient: of the same mean, and so of the same bias, as `gumbel_softmax` with `hard`,
-        and of less variance, the less the larger K; f is evaluated once. O(K n) memory. Both
-        modes.
+        Gradient: it has the mean, and so the bias, of `gumbel_softmax` with `hard`, and less
+        variance, the less the larger K; f is evaluated once. O(K n) memory. Both modes.
 
     Reference:
         Paulus, Maddison and Krause (2021), Rao-Blackwellizing the straight-through
@@ -229,6 +268,7 @@ def rao_blackwell_gumbel_softmax(
         slices = AlongAxes((axis,))
         return solve(SOFTMAX, slices, _fixed(noisy, scores), problem.temperature).probs
 
+    num_samples = check_int(num_samples, name="num_samples", least=1)
     soft = jnp.mean(jax.vmap(relaxed)(jax.random.split(noise_key, num_samples)), 0)
     return with_gradient_of(soft, hard).astype(problem.dtype)
 
@@ -251,7 +291,7 @@ def reinmax(
         key: random key.
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
         temperature: T of the probabilities that are mixed with the sample, one number or one
-            a slice; no derivative goes through it. 1 and more is usual.
+            per slice; no derivative goes through it. 1 and more is usual.
         axis: the one axis of the classes.
         where: mask, bool, broadcastable to `[*shape]`; True keeps an entry.
 
@@ -281,9 +321,9 @@ def reinmax(
     axis = resolve_one_axis(axis, problem.logits.ndim)
     scores, slices = _random.centred(problem.logits, axis), AlongAxes((axis,))
     hard = _one_hot(sample(key, scores, axis=axis), scores, axis)
-    heat = None if problem.temperature is None else lax.stop_gradient(problem.temperature)
+    fixed = lax.stop_gradient((scores, problem.temperature))
     # log((D + softmax) / 2), which is finite wherever an entry is kept.
-    margins = solve(SOFTMAX, slices, lax.stop_gradient(scores), heat).margins
+    margins = solve(SOFTMAX, slices, *fixed).margins
     mixed = jnp.where(hard == 1, jnp.log1p(jnp.exp(margins)), margins)
     twice = 2 * solve(SOFTMAX, slices, _fixed(mixed, scores)).probs
     soft = twice - solve(SOFTMAX, slices, scores).probs / 2

@@ -1,7 +1,7 @@
-"""Gradients of one's own: values pass unchanged, and the derivative is another's.
+"""Gradients by choice: values pass unchanged, and the derivative is another one.
 
-None of these is the derivative of the function that it looks like; each says what it returns
-instead, and in which modes.
+No function here has the derivative that its value suggests. Each docstring says which
+derivative it has instead, and in which modes.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def score_function(
         \frac1K \sum_k \big( \partial f_k + (f_k - b_k) \, \partial \log p_k \big)
 
     Args:
-        values: f, one a sample, `[*shape]`; differentiable.
+        values: f, one per sample, `[*shape]`; differentiable.
         log_probs: log p of the samples, `[*shape]`; differentiable.
         baseline: b, broadcastable to `[*shape]`, which must not depend on its own sample; no
             derivative goes through it. None: the mean of the other values (leave one out),
@@ -122,15 +122,48 @@ def score_function(
     if baseline is None:
         if num < 2:
             raise ValueError(f"To leave one sample out takes two at least, got {num}.")
-        others = jnp.sum(values, axis, keepdims=True) - values
-        level = others / (num - 1)
+        level = _mean_of_others(values, axis)
     else:
         level, _ = to_float(baseline, name="baseline")
         level = broadcast(level.astype(dtype), values.shape, name="baseline", target="values")
     # Its value is 1 and its logarithm has the derivative of log p, of every order.
-    box = jnp.exp(log_probs - lax.stop_gradient(log_probs))
+    box = jnp.exp(_zero_with_gradient_of(log_probs))
     level = lax.stop_gradient(level)
-    return jnp.mean(values * box - level * (box - 1), axis)
+    # The baseline's term is 0, also where the baseline is infinite.
+    surrogate = with_gradient_of(values * box - level * (box - 1), values * box)
+    return _mean(surrogate, axis)
+
+
+def _zero_with_gradient_of(x: Array) -> Array:
+    """0 with the derivative of x, where x - stop_gradient(x) would be NaN for an infinite x."""
+    return with_gradient_of(x, jnp.where(jnp.isnan(x), jnp.nan, jnp.zeros_like(x)))
+
+
+def _mean(x: Array, axis: int) -> Array:
+    """The mean along an axis, whose sum does not overflow."""
+    num, highest = x.shape[axis], float(jnp.finfo(x.dtype).max)
+    largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis, keepdims=True, initial=0)
+    # Divided first where the sum may overflow, and last elsewhere, because tiny quotients
+    # would be flushed to 0.
+    first = jnp.where(largest > highest / max(num, 1), num, 1).astype(x.dtype)
+    return jnp.sum(x / first, axis) * (jnp.squeeze(first, axis) / num)
+
+
+def _mean_of_others(x: Array, axis: int) -> Array:
+    """The mean of all other entries along an axis.
+
+    Sums from both ends, because the sum of all less one's own loses the digits of the others,
+    and is NaN where one's own is infinite.
+    """
+    num, highest = x.shape[axis], float(jnp.finfo(x.dtype).max)
+    largest = jnp.max(jnp.abs(x), axis, keepdims=True)
+    first = jnp.where(largest > highest / num, num, 1).astype(x.dtype)
+    scaled = x / first
+    before = jnp.cumsum(lax.slice_in_dim(scaled, 0, num - 1, axis=axis), axis)
+    after = lax.cumsum(lax.slice_in_dim(scaled, 1, num, axis=axis), axis, reverse=True)
+    zero = jnp.zeros_like(lax.slice_in_dim(scaled, 0, 1, axis=axis))
+    total = jnp.concatenate([zero, before], axis) + jnp.concatenate([after, zero], axis)
+    return total * (first / (num - 1))
 
 
 @api()
@@ -186,7 +219,7 @@ def clip_gradient(x: ArrayLike, max_norm: ArrayLike, *, axis: Axis = -1) -> Arra
 
     Args:
         x: values, `[*shape]`; differentiable.
-        max_norm: the largest norm c in [0, inf], one number or one a slice; no derivative
+        max_norm: the largest norm c in [0, inf], one number or one per slice; no derivative
             goes through it.
         axis: axis, axes, or None for all, of one gradient: its norm is Euclid's.
 
@@ -229,9 +262,9 @@ def _clipped_fwd(axes: tuple[int, ...], x: Array, max_norm: Array) -> tuple[Arra
 
 
 def _clipped_bwd(axes: tuple[int, ...], max_norm: Array, bar: Array) -> tuple[Array, Array]:
-    # Scaled by the largest entry first, as squares overflow.
+    # The largest entry divides first, because squares may overflow.
     largest = jnp.max(jnp.abs(lax.stop_gradient(bar)), axes, keepdims=True, initial=0)
-    # (Of a larger unit the inverse, by which XLA divides, would be flushed to 0.)
+    # XLA divides by multiplying with the inverse, and flushes that of a larger unit to 0.
     highest = float(jnp.finfo(bar.dtype).max) / 8
     unit = jnp.where((largest > 0) & (largest < jnp.inf), jnp.minimum(largest, highest), 1)
     scaled = bar / unit

@@ -6,15 +6,18 @@ exactly zero. A slice that keeps nothing gives -inf; a kept NaN gives NaN.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import api
+from softjax._autodiff import with_gradient_of
 from softjax._elementary import expm1_over, log1p_over
-from softjax._float import two_difference, where_finite
-from softjax._inputs import Axis, broadcast, per_slice, prepare, to_float
+from softjax._float import where_finite
+from softjax._inputs import Axis, broadcast, check_flag, per_slice, prepare, to_float
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
@@ -22,7 +25,7 @@ from softjax._threshold import solve
 __all__ = ["logmeanexp", "logsumexp", "mellowmax"]
 
 
-@api("axis", "keepdims")
+@overload
 def logsumexp(
     logits: ArrayLike,
     *,
@@ -30,7 +33,32 @@ def logsumexp(
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     keepdims: bool = False,
-) -> Array:
+    return_sign: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def logsumexp(
+    logits: ArrayLike,
+    *,
+    axis: Axis = None,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+@api("axis", "keepdims", "return_sign")
+def logsumexp(
+    logits: ArrayLike,
+    *,
+    axis: Axis = None,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool = False,
+) -> Array | tuple[Array, Array]:
     r"""Sums exponentials of the kept logits, and takes the logarithm.
 
     .. math:: \log \sum_i m_i b_i e^{z_i}
@@ -39,20 +67,29 @@ def logsumexp(
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
-        weights: factors b, real, broadcastable to `[*shape]`; differentiable, also at 0.
+        weights: factors b of either sign, real, broadcastable to `[*shape]`; differentiable,
+            also at 0. An entry of weight 0 adds nothing, whatever its logit.
         keepdims: whether the reduced axes stay, with size 1.
+        return_sign: whether the sign of the sum is returned as well.
 
     Returns:
-        One number a slice, in the dtype of `logits`; -inf for a slice that keeps nothing,
-        NaN where the weighted sum is negative.
+        One number per slice, in the dtype of `logits`; -inf where the sum is 0, as in a slice
+        that keeps nothing, and NaN where it is negative. With `return_sign`, the pair
+        `(log_size, sign)`: the logarithm of the absolute value of the sum, and -1, 0 or 1 (NaN
+        where the sum is), which has no derivative.
 
     Raises:
-        TypeError: `logits` or `weights` is not real, or `where` not bool.
+        TypeError: `logits` or `weights` is not real, `where` not bool, or `return_sign` not
+            True or False.
         ValueError: `where` or `weights` does not broadcast, or `axis` is out of range.
 
     Example:
         >>> print(logsumexp(jnp.zeros(70000, jnp.float16)))
         11.16
+        >>> weights = jnp.array([1.0, -3.0])
+        >>> log_size, sign = logsumexp(jnp.zeros(2), weights=weights, return_sign=True)
+        >>> print(log_size, sign)
+        0.6931472 -1.0
 
     Note:
         O(n) time. Along the last axis of a large array a sixteenth of it as temporary memory,
@@ -60,46 +97,72 @@ def logsumexp(
         logarithm of the sum cancel, the error is that of the larger of the two. The derivative
         is `softmax`; it is 0 for a slice that keeps nothing. Both modes, any order.
 
+        Infinite logits give inf, with the sign of their weights, and NaN where these have both
+        signs, as in SciPy.
+
     Reference:
         Blanchard, Higham and Higham (2021), Accurately computing the log-sum-exp and softmax
         functions.
     """
+    return_sign = check_flag(return_sign, name="return_sign")
     problem = prepare(logits, axis=axis, where=where)
     if weights is None:
         row = log_sum(problem.logits, problem.axes)
+        sign = jnp.where(row == -jnp.inf, 0, jnp.where(jnp.isnan(row), row, 1))
     else:
-        row = _weighted(problem.logits, weights, problem.axes)
-    return _finish(row, problem.axes, keepdims, problem.dtype)
+        row, sign = _weighted(problem.logits, weights, problem.axes)
+    if not return_sign:
+        row = jnp.where(sign < 0, jnp.nan, row)
+        return _finish(row, problem.axes, keepdims, problem.dtype)
+    sign = jax.lax.stop_gradient(sign)
+    pair = (_finish(x, problem.axes, keepdims, problem.dtype) for x in (row, sign))
+    return next(pair), next(pair)
 
 
 def log_sum(logits: Array, axes: tuple[int, ...]) -> Array:
-    """`logsumexp` of what has been prepared, with the axes kept."""
+    """`logsumexp` of prepared logits, with the axes kept."""
     slices = AlongAxes(axes)
-    peak = slices.max(jax.lax.stop_gradient(logits))
     solution = solve(SOFTMAX, slices, logits)
-    row, error = two_difference(peak, -solution.threshold)
-    error = jax.lax.stop_gradient(error + solution.lost)
-    return row + jnp.where(jnp.isfinite(row), error, 0)
+    return slices.max(jax.lax.stop_gradient(logits)) + solution.threshold
 
 
-def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> Array:
+def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The logarithm of the absolute value of the weighted sum, and the sign of the sum."""
     # Plain differentiation serves: the sum is linear in the weights, also where they are 0.
     weights, _ = to_float(weights, name="weights")
     weights = broadcast(weights.astype(logits.dtype), logits.shape, name="weights")
     slices = AlongAxes(axes)
-    kept = logits != -jnp.inf
     counted = jax.lax.stop_gradient(jnp.where(weights != 0, logits, -jnp.inf))
     peak = slices.max(counted)
     anchor = where_finite(peak)
+    # Beside infinite entries the finite ones add nothing, and neither does what has weight 0.
+    added = (logits != -jnp.inf) & ~((weights == 0) & ~jnp.isfinite(logits))
+    added &= ~((peak == jnp.inf) & (logits < jnp.inf))
+    is_peak = counted == peak
+    finite = with_gradient_of(logits, jnp.where(logits == jnp.inf, anchor, logits))
+    scores = jnp.where(added, finite, anchor) - anchor
     # An entry of weight 0 may stand far above the others; its exponential must not overflow.
-    scores = jnp.where(kept, jnp.where(logits == jnp.inf, anchor, logits), anchor) - anchor
     highest = jnp.log(jnp.finfo(logits.dtype).max) - 1
-    terms = weights * jnp.exp(jnp.minimum(scores, highest))
-    total = slices.sum(jnp.where(kept, terms, 0))
-    empty = peak == -jnp.inf
-    row = anchor + jnp.log(jnp.where(empty, 1, total))
-    row = jnp.where((peak == jnp.inf) & ~jnp.isnan(row), jnp.inf, row)
-    return jnp.where(empty, -jnp.inf, row)
+    terms = jnp.where(added, weights, 0) * jnp.exp(jnp.minimum(scores, highest))
+    terms_at_peak = jnp.where(is_peak, terms, 0)
+    at_peak, rest = slices.sum(terms_at_peak), slices.sum(jnp.where(is_peak, 0, terms))
+    total = at_peak + rest
+    sign = jax.lax.stop_gradient(jnp.sign(total))
+    # log1p keeps the digits of what stands beside 1, as in a sum without weights. A small sum
+    # less 1 would lose its own.
+    small = jnp.abs(total) < 0.5
+    beside_one = (sign * at_peak - 1) + sign * rest
+    is_zero = total == 0
+    log_size = jnp.where(
+        small,
+        jnp.log(jnp.where(is_zero, 1, jnp.where(small, sign * total, 1))),
+        jnp.log1p(jnp.where(small, 0, beside_one)),
+    )
+    row = jnp.where(peak == jnp.inf, jnp.inf, anchor) + log_size
+    # A difference of infinite terms is unknown.
+    unknown = (peak == jnp.inf) & (slices.sum(jnp.abs(terms_at_peak)) != jnp.abs(at_peak))
+    row = jnp.where(unknown | jnp.isnan(total), jnp.nan, jnp.where(is_zero, -jnp.inf, row))
+    return row, jnp.where(unknown, jnp.nan, sign)
 
 
 @api("axis", "keepdims")

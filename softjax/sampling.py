@@ -1,6 +1,6 @@
 """Samples: from logits to classes, exactly and fast, and the noise that couples them.
 
-Noise and sums are float32 or wider, with 64 random bits a number, whatever the dtype of the
+Noise and sums are float32 or wider, with 64 random bits per number, whatever the dtype of the
 logits. A dropped class (masked by `where`, or -inf) is never drawn; where nothing is kept, or
 a kept logit is NaN, the class is -1.
 """
@@ -8,6 +8,7 @@ a kept logit is NaN, the class is -1.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -17,40 +18,41 @@ from jax.typing import ArrayLike, DTypeLike
 
 from softjax import _inverse_cdf, _random
 from softjax._api import NONNEGATIVE, api
-from softjax._inputs import Problem, labels_of, prepare, resolve_one_axis
+from softjax._inputs import (
+    Problem,
+    check_int,
+    labels_of,
+    prepare,
+    resolve_one_axis,
+    statically_greater,
+)
 from softjax._scores import centre
 from softjax.reductions import log_sum
 
 __all__ = ["gumbel", "gumbel_given_argmax", "sample"]
 
 METHODS = ("inverse", "gumbel")
+TIES = ("random", "first")
 
 
 def _check_sample(given: dict[str, Any]) -> None:
-    _check_shape(given)
     if given.get("method", "inverse") not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {given['method']!r}.")
+    if given.get("ties", "random") not in TIES:
+        raise ValueError(f"`ties` must be one of {TIES}, got {given['ties']!r}.")
 
 
-def _check_shape(given: dict[str, Any]) -> None:
-    shape = given.get("shape", ())
-    if not isinstance(shape, tuple):
-        raise TypeError(f"`shape` must be a tuple of ints, got {shape!r}.")
-    for size in shape:
-        if not isinstance(size, int) or size < 0:
-            raise ValueError(f"`shape` must hold whole numbers from 0 on, got {shape}.")
-
-
-@api("shape", "axis", "method", refuse=_check_sample, temperature=NONNEGATIVE)
+@api("shape", "axis", "method", "ties", refuse=_check_sample, temperature=NONNEGATIVE)
 def sample(
     key: Array,
     logits: ArrayLike,
     *,
-    shape: tuple[int, ...] = (),
+    shape: int | Sequence[int] = (),
     axis: int = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     method: Literal["inverse", "gumbel"] = "inverse",
+    ties: Literal["random", "first"] = "random",
 ) -> Array:
     r"""Draws classes from the softmax of logits.
 
@@ -59,14 +61,19 @@ def sample(
     Args:
         key: random key, one for all draws.
         logits: scores z, `[*shape]`, real or -inf (dropped).
-        shape: how many draws from each slice, as leading axes of the result.
+        shape: how many draws from each slice, as leading axes of the result; an int is a
+            shape of one axis.
         axis: the one axis of the classes.
         where: mask m, bool, broadcastable to the logits; True keeps an entry.
-        temperature: T in [0, inf], one number or one a slice. At 0 the draws are greedy, and
-            the largest kept entries share them equally; at inf all kept entries do.
-        method: "inverse" inverts the distribution function, with 64 random bits a draw;
-            "gumbel" takes the argmax of scores with Gumbel noise, one number an entry and
+        temperature: T in [0, inf], one number or one per slice. At 0 the draws are greedy:
+            `ties` says which of the largest kept entries is drawn. At inf all kept entries
+            share the draws equally.
+        method: "inverse" inverts the distribution function, with 64 random bits per draw;
+            "gumbel" takes the argmax of scores with Gumbel noise, one number per entry and
             draw, so that draws with the same key from similar logits mostly agree.
+        ties: at temperature 0, "random" lets the largest kept entries share the draws equally,
+            which is the limit of small temperatures; "first" draws the first of them, whatever
+            the key. (In bfloat16 one row in sixty of 32000 random logits has a tie.)
 
     Returns:
         Classes, int32, `[*shape, *slices]`, the slices being the axes of the logits without
@@ -75,9 +82,10 @@ def sample(
 
     Raises:
         TypeError: `key` is no random key, `logits` not real, `where` not bool, `axis` not one
-            int, or `shape` not a tuple.
+            int, or `shape` not of ints.
         ValueError: `where` or `temperature` does not broadcast, `axis` is out of range,
-            `temperature` is a negative Python number, or `method` is unknown.
+            `temperature` is a negative Python number, `method` or `ties` is unknown, or there
+            are more classes than an int32 can number.
 
     Example:
         >>> logits = jnp.array([[0.0, -jnp.inf, -jnp.inf], [-jnp.inf, -jnp.inf, 0.0]])
@@ -87,18 +95,24 @@ def sample(
          [0 2]]
 
     Note:
-        With "inverse", O(n + draws) time and memory a slice, and every probability is right
-        to about 1e-6 of itself and 2^-40 of the largest. With "gumbel", O(n draws).
+        With "inverse", O(n + draws) time and memory per slice, and every probability is right
+        to about 1e-6 of itself and 2^-40 of the largest (2^-36 for 2^26 classes). With
+        "gumbel", O(n draws).
 
     Reference:
         Maddison, Tarlow and Minka (2014), A* sampling, for the second method.
     """
     _random.check_key(key)
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+    shape = _sizes(shape)
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     slices = problem.logits.shape[:axis] + problem.logits.shape[axis + 1 :]
     x, per_row = _as_rows(problem, axis)
     num_draws = math.prod(shape)
+    if statically_greater(x.shape[1], int(jnp.iinfo(jnp.int32).max)):
+        raise ValueError(f"`logits` have {x.shape[1]} classes, more than an int32 can number.")
     if x.size == 0 or num_draws == 0:
         return jnp.full((*shape, *slices), -1, jnp.int32)
     if method == "inverse":
@@ -106,7 +120,27 @@ def sample(
         index = _inverse_cdf.draw(x, per_row, bits).T
     else:
         index = _by_gumbel(key, x, per_row, num_draws)
+    if ties == "first" and per_row is not None:
+        # A temperature below the normal numbers may be flushed to 0, and counts as 0.
+        greedy = (jnp.abs(per_row) < jnp.finfo(x.dtype).tiny)[None] & (index >= 0)
+        index = jnp.where(greedy, _first_largest(x)[None], index)
     return index.reshape(*shape, *slices)
+
+
+def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
+    """A shape as a tuple, which an int is of one axis."""
+    if not isinstance(shape, (int, tuple)):
+        raise TypeError(f"`shape` must be an int or a tuple of ints, got {shape!r}.")
+    sizes = shape if isinstance(shape, tuple) else (shape,)
+    return tuple(check_int(size, name="shape", least=0) for size in sizes)
+
+
+def _first_largest(x: Array) -> Array:
+    """The first of the largest entries of each row."""
+    # Two plain reductions, because XLA's CPU backend takes an argmax entry by entry.
+    is_peak = x == jnp.max(x, 1, keepdims=True)
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    return jnp.min(jnp.where(is_peak, places, x.shape[1]), 1)
 
 
 def _as_rows(problem: Problem, axis: int) -> tuple[Array, Array | None]:
@@ -126,31 +160,31 @@ def _as_rows(problem: Problem, axis: int) -> tuple[Array, Array | None]:
 def _by_gumbel(key: Array, x: Array, temperature: Array | None, num_draws: int) -> Array:
     peak = jnp.max(x, 1, keepdims=True)
     temperature = None if temperature is None else temperature[:, None]
-    scores = centre(x, peak, temperature, lambda row: row)
+    scores = centre(x, peak, temperature)
     noise = _random.gumbel(key, (num_draws, *x.shape), x.dtype)
-    perturbed = jnp.where(scores.dead[None], -jnp.inf, scores.near[None] + noise)
-    none = jnp.all(scores.dead, 1) | jnp.any(jnp.isnan(scores.near), 1)
+    perturbed = jnp.where(scores.is_far[None], -jnp.inf, scores.near[None] + noise)
+    none = jnp.all(scores.is_far, 1) | jnp.any(jnp.isnan(scores.near), 1)
     return jnp.where(none[None], -1, jnp.argmax(perturbed, -1).astype(jnp.int32))
 
 
-@api("shape", "dtype", refuse=_check_shape)
-def gumbel(key: Array, shape: tuple[int, ...] = (), *, dtype: DTypeLike = float) -> Array:
+@api("shape", "dtype")
+def gumbel(key: Array, shape: int | Sequence[int] = (), *, dtype: DTypeLike = float) -> Array:
     r"""Draws standard Gumbel noise, whose argmax with logits is a sample of their softmax.
 
     .. math:: P(G \le g) = \exp(-e^{-g})
 
     Args:
         key: random key.
-        shape: the shape of the result.
+        shape: the shape of the result; an int is a shape of one axis.
         dtype: float32 or float64; narrower noise would not be random enough (in bfloat16 it
             takes 128 values), so that half precision is refused.
 
     Returns:
         Noise `[*shape]`, from about -3.8 to 44, to full relative precision of exp(-g): 64
-        random bits a number.
+        random bits per number.
 
     Raises:
-        TypeError: `key` is no random key, `shape` not a tuple, or `dtype` not one of the two.
+        TypeError: `key` is no random key, `shape` not of ints, or `dtype` not one of the two.
         ValueError: `shape` holds a negative number.
 
     Example:
@@ -165,7 +199,7 @@ def gumbel(key: Array, shape: tuple[int, ...] = (), *, dtype: DTypeLike = float)
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     if dtype not in (jnp.float32, jnp.float64):
         raise TypeError(f"`dtype` must be float32 or float64, got {dtype}.")
-    return _random.gumbel(key, shape, dtype)
+    return _random.gumbel(key, _sizes(shape), dtype)
 
 
 @api("axis")
@@ -177,12 +211,12 @@ def gumbel_given_argmax(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    r"""Draws logits with Gumbel noise, of which the argmax is known.
+    r"""Draws logits with Gumbel noise whose argmax is known.
 
     .. math:: z + G \mid \arg\max_i (z_i + G_i) = y
 
-    The largest is a Gumbel variable around the log-sum-exp of the logits, and the others are
-    Gumbel variables cut off at it.
+    The largest is a Gumbel variable around the logsumexp of the logits. The others are Gumbel
+    variables that are cut off at it.
 
     Args:
         key: random key.
@@ -208,8 +242,8 @@ def gumbel_given_argmax(
         [0 1 2 3]
 
     Note:
-        O(n). Drawn after `sample`, it is distributed like logits with fresh noise, so that
-        whatever follows can be averaged over the noise while the choice stays.
+        O(n). If the label comes from `sample`, the result is distributed like logits with fresh
+        noise, so that a function of it can be averaged over the noise at a fixed choice.
 
     Reference:
         Maddison, Tarlow and Minka (2014), A* sampling.

@@ -72,7 +72,7 @@ def scalable_scores(
 
     Args:
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
-        scale: factor s, one number or one a slice; differentiable.
+        scale: factor s, one number or one per slice; differentiable.
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
 
@@ -98,7 +98,7 @@ def scalable_scores(
     factor = scale * jnp.log(jnp.maximum(count, 1))
     infinite = x == jnp.inf
     scores = jnp.where(kept & ~infinite, x, 0) * factor
-    # One kept entry alone has factor 0, and score 0 whatever it is.
+    # The only kept entry of a slice has factor 0, so its score is 0 even if it is infinite.
     limit = jnp.where(factor > 0, jnp.inf, jnp.where(factor < 0, -jnp.inf, factor))
     scores = jnp.where(infinite, limit, scores)
     return jnp.where(kept, scores, -jnp.inf).astype(problem.dtype)
@@ -106,7 +106,7 @@ def scalable_scores(
 
 @api("axis")
 def adjusted_scores(logits: ArrayLike, adjustment: ArrayLike, *, axis: int = -1) -> Array:
-    r"""Shifts logits by one number a class: logit adjustment for long tails, or a prior.
+    r"""Shifts logits by one number per class: logit adjustment for long tails, or a prior.
 
     .. math:: z_c + a_c
 
@@ -198,7 +198,7 @@ def taylor_scores(logits: ArrayLike) -> Array:
     """
     x, dtype = to_float(logits, name="logits")
     kept = x != -jnp.inf
-    # Away from 0 the square leads; it would overflow.
+    # Away from 0 the square is taken out, because it would overflow.
     far = jnp.abs(x) > 4
     near, inverse = jnp.where(far | ~kept, 0, x), 1 / jnp.where(far & kept, x, 1)
     leading = 2 * jnp.log(jnp.where(far & kept, jnp.abs(x), 1)) - math.log(2)

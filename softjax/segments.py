@@ -1,23 +1,24 @@
-"""Softmax over ragged groups: the edges of a graph's nodes, packed documents.
+"""Softmax and logsumexp over ragged groups: the edges of a graph's nodes, packed documents.
 
-Entries that share a segment id are normalised together. Ids outside [0, num_segments) are
-dropped, as are entries masked by `where` or equal to -inf: their probability, and its
-derivative, are exactly zero.
+Entries that share a segment id belong together. Entries with an id outside [0, num_segments)
+are dropped, as are those masked by `where` or equal to -inf: their probability, and every
+derivative in them, is exactly zero.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, api
-from softjax._inputs import broadcast, is_one, prepare, to_array, to_integers
+from softjax._inputs import Problem, broadcast, is_one, prepare, to_array, to_integers
 from softjax._slices import BySegment
 from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
 
-__all__ = ["segment_softmax"]
+__all__ = ["segment_logsumexp", "segment_softmax"]
 
 
 @api("num_segments", temperature=NONNEGATIVE)
@@ -59,6 +60,63 @@ def segment_softmax(
     Note:
         O(n) time and memory. Both modes, any order.
     """
+    problem, slices = _prepare(logits, segment_ids, num_segments, where)
+    if not is_one(temperature):
+        rows = (num_segments, *problem.logits.shape[1:])
+        row = jnp.asarray(temperature).astype(problem.logits.dtype)
+        row = broadcast(row, rows, name="temperature", target="one number per segment")
+        row = jnp.concatenate([row, jnp.ones((1, *rows[1:]), row.dtype)])
+        problem = problem._replace(temperature=row)
+    solution = solve(SOFTMAX, slices, problem.logits, problem.temperature)
+    return solution.probs.astype(problem.dtype)
+
+
+@api("num_segments")
+def segment_logsumexp(
+    logits: ArrayLike,
+    segment_ids: ArrayLike,
+    *,
+    num_segments: int,
+    where: ArrayLike | None = None,
+) -> Array:
+    r"""Sums exponentials over each segment, along axis 0, and takes the logarithm.
+
+    .. math:: \log \sum_{i \in s} m_i e^{z_i}
+
+    Args:
+        logits: scores z, `[n, *rest]`, real or -inf (dropped); differentiable.
+        segment_ids: segment of each row, `[n]`, int, in any order; rows whose id is outside
+            [0, num_segments) are dropped.
+        num_segments: number of segments, static.
+        where: mask m, bool, broadcastable to `[n, *rest]`; True keeps an entry.
+
+    Returns:
+        One number per segment, `[num_segments, *rest]`, in the dtype of `logits`; -inf for a
+        segment that keeps nothing.
+
+    Raises:
+        TypeError: `logits` is not real, `where` not bool, or `segment_ids` not integer.
+        ValueError: `segment_ids` is not of shape `[n]`, `num_segments` is negative, or
+            `where` does not broadcast.
+
+    Example:
+        >>> print(segment_logsumexp(jnp.zeros(3), jnp.array([0, 1, 0]), num_segments=3))
+        [0.6931472 0.             -inf]
+
+    Note:
+        O(n) time and memory. The derivative is `segment_softmax`; it is 0 for a segment that
+        keeps nothing. Both modes, any order.
+    """
+    problem, slices = _prepare(logits, segment_ids, num_segments, where)
+    peak = slices.max(jax.lax.stop_gradient(problem.logits))
+    solution = solve(SOFTMAX, slices, problem.logits)
+    return (peak + solution.threshold)[:num_segments].astype(problem.dtype)
+
+
+def _prepare(
+    logits: ArrayLike, segment_ids: ArrayLike, num_segments: int, where: ArrayLike | None
+) -> tuple[Problem, BySegment]:
+    """The logits, -inf where dropped, and their segments: one more holds what is outside."""
     if not isinstance(num_segments, int) or num_segments < 0:
         raise ValueError(f"`num_segments` must be an int >= 0, got {num_segments!r}.")
     if to_array(logits, name="logits").ndim == 0:
@@ -73,13 +131,5 @@ def segment_softmax(
     inside = (ids >= 0) & (ids < num_segments)
     shape = (-1,) + (1,) * (problem.logits.ndim - 1)
     kept = jnp.where(inside.reshape(shape), problem.logits, -jnp.inf)
-    # What is outside goes to one more segment, where nothing is kept.
     slices = BySegment(jnp.where(inside, ids, num_segments).astype(jnp.int32), num_segments + 1)
-    if not is_one(temperature):
-        rows = (num_segments, *problem.logits.shape[1:])
-        row = jnp.asarray(temperature).astype(problem.logits.dtype)
-        row = broadcast(row, rows, name="temperature", target="one number a segment")
-        row = jnp.concatenate([row, jnp.ones((1, *rows[1:]), row.dtype)])
-        problem = problem._replace(temperature=row)
-    solution = solve(SOFTMAX, slices, kept, problem.temperature)
-    return solution.probs.astype(problem.dtype)
+    return problem._replace(logits=kept), slices

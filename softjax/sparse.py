@@ -17,17 +17,16 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, api
-from softjax._blocks import in_blocks
+from softjax._cpu import blocked_over_slices
 from softjax._elementary import expm1_over, expm1_over_twice, log1p_over
 from softjax._float import high_half, two_difference
 from softjax._inputs import Axis, per_slice, prepare
 from softjax._rootfinding import bracketed_newton, newton_from_left
 from softjax._scores import centre
 from softjax._slices import Slices
-from softjax._threshold import Family, Solution, reciprocal, weigh
+from softjax._threshold import Family, Solution, probs_of, reciprocal
 
 MAX_ALPHA = 1e4
-_LONG = 256  # entries from which on the last sums are cut: they compile longer then
 
 __all__ = ["entmax", "entmax15", "sparsemax"]
 
@@ -72,15 +71,15 @@ def sparsemax(
         Martins and Astudillo (2016), From softmax to sparsemax. Michelot (1986) for the
         search.
     """
-    return weigh(SPARSEMAX, prepare(logits, axis=axis, where=where, temperature=temperature))
+    return probs_of(SPARSEMAX, prepare(logits, axis=axis, where=where, temperature=temperature))
 
 
-@in_blocks
+@blocked_over_slices
 def _solve_sparsemax(
     slices: Slices, logits: Array, temperature: Array | None, *_: None
 ) -> Solution:
     peak = slices.max(logits)
-    scores = centre(logits, peak, temperature, slices.broadcast)
+    scores = centre(logits, peak, temperature)
     spread = slices.broadcast
 
     def step(tau: Array) -> tuple[Array, Array]:
@@ -88,9 +87,9 @@ def _solve_sparsemax(
         count = lambda x, tau: (x > tau).astype(tau.dtype)
         return above - 1, slices.sum_of(count, (scores.values,), tau)
 
-    poison = scores.poison(slices.sum)
+    poison = slices.sum(scores.near * 0)  # NaN if the slice keeps a NaN.
     tau = newton_from_left(step, jnp.full_like(peak, -1)) + poison
-    scores = centre(logits, peak + poison, temperature, spread)
+    scores = centre(logits, peak + poison, temperature)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
         roots, lost = _roots(1, *args)
@@ -98,12 +97,12 @@ def _solve_sparsemax(
 
     rows = (peak, temperature, tau)
     inside = lambda *args: (_roots(1, *args)[0] > 0).astype(logits.dtype)
-    count = slices.sum_of(inside, (logits,), *rows, least=_LONG)
+    count = slices.sum_of(inside, (logits,), *rows)
     excess = _excess(slices, split, [1], logits, *rows)
     shift = jnp.where(peak == -jnp.inf, 0, excess / jnp.maximum(count, 1))
     margins, lost = _margins(scores.near, scores.errors, spread(tau))
     margins = (margins - spread(shift)) + lost
-    probs = jnp.where(scores.dead | (margins < _unseen(margins)), 0, margins)
+    probs = jnp.where(scores.dropped | (margins < _unseen(margins)), 0, margins)
     return Solution(probs, scores.minus(spread(tau + shift)), tau + shift)
 
 
@@ -150,15 +149,15 @@ def entmax15(
     Reference:
         Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models.
     """
-    return weigh(ENTMAX15, prepare(logits, axis=axis, where=where, temperature=temperature))
+    return probs_of(ENTMAX15, prepare(logits, axis=axis, where=where, temperature=temperature))
 
 
-@in_blocks
+@blocked_over_slices
 def _solve_entmax15(
     slices: Slices, logits: Array, temperature: Array | None, *_: None
 ) -> Solution:
     peak = slices.max(logits)
-    scores = centre(logits, peak, temperature, slices.broadcast)
+    scores = centre(logits, peak, temperature)
     halves, spread = scores.values / 2, slices.broadcast
 
     def step(tau: Array) -> tuple[Array, Array]:
@@ -167,9 +166,9 @@ def _solve_entmax15(
         square = slices.sum_of(lambda x, tau: above(x, tau) ** 2, (halves,), tau)
         return square - jnp.sqrt(square), slices.sum_of(above, (halves,), tau)
 
-    poison = scores.poison(slices.sum)
+    poison = slices.sum(scores.near * 0)  # NaN if the slice keeps a NaN.
     tau = newton_from_left(step, jnp.full_like(peak, -1), _close(halves, peak)) + poison
-    scores = centre(logits, peak + poison, temperature, spread)
+    scores = centre(logits, peak + poison, temperature)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
         # With a leading half, all products are exact but the smallest.
@@ -179,7 +178,7 @@ def _solve_entmax15(
         return [lead * lead, 2 * lead * rest], rest * rest + 2 * roots * lost
 
     rows, half = (peak, temperature, tau), float(jnp.finfo(logits.dtype).eps) ** 0.5
-    total = lambda term: slices.sum_of(term, (logits,), *rows, least=_LONG)
+    total = lambda term: slices.sum_of(term, (logits,), *rows)
     first = total(lambda *args: _roots(2, *args)[0])
     count = total(lambda *args: (_roots(2, *args)[0] > 0).astype(logits.dtype))
     # On a known support the sum of squares is quadratic in tau, and is solved at once.
@@ -190,7 +189,7 @@ def _solve_entmax15(
     roots = (roots - spread(shift)) + lost
     # The excess is known to the rounding of its smallest part, in proportion to the count.
     unseen = _unseen(roots) * jnp.maximum(1, count / jnp.maximum(first, 1))
-    probs = jnp.where(scores.dead | (roots < spread(unseen)), 0, roots * roots)
+    probs = jnp.where(scores.dropped | (roots < spread(unseen)), 0, roots * roots)
     threshold = 2 * (tau + shift)
     return Solution(probs, scores.minus(spread(threshold)), threshold)
 
@@ -199,9 +198,9 @@ def _roots(
     divisor: int, x: Array, peak: Array, temperature: Array | None, tau: Array
 ) -> tuple[Array, Array]:
     """Scores over the divisor above tau, 0 where they are not, and what rounding took."""
-    scores = centre(x, peak, temperature, lambda row: row)
+    scores = centre(x, peak, temperature)
     margins, lost = _margins(scores.near / divisor, scores.errors / divisor, tau)
-    return jnp.where((margins > 0) & ~scores.dead, margins, 0), lost
+    return jnp.where((margins > 0) & ~scores.is_far, margins, 0), lost
 
 
 def _excess(
@@ -229,7 +228,7 @@ def _excess(
             rest += part - lead
         return coarse, rest
 
-    total = lambda term: slices.sum_of(term, (logits,), peak, *rows, one, least=_LONG)
+    total = lambda term: slices.sum_of(term, (logits,), peak, *rows, one)
     excess = jnp.full_like(peak, -1)
     for i in range(len(bounds)):  # In this order nothing is rounded that cancels.
         excess += total(lambda *args, i=i: cut(*args)[0][i])
@@ -310,10 +309,10 @@ def entmax(
     """
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     alpha = per_slice(alpha, problem.logits, problem.axes, name="alpha")
-    return weigh(ENTMAX, problem, index=alpha)
+    return probs_of(ENTMAX, problem, alpha=alpha)
 
 
-@in_blocks
+@blocked_over_slices
 def _solve_entmax(
     slices: Slices, logits: Array, temperature: Array | None, alpha: Array, *_: None
 ) -> Solution:
@@ -322,7 +321,7 @@ def _solve_entmax(
     # log(sum r) = rise. That has slope -sum(r^(1-b)) / sum(r) <= -1 in the rise, and
     # p = r / sum(r) is accurate for every alpha.
     peak = slices.max(logits)
-    scores = centre(logits, peak, temperature, slices.broadcast)
+    scores = centre(logits, peak, temperature)
     spread = slices.broadcast
     bend = jnp.where((alpha >= 1) & (alpha <= MAX_ALPHA), alpha - 1, jnp.nan)
     highest = jnp.log(jnp.finfo(logits.dtype).max) - 1
@@ -333,7 +332,7 @@ def _solve_entmax(
     def log_ratios(rise: Array) -> tuple[Array, Array]:
         scaled = scores.near * stretch(rise)
         reach = spread(bend) * scaled
-        inside = ~(scores.dead | (reach <= -1))
+        inside = ~(scores.is_far | (reach <= -1))
         return jnp.where(inside, scaled * log1p_over(jnp.where(inside, reach, 0)), 0), inside
 
     def step(rise: Array) -> tuple[Array, Array]:
@@ -344,7 +343,7 @@ def _solve_entmax(
         return jnp.log(total) - rise, slope / total
 
     low = jnp.zeros_like(peak)
-    high = jnp.log(jnp.maximum(slices.sum((~scores.dead).astype(logits.dtype)), 1))
+    high = jnp.log(jnp.maximum(slices.sum((~scores.is_far).astype(logits.dtype)), 1))
     rise = bracketed_newton(step, low, high, low)
     logs, inside = log_ratios(rise)
     ratios = jnp.where(inside, jnp.exp(logs), 0)
@@ -358,8 +357,8 @@ def _solve_entmax(
     # The sum is exp(rise). Where it is steep in the rise, that is the better known of them.
     steep = mass > 4 * total
     total = jnp.where(steep, jnp.exp(rise) * (1 + lacking), slices.sum(ratios))
-    scores = centre(logits, peak + total * 0, temperature, spread)  # NaN for all that is kept.
-    probs = jnp.where(scores.dead, 0, ratios / spread(jnp.where(empty, 1, total)))
+    scores = centre(logits, peak + total * 0, temperature)  # NaN for all that is kept.
+    probs = jnp.where(scores.dropped, 0, ratios / spread(jnp.where(empty, 1, total)))
     threshold = rise * expm1_over(-bend * rise)  # (1 - exp(-b rise)) / b
     return Solution(probs, scores.minus(spread(threshold)), threshold)
 
@@ -370,11 +369,11 @@ def _entmax_slope(probs: Array, alpha: Array) -> Array:
     return jnp.where(positive, jnp.where(positive, probs, 1) ** (2 - alpha), 0)
 
 
-def _entmax_bend(probs: Array, alpha: Array) -> Array:
+def _entmax_df_dalpha(probs: Array, alpha: Array) -> Array:
     """df/dalpha = -p (ln p)^2 phi((1 - alpha) ln p), phi(v) = (e^v - 1 - v) / v^2."""
     positive = probs > 0
     logs = jnp.log(jnp.where(positive, probs, 1))
     return -probs * logs * logs * expm1_over_twice((1 - alpha) * logs)
 
 
-ENTMAX = Family(_solve_entmax, slope=_entmax_slope, bend=_entmax_bend)
+ENTMAX = Family(_solve_entmax, slope=_entmax_slope, df_dalpha=_entmax_df_dalpha)

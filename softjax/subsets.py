@@ -1,9 +1,9 @@
 """Samples without replacement: k classes at once, their log-probability, and sums over them.
 
-The k largest logits with Gumbel noise are a sample of k classes drawn one after the other
-without replacement, in that order (Plackett and Luce). With the next largest, the threshold
-that they passed, comes the probability that each had to be among them, and so unbiased
-estimates of sums over all classes.
+The k largest logits with Gumbel noise are a sample of k classes, drawn one after the other
+without replacement, in that order (Plackett and Luce). The next largest is the threshold that
+they passed. From it follows the probability with which each of them passes, and so an unbiased
+estimate of sums over all classes.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def sample_without_replacement(
 def _last(
     key: Array, logits: ArrayLike, k: int, axis: Axis, where: ArrayLike | None
 ) -> tuple[Array, int]:
-    """The logits with the classes last, -inf where dropped, and where the classes were."""
+    """The logits with the axis of classes last, and the place that this axis had."""
     _random.check_key(key)
     x = prepare(logits, axis=axis, where=where).logits
     axis = resolve_one_axis(axis, x.ndim)
@@ -98,7 +98,7 @@ def _last(
 
 
 def _largest(key: Array, x: Array, k: int) -> tuple[Array, Array]:
-    """The k largest noisy logits: their places, -1 where dropped, and the values."""
+    """The places of the k largest noisy logits, -1 where dropped, and their values."""
     x = lax.stop_gradient(x)
     noisy = jnp.where(x == -jnp.inf, -jnp.inf, x + _random.gumbel(key, x.shape, x.dtype))
     values, places = lax.top_k(noisy, k)
@@ -137,8 +137,8 @@ def ranking_log_prob(
         [-1.0986123 -0.6931472  0.       ]
 
     Note:
-        O(n + k). What is left after each draw is summed up from the end, so that nothing
-        cancels where the first draws hold nearly all of the mass.
+        O(n + k). The mass left after each draw is summed from the end, because a difference
+        would cancel where the first draws hold nearly all of the mass.
 
     Reference:
         Plackett (1975), The analysis of permutations.
@@ -157,7 +157,7 @@ def ranking_log_prob(
 
 
 def _log_probs(scores: Array, indices: Array) -> Array:
-    """Of each draw given those before it, along the last axis."""
+    """The log-probability of each draw given those before it, along the last axis."""
     num, k = scores.shape[-1], indices.shape[-1]
     if k == 0 or num == 0:
         return jnp.where(equal(indices, -1), 0, jnp.full(indices.shape, jnp.nan, scores.dtype))
@@ -167,7 +167,7 @@ def _log_probs(scores: Array, indices: Array) -> Array:
     place = jnp.where(inside, indices, 0).astype(jnp.int32)
     again = jnp.take_along_axis(drawn, place, -1) != order
     chosen = jnp.where(inside & ~again, jnp.take_along_axis(scores, place, -1), -jnp.inf)
-    # What is left after each draw is summed up from the end.
+    # The mass left after each draw is summed from the end, where nothing cancels.
     never = log_sum(jnp.where(drawn == k, scores, -jnp.inf), (scores.ndim - 1,))
     later = jnp.concatenate([chosen[..., 1:], never], -1)
     later = lax.associative_scan(_log_add, later, reverse=True, axis=chosen.ndim - 1)
@@ -181,7 +181,7 @@ def _log_probs(scores: Array, indices: Array) -> Array:
 
 
 def _first_draws(places: Array, num: int) -> Array:
-    """At which draw each of `num` classes comes first; k for those that never do."""
+    """The first draw of each of `num` classes; k for a class that is never drawn."""
     k = places.shape[-1]
 
     def of_row(places: Array) -> Array:
@@ -193,7 +193,7 @@ def _first_draws(places: Array, num: int) -> Array:
 
 
 def _log_add(a: Array, b: Array) -> Array:
-    """log(e^a + e^b); -inf adds nothing, to the derivative neither."""
+    """log(e^a + e^b). -inf adds nothing, neither to the value nor to the derivative."""
     peak = lax.stop_gradient(jnp.maximum(a, b))
     nothing = peak == -jnp.inf
     anchor = jnp.where(nothing, 0, peak)
@@ -266,7 +266,7 @@ def weighted_subset(
 
 
 def _log_passing(gap: Array) -> Array:
-    """log(1 - exp(-e^gap)): that a logit with noise passes a threshold a gap below it."""
+    """log(1 - exp(-e^gap)), for a logit with noise that passes a threshold a gap below it."""
     near = gap < 0
     rate = jnp.exp(jnp.where(near, gap, 0))
     surely = jnp.exp(-jnp.exp(jnp.clip(gap, 0, 80)))

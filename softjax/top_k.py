@@ -18,12 +18,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, api
-from softjax._blocks import in_blocks
+from softjax._cpu import blocked_over_slices
 from softjax._inputs import Axis, per_slice, prepare, resolve_axes
 from softjax._rootfinding import bracketed_newton, from_ordered, largest_threshold, ordered
 from softjax._scores import centre_at
 from softjax._slices import AlongAxes
-from softjax._threshold import Family, Solution, reciprocal, weigh
+from softjax._threshold import Family, Solution, probs_of, reciprocal
 
 __all__ = ["soft_top_k"]
 
@@ -85,7 +85,7 @@ def soft_top_k(
         raise ValueError(f"`kind` must be one of {', '.join(_TOP_K)}, got {kind!r}.")
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     budget = per_slice(k, problem.logits, problem.axes, name="k")
-    return weigh(_TOP_K[kind], problem, budget=budget)
+    return probs_of(_TOP_K[kind], problem, k=budget)
 
 
 def _budget_family(
@@ -97,7 +97,7 @@ def _budget_family(
 ) -> Family:
     """The family of an f that rises from 0 to 1, by its derivative f'(p) and its inverse."""
 
-    @in_blocks
+    @blocked_over_slices
     def solve_budget(
         slices: AlongAxes,
         logits: Array,
@@ -120,7 +120,7 @@ def _budget_family(
         count = jnp.ceil(jnp.where(usual, budget, 1))
         threshold = largest_threshold(slices, ordered(logits), None, count)
         anchor = from_ordered(threshold, logits.dtype)
-        near, errors = centre_at(logits, anchor, temperature, spread)
+        near, errors = centre_at(logits, anchor, temperature)
         highest = slices.max(jnp.where(kept, near, -jnp.inf))
         lowest = -slices.max(jnp.where(kept, -near, -jnp.inf))
 

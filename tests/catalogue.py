@@ -241,6 +241,17 @@ CATALOGUE = (
         ),
     ),
     _both(
+        "segment_logsumexp",
+        lambda m, z, ids, w: m.segment_logsumexp(z, ids, num_segments=3, where=w),
+        make=_make(
+            lambda rng: rng.standard_normal(7),
+            others=(
+                lambda rng: rng.permutation(np.array([0, 0, 1, 1, 2, 2, 7])),
+                lambda rng: rng.permutation(np.arange(7) > 0),
+            ),
+        ),
+    ),
+    _both(
         "entropy",
         lambda m, z, w: m.entropy(z, where=w),
         make=_make(_logits),
@@ -364,6 +375,9 @@ CATALOGUE = (
     _filter_entry("top_p_filter", lambda rng: _per_slice(rng, 0.3, 0.8)),
     _filter_entry("min_p_filter", lambda rng: _per_slice(rng, 0.2, 0.6)),
     _filter_entry("typical_filter", lambda rng: _per_slice(rng, 0.3, 0.8)),
+    _filter_entry("epsilon_filter", lambda rng: _per_slice(rng, 0.1, 0.25)),
+    _filter_entry("eta_filter", lambda rng: _per_slice(rng, 0.4, 0.9)),
+    _filter_entry("top_n_sigma_filter", lambda rng: _per_slice(rng, 0.5, 2.0)),
     _both(
         "scalable_scores",
         lambda m, z, s: m.scalable_scores(z, s),
@@ -524,21 +538,22 @@ CATALOGUE = (
     ),
     _both(
         "policy_gradient_loss",
-        lambda m, z, b, c, a: m.policy_gradient_loss(z, a, b, entropy_cost=c),
-        make=_make(_logits, _advantages, _per_label(0.1, 0.4), others=(_labels,)),
+        lambda m, z, b, t, c, a: m.policy_gradient_loss(z, a, b, temperature=t, entropy_cost=c),
+        make=_make(_logits, _advantages, _temperature, _per_label(0.1, 0.4), others=(_labels,)),
         invariants=("shift",),
         wide=True,
     ),
     _both(
         "clipped_surrogate_loss",
-        lambda m, z, o, b, d, c, a: m.clipped_surrogate_loss(
-            z, a, o, b, clip=d, entropy_cost=c
+        lambda m, z, o, b, d, t, c, a: m.clipped_surrogate_loss(
+            z, a, o, b, clip=d, temperature=t, entropy_cost=c
         ),
         make=_make(
             _logits,
             _per_label(-2.5, -1.0),
             _advantages,
             _per_label(0.1, 0.2),
+            _temperature,
             _per_label(0.1, 0.4),
             others=(_labels,),
         ),
@@ -557,8 +572,10 @@ CATALOGUE = (
     ),
     _both(
         "actor_critic_value",
-        lambda m, q, z, t, w: m.actor_critic_value(q, z, temperature=t, where=w),
-        make=_make(_logits, _logits, _temperature),
+        lambda m, q, z, t, u, w: m.actor_critic_value(
+            q, z, temperature=t, policy_temperature=u, where=w
+        ),
+        make=_make(_logits, _logits, _temperature, _temperature),
     ),
     _both(
         "bellman_target",

@@ -11,8 +11,6 @@ import jax
 import pytest
 from jax._src import compiler
 
-from softjax import _slices
-
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -46,27 +44,11 @@ if get_compile_options := getattr(compiler, "get_compile_options", None):
     compiler.get_compile_options = with_quick_options
 
 
-@pytest.fixture(autouse=True)
-def parts_of_slices(monkeypatch):
-    """As on one device, which is what users have: there are four for the tests of meshes."""
-    monkeypatch.setattr(_slices, "many_cpus", lambda: False)
-
-
 @pytest.fixture
 def on_cpu():
     """For plans and programs that are XLA's CPU backend's, whatever else there is."""
     with jax.default_device(jax.devices("cpu")[0]):
         yield
-
-
-@pytest.fixture
-def as_on_accelerators(monkeypatch):
-    """On this CPU, what accelerators take of two ways to the same result."""
-    other = lambda *args, default, **ways: default(*args)
-    monkeypatch.setattr(jax.lax, "platform_dependent", other)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)

@@ -335,11 +335,15 @@ def segment_softmax(logits, segment_ids, *, num_segments, where=None, temperatur
 
 
 def _logsumexp_row(values, weights):
-    if any(map(_isnan, values)) or any(map(_isnan, weights)):
+    pairs = [(v, w) for v, w in zip(values, weights, strict=True) if w != 0]
+    if any(_isnan(v) or _isnan(w) for v, w in pairs):
         return NAN
-    if INF in values:
-        total = sum(w for v, w in zip(values, weights, strict=True) if v == INF)
-        return INF if total > 0 else NAN
+    infinite = [w for v, w in pairs if v == INF]
+    if infinite:
+        return INF if min(infinite) > 0 else NAN
+    if not pairs:
+        return -INF
+    values, weights = zip(*pairs, strict=True)
     peak = max(values)
     pairs = zip(values, weights, strict=True)
     total = mp.fsum(w * mp.exp(v - peak) for v, w in pairs)
@@ -352,6 +356,15 @@ def logsumexp(logits, *, axis=None, where=None, weights=None, keepdims=False):
     logits = np.asarray(logits).astype(np.float64)
     weights = np.broadcast_to(np.asarray(1.0 if weights is None else weights), logits.shape)
     return _reduce(_logsumexp_row, -INF, (logits, weights), axis, where, keepdims)
+
+
+def segment_logsumexp(logits, segment_ids, *, num_segments, where=None):
+    """Group by group, each a logsumexp; ids out of range are dropped."""
+    logits = np.asarray(logits).astype(np.float64)
+    keep = np.broadcast_to(True if where is None else np.asarray(where), logits.shape)
+    groups = [np.asarray(segment_ids) == segment for segment in range(num_segments)]
+    rows = [logsumexp(logits[g], axis=0, where=keep[g]) for g in groups]
+    return np.stack(rows) if rows else np.zeros((0, *logits.shape[1:]))
 
 
 def logmeanexp(logits, *, axis=None, where=None, keepdims=False):
@@ -705,6 +718,12 @@ def _smallest_set(costs, probs, mass):
     return [cost <= last for cost in costs]
 
 
+def _at_least(marks, costs, least):
+    """The marks, and the `least` entries of least cost, ties with the last one too."""
+    edge = sorted(costs)[min(least, len(costs)) - 1]
+    return [mark or cost <= edge for mark, cost in zip(marks, costs, strict=True)]
+
+
 def top_k_filter(logits, k, *, axis=-1):
     def rule(values, k):
         edge = sorted(values, reverse=True)[min(int(k), len(values)) - 1]
@@ -713,29 +732,64 @@ def top_k_filter(logits, k, *, axis=-1):
     return _filter(rule, logits, axis, k=k)
 
 
-def top_p_filter(logits, p, *, axis=-1):
+def top_p_filter(logits, p, *, axis=-1, min_tokens_to_keep=1):
     def rule(values, p):
         probs = [mp.exp(v) for v in _log_softmax_row(values, mp.mpf(1), -INF)]
-        return _smallest_set([-v for v in values], probs, p)
+        costs = [-v for v in values]
+        return _at_least(_smallest_set(costs, probs, p), costs, min_tokens_to_keep)
 
     return _filter(rule, logits, axis, p=p)
 
 
-def min_p_filter(logits, min_p, *, axis=-1):
+def min_p_filter(logits, min_p, *, axis=-1, min_tokens_to_keep=1):
     def rule(values, min_p):
         peak = max(values)
-        return [mp.exp(v - peak) >= min_p for v in values]
+        marks = [mp.exp(v - peak) >= min_p for v in values]
+        return _at_least(marks, [-v for v in values], min_tokens_to_keep)
 
     return _filter(rule, logits, axis, min_p=min_p)
 
 
-def typical_filter(logits, mass, *, axis=-1):
+def typical_filter(logits, mass, *, axis=-1, min_tokens_to_keep=1):
     def rule(values, mass):
         logs = _log_softmax_row(values, mp.mpf(1), -INF)
         entropy = -mp.fsum(mp.exp(v) * v for v in logs)
-        return _smallest_set([abs(-v - entropy) for v in logs], map(mp.exp, logs), mass)
+        costs = [abs(-v - entropy) for v in logs]
+        return _at_least(
+            _smallest_set(costs, map(mp.exp, logs), mass), costs, min_tokens_to_keep
+        )
 
     return _filter(rule, logits, axis, mass=mass)
+
+
+def epsilon_filter(logits, epsilon, *, axis=-1, min_tokens_to_keep=1):
+    def rule(values, epsilon):
+        logs = _log_softmax_row(values, mp.mpf(1), -INF)
+        marks = [mp.exp(v) >= epsilon for v in logs]
+        return _at_least(marks, [-v for v in values], min_tokens_to_keep)
+
+    return _filter(rule, logits, axis, epsilon=epsilon)
+
+
+def eta_filter(logits, epsilon, *, axis=-1, min_tokens_to_keep=1):
+    def rule(values, epsilon):
+        logs = _log_softmax_row(values, mp.mpf(1), -INF)
+        entropy = -mp.fsum(mp.exp(v) * v for v in logs)
+        bound = min(mp.mpf(epsilon), mp.sqrt(epsilon) * mp.exp(-entropy))
+        marks = [mp.exp(v) >= bound for v in logs]
+        return _at_least(marks, [-v for v in values], min_tokens_to_keep)
+
+    return _filter(rule, logits, axis, epsilon=epsilon)
+
+
+def top_n_sigma_filter(logits, n, *, axis=-1, min_tokens_to_keep=1):
+    def rule(values, n):
+        mean = mp.fsum(values) / len(values)
+        sigma = mp.sqrt(mp.fsum((v - mean) ** 2 for v in values) / len(values))
+        marks = [v >= max(values) - n * sigma for v in values]
+        return _at_least(marks, [-v for v in values], min_tokens_to_keep)
+
+    return _filter(rule, logits, axis, n=n)
 
 
 # The fast family: the last axis, in 80-bit arithmetic.
@@ -1045,19 +1099,31 @@ def policy_entropy(values, *, temperature=1.0, epsilon=0.0, axis=-1, where=None)
     return _with_options(rule, 0.0, values, axis, where, **options)
 
 
-def policy_gradient_loss(logits, actions, advantages, *, entropy_cost=0.0, where=None):
-    logs = policy_log_prob(logits, actions, where=where)
+def policy_gradient_loss(
+    logits, actions, advantages, *, temperature=1.0, entropy_cost=0.0, where=None
+):
+    options = {"temperature": temperature, "where": where}
+    logs = policy_log_prob(logits, actions, **options)
     advantages = np.broadcast_to(np.asarray(advantages).astype(np.longdouble), logs.shape)
     with np.errstate(all="ignore"):
         loss = np.where((advantages == 0) & (logs == -np.inf), 0, -advantages * logs)
     costs = np.asarray(entropy_cost).astype(np.longdouble)
-    return loss - costs * policy_entropy(logits, where=where)
+    return loss - costs * policy_entropy(logits, **options)
 
 
 def clipped_surrogate_loss(
-    logits, actions, old_log_probs, advantages, *, clip=0.2, entropy_cost=0.0, where=None
+    logits,
+    actions,
+    old_log_probs,
+    advantages,
+    *,
+    clip=0.2,
+    temperature=1.0,
+    entropy_cost=0.0,
+    where=None,
 ):
-    logs = policy_log_prob(logits, actions, where=where)
+    options = {"temperature": temperature, "where": where}
+    logs = policy_log_prob(logits, actions, **options)
     old, advantages, clip, costs = (
         np.asarray(x).astype(np.longdouble)
         for x in (old_log_probs, advantages, clip, entropy_cost)
@@ -1065,7 +1131,7 @@ def clipped_surrogate_loss(
     ratio = np.exp(logs - old)
     clipped = np.clip(ratio, 1 - clip, 1 + clip)
     surrogate = np.minimum(ratio * advantages, clipped * advantages)
-    return -surrogate - costs * policy_entropy(logits, where=where)
+    return -surrogate - costs * policy_entropy(logits, **options)
 
 
 def soft_value(values, *, temperature=1.0, axis=-1, where=None):
@@ -1092,9 +1158,11 @@ def expected_value(values, *, temperature=1.0, epsilon=0.0, axis=-1, where=None)
     return _with_options(rule, 0.0, values, axis, where, **options)
 
 
-def actor_critic_value(values, logits, *, temperature=1.0, axis=-1, where=None):
-    probs = softmax(logits, axis=axis, where=where)
-    logs = log_softmax(logits, axis=axis, where=where)
+def actor_critic_value(
+    values, logits, *, temperature=1.0, policy_temperature=1.0, axis=-1, where=None
+):
+    options = {"axis": axis, "where": where, "temperature": policy_temperature}
+    probs, logs = softmax(logits, **options), log_softmax(logits, **options)
     temperature = np.asarray(temperature).astype(np.longdouble)
     values = np.asarray(values).astype(np.longdouble)
     with np.errstate(all="ignore"):

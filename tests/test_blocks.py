@@ -10,41 +10,16 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import softjax as sj
-from softjax import _blocks
-from softjax._slices import AlongAxes
+from softjax import _cpu
+from softjax._scan import scan_blocks
 from tests import oracles
 from tests.helpers import assert_close, assert_same, draw, eps
 from tests.test_sharding import cpu_mesh, mesh
 
-# By halves, along the first axis that has any; odd and even; just above and below the limits.
-SHAPES = [(64, 128), (33, 77), (2, 900), (1, 2048), (1536,), (3, 5, 111), (128, 128), (65, 257)]
-
-
-def scaled(z, row):
-    return jnp.exp(z - row)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("way", ["eager", "jit", "vmap", "grad"])
-def test_one_thread_forms_what_many_do(shape, way):
-    z, row = jnp.asarray(draw(0, shape)[0]), jnp.asarray(draw(1, (*shape[:-1], 1))[0])
-    form = lambda z, row: _blocks.by_one_thread(scaled, AlongAxes((z.ndim - 1,)), z, row)
-    if way == "vmap":
-        form = lambda z, row, form=form: jax.vmap(form)(z[None], row[None])[0]
-    if way == "jit":
-        form = jax.jit(form)
-    if way == "grad":
-        got = jax.jit(jax.grad(lambda z, row: jnp.sum(jnp.sin(form(z, row))), (0, 1)))(z, row)
-        wanted = jax.grad(lambda z, row: jnp.sum(jnp.sin(scaled(z, row))), (0, 1))(z, row)
-        for one, other in zip(got, wanted, strict=True):
-            assert_close(one, other, rtol=1e-12, atol=1e-12)
-        return
-    assert_close(form(z, row), scaled(z, row), rtol=4 * eps("float64"))
-
 
 @pytest.mark.parametrize("shape", [(64, 128), (33, 77), (1, 2048)])
-def test_small_arrays_of_scores(shape):
-    """With all that may be different from row to row, on the way of small arrays."""
+def test_slices_that_differ_in_everything(shape):
+    """Temperature, sink, mask and edges differ from slice to slice."""
     logits, keep = draw(2, shape)
     logits[0, 1:4] = [-np.inf, np.nan, logits.max() + 3]
     keep[0, 2] = False
@@ -63,25 +38,6 @@ def test_a_sharded_small_array_is_the_same():
     spread = jax.device_put(z, NamedSharding(mesh(rows=2), PartitionSpec("rows")))
     for fn in (sj.softmax, jax.grad(lambda z: jnp.sum(sj.log_softmax(z)[:, 0]))):
         assert_close(jax.jit(fn)(spread), jax.jit(fn)(z), rtol=4 * eps("float64"))
-
-
-@pytest.mark.optimized
-@pytest.mark.parametrize(
-    "fn", [sj.softmax, sj.log_softmax, sj.logsumexp], ids=lambda f: f.__name__
-)
-def test_threads_share_large_arrays_alone(fn):
-    """XLA's CPU backend writes into its program how many threads a loop is cut for."""
-
-    def is_shared(fn, *shape):
-        text = jax.jit(fn).lower(jnp.zeros(shape, jnp.float32)).compile().as_text()
-        return 'outer_dimension_partitions":["' in text
-
-    if not is_shared(lambda x: jnp.exp(jnp.sin(jnp.cos(x)) * x + x) ** x, 4096, 1024):
-        pytest.skip("this backend says nothing about threads")
-    along = lambda z: fn(z, axis=-1)
-    assert not is_shared(along, 64, 128)
-    assert is_shared(along, 4096, 1024)
-    assert is_shared(jax.vmap(along), 1000, 64, 128)
 
 
 def test_rows_that_are_spread_over_an_explicit_mesh():
@@ -143,8 +99,8 @@ def test_a_scan_in_reverse_is_differentiated_again(outer, dtype):
 def test_slices_a_few_at_a_time_are_as_each_alone(fn, shape, axis):
     axes = (axis,) if isinstance(axis, int) else axis
     size = math.prod(shape[i] for i in axes)
-    assert math.prod(shape) > _blocks.ALONE
-    assert math.prod(shape) > size * min(_blocks.ROWS, _blocks.BLOCK // size)
+    assert math.prod(shape) > _cpu.UNCUT
+    assert math.prod(shape) > size * min(_cpu.ROWS, _cpu.BLOCK // size)
     z, keep = draw(3, shape, scale=2.0)
     counts = [1 if i in {a % len(shape) for a in axes} else n for i, n in enumerate(shape)]
     temperature = np.random.default_rng(4).uniform(0.3, 3, counts)
@@ -164,6 +120,6 @@ def test_blocks_and_a_tail_make_up_the_whole():
     x = jnp.arange(23)
     visit = lambda total, first, part: (total + jnp.sum(part), part + first)
     for size in (1, 4, 22, 23, 24):
-        total, out = _blocks.scan_blocks(visit, jnp.array(0), x, size)
+        total, out = scan_blocks(visit, jnp.array(0), x, size)
         assert total == jnp.sum(x)
         assert_same(out, x + jnp.arange(23) // size * size)

@@ -227,6 +227,24 @@ def test_relaxed_density_integrates_to_one(size, temperature):
     assert_close(weights.sum() * 0.1 ** (size - 1), 1.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("hard", [False, True])
+def test_logarithms_of_relaxed_samples(hard):
+    logits = jnp.array([[0.0, -INF, 1.0, -2.0], [-INF] * 4, [3.0, 0.0, 0.5, 0.0]])
+    options = {"temperature": 0.4, "hard": hard}
+    samples, logs = sj.gumbel_softmax(KEY, logits, return_log=True, **options)
+    np.testing.assert_array_equal(samples, sj.gumbel_softmax(KEY, logits, **options))
+    relaxed = sj.gumbel_softmax(KEY, logits, temperature=0.4)
+    assert_close(jnp.exp(logs), relaxed, rtol=1e-13)
+    assert sj.gumbel_softmax(KEY, logits.astype("bfloat16"), return_log=True)[1].dtype == "f4"
+    total = lambda z: jnp.sum(jnp.where(z == -INF, 0, call(z)) * jnp.arange(4.0)[None])
+    call = lambda z: sj.gumbel_softmax(KEY, z, return_log=True, **options)[1]
+    by_logs = jax.grad(total)(logits)
+    call = lambda z: jnp.log(
+        jnp.where(z == -INF, 1, sj.gumbel_softmax(KEY, z, temperature=0.4))
+    )
+    assert_close(by_logs, jax.grad(total)(logits), rtol=1e-12, atol=1e-14)
+
+
 def test_relaxed_density_of_own_samples():
     """At a low temperature samples round to 0, but their logarithms do not."""
     noisy = jnp.stack([LOGITS] * 100) + sj.gumbel(KEY, (100, 4))
@@ -236,6 +254,10 @@ def test_relaxed_density_of_own_samples():
     assert (out > 0).all()
     one = sj.relaxed_log_density(jnp.array([1.0, -INF]), jnp.array([0.0, NAN]), temperature=0.5)
     assert one == 0
+    _, drawn = sj.gumbel_softmax(
+        KEY, jnp.stack([LOGITS] * 100), temperature=0.01, return_log=True
+    )
+    assert_close(drawn, log_y, rtol=1e-13)
     narrow = sj.relaxed_log_density(LOGITS.astype("bfloat16"), log_y[0], temperature=0.5)
     assert narrow.dtype == jnp.float32
 
@@ -247,9 +269,10 @@ def test_wrong_arguments():
         (TypeError, "`axis` must be one int", lambda: sj.reinmax(KEY, z, axis=None)),
         (ValueError, "`temperature` must be", lambda: sj.reinmax(KEY, z, temperature=-1.0)),
         (ValueError, "`temperature` of", lambda: sj.gumbel_softmax(KEY, z, temperature=z)),
+        (TypeError, "`return_log` must be", lambda: sj.gumbel_softmax(KEY, z, return_log=1)),
         (
             ValueError,
-            "`num_samples` must be in",
+            "`num_samples` must be at least 1",
             lambda: sj.rao_blackwell_gumbel_softmax(KEY, z, num_samples=0),
         ),
         (

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from softjax import _elementary, _float
+from softjax._slices import AlongAxes
 from tests.helpers import assert_close, eps, ulp_error
 
 Fraction = fractions.Fraction
@@ -63,7 +64,7 @@ def test_long_sum_does_not_lose_digits_with_length(n, dtype):
         values = values.astype(dtype)
         exact = float(np.sum(values.astype(np.longdouble)))
         for axis, shaped in [(0, values), (1, values[None]), (0, values[:, None])]:
-            actual = _float.long_sum(jnp.asarray(shaped), (axis,))
+            actual = AlongAxes((axis,)).sum(jnp.asarray(shaped))
             assert actual.shape == tuple(
                 1 if i == axis else s for i, s in enumerate(shaped.shape)
             )
@@ -73,7 +74,7 @@ def test_long_sum_does_not_lose_digits_with_length(n, dtype):
 
 def test_long_sum_over_several_axes():
     x = np.random.default_rng(1).standard_normal((3, 300, 5, 700))
-    actual = _float.long_sum(jnp.asarray(x), (1, 3))
+    actual = AlongAxes((1, 3)).sum(jnp.asarray(x))
     assert_close(actual, x.sum((1, 3), keepdims=True), rtol=0, atol=1e-11)
 
 

@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 import softjax as sj
-from tests.helpers import DTYPES, INF, assert_close, assert_same, draw, eps
+from tests.helpers import DTYPES, INF, NAN, assert_close, assert_same, draw, eps
 
 LOGITS = jnp.array([0.5, -1.0, 2.0])
 PROBS = np.asarray(jax.nn.softmax(LOGITS))
@@ -114,6 +114,41 @@ def test_score_function_of_values_that_move():
     values = jnp.asarray(draw(1, (2, 3, 4))[0])
     assert sj.score_function(values, values, axis=-1).shape == (2, 3)
     assert sj.score_function(values, values, values, axis=1).shape == (2, 4)
+
+
+def test_an_impossible_sample_counts_as_any_other():
+    values = jnp.array([2.0, 1.0], jnp.float32)
+    log_probs = jnp.array([-INF, -0.3], jnp.float32)
+    with jax.debug_nans(True):
+        value, grad = jax.value_and_grad(lambda p: sj.score_function(values, p))(log_probs)
+        assert_close(value, 1.5, rtol=0)
+        assert_close(grad, [0.5, -0.5], rtol=0)
+        second = jax.hessian(lambda p: sj.score_function(values, p))(log_probs)
+    assert_close(second, np.diag([0.5, -0.5]), rtol=0)
+    assert jnp.isnan(sj.score_function(values, jnp.array([NAN, 0.0], jnp.float32)))
+
+
+def test_values_at_the_ends_of_the_range_have_their_mean():
+    log_probs = jnp.array([-1.0, -2.0, -3.0], jnp.float32)
+
+    def both(*values, baseline=None):
+        values = jnp.array(values, jnp.float32)
+        fn = lambda p: sj.score_function(values, p, baseline)
+        return jax.value_and_grad(fn)(log_probs[: len(values)])
+
+    value, grad = both(3e38, 3e38)
+    assert_close(value, 3e38, rtol=1e-7)
+    assert_close(grad, [0, 0], rtol=0)
+    value, grad = both(3e38, 3e38, baseline=jnp.array([3e38, 0.0], jnp.float32))
+    assert_close(value, 3e38, rtol=1e-7)
+    assert_close(grad, [0, 1.5e38], rtol=1e-6)
+    assert_close(both(2e-38, 2e-38)[0], 2e-38, rtol=1e-6)
+    # What the others hold is not lost beside one's own value.
+    assert_close(both(1e30, 4.0, 2.0)[0], 1e30 / 3, rtol=1e-6)
+    value, grad = both(INF, 1.0, 2.0)
+    assert value == INF
+    assert grad.tolist() == [INF, -INF, -INF]
+    assert both(2.0, 1.0, baseline=jnp.array([INF, 0.0]))[0] == 1.5
 
 
 def test_reverse_gradient():

@@ -1,5 +1,7 @@
 """What is wrong is refused at once, by an error that names the argument."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,6 +225,283 @@ def test_python_and_numpy_scalars_and_arrays_are_taken():
         assert_same(sj.softmax(Z, temperature=temperature), sj.softmax(Z, temperature=2.0))
 
 
+def test_a_call_costs_few_steps():
+    """Outside of `jit`, every call checks its arguments: Python functions are counted."""
+    z, labels, steps = jnp.zeros((2, 3)), jnp.array([0, 1]), []
+
+    def count(frame, event, arg):
+        if event == "call":
+            steps.append(frame.f_code.co_name)
+
+    for call, limit in (
+        (lambda: sj.softmax(z), 6),
+        (lambda: sj.softmax(z, axis=-1, temperature=0.5), 9),
+        (lambda: sj.cross_entropy(z, labels, ignore_index=-1, label_smoothing=0.1), 16),
+    ):
+        call()
+        steps.clear()
+        sys.setprofile(count)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+        assert "call" in steps
+        assert len(steps) <= limit, steps
+
+
 def test_errors_come_while_tracing():
     with pytest.raises(ValueError, match="where"):
         jax.eval_shape(lambda z: sj.softmax(z, where=jnp.ones(3, bool)), Z)
+
+
+# Integers that are wider than JAX's.
+
+WIDE = 2**40
+F, W = np.ones((2, 3), "float32"), np.ones((4, 3), "float32")
+Q = np.ones((2, 1, 3), "float32")
+WIDE_LABELS = np.array([1, WIDE])
+PAGES, TABLE = Q[None], np.array([[0]])
+
+# Every kind of integer argument, each as a call that is given one number that is too large.
+TOO_WIDE = {
+    "labels of cross_entropy": ("labels", lambda: sj.cross_entropy(F, WIDE_LABELS)),
+    "labels of log_prob": ("labels", lambda: sj.log_prob(F, WIDE_LABELS)),
+    "labels of sparsemax_loss": ("labels", lambda: sj.sparsemax_loss(F, WIDE_LABELS)),
+    "labels of check_labels": ("labels", lambda: sj.check_labels(WIDE_LABELS, 3)),
+    "labels of mean_loss": ("labels", lambda: sj.mean_loss(F[:, 0], WIDE_LABELS)),
+    "labels of a layer": ("labels", lambda: sj.linear_cross_entropy(F, W, WIDE_LABELS)),
+    "negative labels": ("labels", lambda: sj.cross_entropy(F, np.array([1, -WIDE]))),
+    "unsigned labels": ("labels", lambda: sj.cross_entropy(F, WIDE_LABELS.astype("uint64"))),
+    "one label": ("labels", lambda: sj.cross_entropy(F[0], np.int64(WIDE))),
+    "one label of Python": ("labels", lambda: sj.cross_entropy(F[0], WIDE)),
+    "actions": ("actions", lambda: sj.policy_log_prob(F, WIDE_LABELS)),
+    "indices": ("indices", lambda: sj.ranking_log_prob(F[0], WIDE_LABELS)),
+    "ids": ("segment_ids", lambda: sj.segment_softmax(F[:, 0], WIDE_LABELS, num_segments=2)),
+    "tokens": ("tokens", lambda: sj.repetition_penalty(F[0], WIDE_LABELS, 1.2)),
+    "k": ("k", lambda: sj.top_k_filter(F, np.array([[1], [WIDE]]))),
+    "logits": ("logits", lambda: sj.softmax(WIDE_LABELS)),
+    "positions": ("positions", lambda: sj.attention(Q, Q, Q, positions=WIDE_LABELS)),
+    "two positions": (
+        "positions",
+        lambda: sj.attention(Q, Q, Q, positions=(None, WIDE_LABELS)),
+    ),
+    "a mask": ("mask", lambda: sj.attention(Q, Q, Q, mask=sj.masks.Segments(WIDE_LABELS))),
+    "a mask alone": ("Segments", lambda: sj.masks.Segments(WIDE_LABELS).array(2)),
+    "lengths": (
+        "lengths",
+        lambda: sj.paged_attention(PAGES, PAGES, PAGES, TABLE, np.array([WIDE])),
+    ),
+    "ignore_index": (
+        "ignore_index",
+        lambda: sj.cross_entropy(F, np.array([0, 1]), ignore_index=np.iinfo(np.int64).min),
+    ),
+}
+
+
+@pytest.mark.parametrize("title", TOO_WIDE)
+def test_integers_that_jax_cannot_hold(title):
+    name, call = TOO_WIDE[title]
+    with jax.enable_x64(False), pytest.raises(ValueError, match=f"`{name}"):
+        call()
+
+
+def test_integers_that_jax_can_hold_although_their_dtype_is_wide():
+    with jax.enable_x64(False):
+        labels = np.array([1, 2**31 - 1])
+        losses = sj.cross_entropy(F, labels)
+        assert jnp.isfinite(losses[0])
+        assert jnp.isnan(losses[1])
+        losses = sj.cross_entropy(F, labels, ignore_index=np.int64(2**31 - 1))
+        assert losses[1] == 0
+    assert jnp.isnan(sj.cross_entropy(F, WIDE_LABELS)[1])
+
+
+def test_large_python_integers_are_numbers():
+    with jax.enable_x64(False):
+        for big in (WIDE, np.int64(WIDE), 10**30):
+            assert_same(sj.softmax(F, temperature=big), sj.softmax(F, temperature=float(big)))
+            assert_same(sj.top_k_filter(F, big), jnp.asarray(F))
+
+
+def test_arrays_of_no_numbers():
+    for array in (np.array([1, None]), np.array(["a", "b"]), np.array([1, 2], object)):
+        with pytest.raises(TypeError, match=f"`logits` must hold numbers, got {array.dtype}"):
+            sj.softmax(array)
+    with pytest.raises(TypeError, match="`logits` must be an array or a number, got set"):
+        sj.softmax({1, 2})
+
+
+# Integers where an int is wanted.
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.asarray, jnp.asarray, jnp.int16])
+def test_integers_of_any_kind_are_ints(kind):
+    key, labels, flat = jax.random.key(0), np.array([0, 1]), F[:, 0]
+    calls = {
+        "axis": lambda n: sj.softmax(F, axis=n(1)),
+        "axes": lambda n: sj.softmax(F, axis=(n(0), n(1))),
+        "num_segments": lambda n: sj.segment_softmax(flat, labels, num_segments=n(4)),
+        "k": lambda n: sj.sample_without_replacement(key, F, n(2))[1],
+        "num_samples": lambda n: sj.rao_blackwell_gumbel_softmax(key, F, num_samples=n(2)),
+        "samples": lambda n: sj.sampled_cross_entropy(key, F, W, labels, num_samples=n(2)),
+        "block_size": lambda n: sj.linear_cross_entropy(F, W, labels, block_size=n(2)),
+        "blocks": lambda n: sj.attention(Q, Q, Q, block_size=(n(1), n(2))),
+        "block": lambda n: sj.attention(Q, Q, Q, block_size=n(1)),
+        "num_splits": lambda n: sj.paged_attention(
+            PAGES, PAGES, PAGES, TABLE, np.array([1]), num_splits=n(1)
+        ),
+        "num_heads": lambda n: sj.alibi_slopes(n(8)),
+        "num_classes": lambda n: sj.check_labels(labels, n(3)),
+        "ignore_index": lambda n: sj.cross_entropy(F, labels, ignore_index=n(1)),
+        "ignored": lambda n: sj.mean_loss(flat, labels, ignore_index=n(1)),
+        "shape": lambda n: sj.gumbel(key, (n(3),)),
+        "one size": lambda n: sj.sample(key, F, shape=n(3)),
+    }
+    for call in calls.values():
+        assert_same(call(kind), call(int))
+
+
+def test_shapes():
+    key = jax.random.key(0)
+    for shape in (3, [3], (np.int64(3),), jnp.array(3)):
+        assert_same(sj.gumbel(key, shape), sj.gumbel(key, (3,)))
+        assert sj.sample(key, F, shape=shape).shape == (3, 2)
+
+
+def test_flags_of_any_kind_are_flags():
+    for flag in (np.bool_(True), jnp.array(True), np.array(True)):
+        assert sj.logsumexp(Z, keepdims=flag).shape == (1, 1)
+
+
+def test_no_integers_where_an_int_is_wanted():
+    for value, got in [(jnp.ones(2, int), "ArrayImpl"), (np.ones(2), "ndarray"), ({1}, "set")]:
+        with pytest.raises(TypeError, match=f"`axis` must be an int, .* got {got}"):
+            sj.softmax(Z, axis=value)
+    for value in (2.0, np.float32(2), True, "2"):
+        with pytest.raises((TypeError, ValueError), match="`block_size` must be"):
+            sj.linear_cross_entropy(F, W, np.array([0, 1]), block_size=value)
+        with pytest.raises((TypeError, ValueError), match="`ignore_index` must be an int"):
+            sj.cross_entropy(F, np.array([0, 1]), ignore_index=value)
+    with pytest.raises(TypeError, match="`k` must be known while tracing"):
+        jax.jit(lambda k: sj.weighted_subset(jax.random.key(0), Z, k))(2)
+
+
+def test_a_dropout_key_that_is_none():
+    for key in (0, jnp.ones(2), jnp.zeros((3, 2))):
+        with pytest.raises(TypeError, match="`dropout_key` must be a key of"):
+            sj.attention(Q, Q, Q, dropout_rate=0.5, dropout_key=key)
+    keys = jax.random.split(jax.random.key(0))
+    with pytest.raises(ValueError, match="`dropout_key` must be one key"):
+        sj.attention(Q, Q, Q, dropout_rate=0.5, dropout_key=keys)
+
+
+# Objects that stand for arrays.
+
+
+class Wrapped:
+    """The least that JAX takes as an array."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __jax_array__(self):
+        return jnp.asarray(self.array)
+
+
+def wrappers():
+    import equinox as eqx
+    from flax import nnx
+
+    class Parameter(eqx.Module):
+        raw: jax.Array
+
+        def __jax_array__(self):
+            return self.raw
+
+    return {
+        "object": Wrapped,
+        "nnx.Param": nnx.Param,
+        "nnx.Variable": nnx.Variable,
+        "equinox": Parameter,
+    }
+
+
+@pytest.mark.parametrize("title", ["object", "nnx.Param", "nnx.Variable", "equinox"])
+def test_objects_that_stand_for_arrays(title):
+    wrap = wrappers()[title]
+    labels, one = jnp.array([0, 1]), jnp.array(1)
+    f, w, q = (jnp.asarray(x) for x in (F, W, Q))
+    calls = {
+        "logits": lambda p: sj.softmax(p(f)),
+        "temperature": lambda p: sj.log_softmax(f, temperature=p(jnp.ones((2, 1)))),
+        "where": lambda p: sj.softmax(f, where=p(f > 0)),
+        "loss": lambda p: sj.cross_entropy(p(f), p(labels), ignore_index=p(one)),
+        "layer": lambda p: sj.linear_cross_entropy(p(f), p(w), labels, bias=p(jnp.ones(4))),
+        "tails": lambda p: sj.adaptive_log_softmax(f, w, [(p(w[:2]), p(w[:3, :2]))], labels),
+        "attention": lambda p: sj.attention(p(q), q, q, sink=p(jnp.ones(1)), scale=p(one)),
+        "mask": lambda p: sj.attention(q, q, q, mask=p(jnp.array([[True, False]]))),
+        "masks": lambda p: sj.attention(q, q, q, mask=sj.masks.Segments(p(labels))),
+        "mask alone": lambda p: sj.masks.Segments(p(labels)).array(2),
+        "qk_norm": lambda p: sj.qk_norm(q, q, query_scale=p(jnp.ones(3))),
+        "labels": lambda p: sj.check_labels(p(labels), 3),
+        "static": lambda p: sj.softmax(f, axis=p(one)),
+    }
+    for name, call in calls.items():
+        assert_same(call(wrap), call(lambda x: x))
+        if name != "static":
+            jitted = (jax.jit(lambda p=p, call=call: call(p)) for p in (wrap, lambda x: x))
+            assert_same(*(call() for call in jitted))
+
+
+@pytest.mark.parametrize("title", ["nnx.Param", "nnx.Variable", "equinox"])
+def test_gradients_of_objects_that_stand_for_arrays(title):
+    """They are pytrees, so that JAX differentiates with respect to them."""
+    wrap, x = wrappers()[title], jnp.cos(jnp.arange(6.0) ** 2).reshape(2, 3)
+    labels, q = jnp.array([0, 1]), x[:, None]
+    for loss, z in (
+        (lambda z: sj.cross_entropy(z, labels).sum(), x),
+        (lambda z: sj.linear_cross_entropy(x, z, labels), x + 1),
+        (lambda z: sj.attention(q, q, q, sink=z).sum(), jnp.ones(1)),
+        (lambda z: sj.qk_norm(q, q, query_scale=z)[0].sum(), jnp.ones(3)),
+    ):
+        (got,) = jax.tree.leaves(jax.jit(jax.grad(loss))(wrap(z)))
+        assert_close(got, jax.grad(loss)(z), rtol=1e-12)
+        assert jnp.abs(got).max() > 1e-3
+
+
+# Floats and integers of fewer than 16 and 8 bits.
+
+NARROW = ["float8_e4m3fn", "float8_e5m2", "float8_e4m3b11fnuz", "float8_e4m3fnuz"]
+NARROW += ["float8_e5m2fnuz", "float8_e3m4", "float8_e4m3", "float4_e2m1fn"]
+
+
+@pytest.mark.parametrize(
+    "dtype", [*NARROW[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NARROW[2:])]
+)
+def test_narrow_floats_give_float32(dtype):
+    """Dropped entries are -inf there, which most of these dtypes lack."""
+    narrow = jnp.asarray(np.array([[0.5, 1.0, -2.0], [3.0, 1.5, 1.0]], "float32"), dtype)
+    wide, keep = narrow.astype("float32"), jnp.array([True, True, False])
+    for fn in (
+        lambda z: sj.softmax(z, where=keep),
+        lambda z: sj.log_softmax(z, where=keep),
+        lambda z: sj.top_k_filter(z, 1),
+        lambda z: sj.bellman_target(z[0], z[0], z[0]),
+        lambda z: sj.attention(z[:, None], z[:, None], z[:, None]),
+        lambda z: sj.linear_cross_entropy(z, z, jnp.array([0, 1])),
+    ):
+        out = fn(narrow)
+        assert out.dtype == jnp.float32
+        assert_same(out, fn(wide))
+    grad = jax.grad(lambda z: sj.log_softmax(z)[0, 0])(narrow)
+    assert grad.dtype == narrow.dtype
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int2", "uint2"])
+def test_narrow_integers_are_integers(dtype):
+    labels = jnp.array([0, 1], dtype)
+    assert_same(sj.softmax(labels), sj.softmax(labels.astype("float64")))
+    expected = sj.cross_entropy(F, labels.astype("int32"), ignore_index=1)
+    assert_same(sj.cross_entropy(F, labels, ignore_index=1), expected)
+    with pytest.raises(ValueError, match=f"`ignore_index` must be .* {dtype}"):
+        sj.cross_entropy(F, labels, ignore_index=99)

@@ -726,15 +726,22 @@ def test_ignored_rows_are_zero_whatever_they_hold(index, options):
 
 
 def test_an_ignore_index_that_the_labels_cannot_hold():
-    """It names no label, and does not wrap around to one."""
-    labels = jnp.array([0, 1], "int32")
-    for index in (2**40, -(2**63), 2**32, 2**32 + 1):
-        loss = sj.cross_entropy(jnp.zeros((2, 3)), labels, ignore_index=index)
-        assert (loss > 1).all()
-        assert sj.mean_loss(loss, labels, ignore_index=index) > 1
-    for dtype in ("uint8", "uint32", "int8"):
-        loss = sj.cross_entropy(jnp.zeros((2, 3)), labels.astype(dtype), ignore_index=-100)
-        assert (loss > 1).all()
+    """It is refused, because no label can equal it."""
+    for dtype, indices in {
+        "int32": (2**40, -(2**63), 2**32, 2**32 + 1),
+        "int8": (200, -129),
+        "uint8": (-100, 256),
+        "uint32": (-100,),
+    }.items():
+        labels = jnp.array([0, 1], dtype)
+        for index in indices:
+            match = f"`ignore_index` must be .* {dtype}, got {index}"
+            with pytest.raises(ValueError, match=match):
+                sj.cross_entropy(jnp.zeros((2, 3)), labels, ignore_index=index)
+            with pytest.raises(ValueError, match="`ignore_index` must be"):
+                sj.mean_loss(jnp.ones(2), labels, ignore_index=index)
+    loss = sj.cross_entropy(jnp.zeros((2, 3)), jnp.array([0, 1], "int8"), ignore_index=-100)
+    assert (loss > 1).all()
 
 
 @pytest.mark.slow

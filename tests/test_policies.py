@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 import softjax as sj
 from tests import oracles
@@ -403,7 +404,268 @@ def test_losses_are_wide_and_broadcast(dtype):
     assert_close(got, wanted, rtol=1e-6, atol=1e-6)
 
 
+RATIOS = [
+    # log_prob is about 0, so that the ratio is exp(-old); the other action has e^-gap.
+    (20.0, -87.5, -10.0, 0.2),
+    (20.0, -87.5, 10.0, INF),
+    (60.0, -120.0, -3.0, 0.2),
+    (60.0, -120.0, 3.0, INF),
+    (20.0, -30.0, -1e30, 0.2),
+    (1.0, -3.0, -1e-30, 0.2),
+]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("gap", "old", "advantage", "clip"), RATIOS)
+def test_a_ratio_that_overflows_has_its_gradient(dtype, gap, old, advantage, clip):
+    """d loss / dz = -A r (1 - pi_a) [1, -1], in which only r leaves the range of float32."""
+    logits = jnp.array([gap, 0.0], dtype)
+    loss = lambda z: sj.clipped_surrogate_loss(z, jnp.array(0), old, advantage, clip=clip)
+    value, grad = jax.value_and_grad(loss)(logits)
+    own = -np.log1p(np.exp(-gap))
+    exact = -advantage * np.exp(own - old) / (1 + np.exp(gap))
+    limits = jnp.finfo(dtype)
+    if float(limits.tiny) < abs(exact) < float(limits.max):
+        # The logarithm of the ratio errs by about 100 ulp.
+        assert_close(grad, [exact, -exact], rtol=float(limits.eps) + 2e-5)
+    assert jnp.isfinite(value)
+    highest = float(jnp.finfo("float32").max)
+    assert_close(
+        value,
+        np.clip(-advantage * np.exp(own - old), -highest / np.e, highest / np.e),
+        rtol=2e-5,
+    )
+
+
+@pytest.mark.parametrize("clip", [0.2, INF])
+def test_one_bad_step_spoils_no_gradient(clip):
+    """Whatever one step's numbers are, a network's gradient is made of finite numbers."""
+    inputs = jnp.array([[0.0, 1.0], [1.0, 0.0]], jnp.float32)
+    for advantage, old in itertools.product(
+        (-10.0, 10.0, -3e38, INF, -INF), (-200.0, -1e30, -INF)
+    ):
+        olds, advantages = (jnp.array([x, 1.0], jnp.float32) for x in (old, advantage))
+
+        def loss(weights, olds, advantages):
+            actions = jnp.array([0, 1])
+            return jnp.mean(
+                sj.clipped_surrogate_loss(
+                    inputs @ weights, actions, olds, advantages, clip=clip
+                )
+            )
+
+        weights = jnp.array([[0.3, -0.2], [1.0, 0.5]], jnp.float32)
+        value, grads = jax.value_and_grad(loss, (0, 1, 2))(weights, olds, advantages)
+        for leaf in (value, *grads):
+            assert jnp.isfinite(leaf).all(), (advantage, old)
+
+
+def test_losses_at_the_temperature_of_the_policy():
+    """Acting and learning at T: the ratio is 1, and the gradient the same as of z / T at 1."""
+    logits, actions = jnp.asarray(draw(11, (6, 4))[0]), jnp.array([0, 1, 2, 3, 0, 1])
+    advantages = jnp.array([1.0, -1.0, 0.5, 2.0, -0.5, 1.5])
+
+    def check(temperature):
+        options = {"temperature": temperature}
+        old = sj.policy_log_prob(logits, actions, **options)
+        surrogate = lambda z: sj.clipped_surrogate_loss(z, actions, old, advantages, **options)
+        plain = lambda z: sj.policy_gradient_loss(z, actions, advantages, **options)
+        by_hand = lambda z: sj.policy_gradient_loss(z / temperature, actions, advantages)
+        assert_close(surrogate(logits), -advantages, rtol=1e-14)
+        first, second, wanted = (
+            jax.grad(lambda z, f=f: jnp.sum(f(z)))(logits) for f in (surrogate, plain, by_hand)
+        )
+        assert_close(first, wanted, rtol=1e-12, atol=1e-14)
+        assert_close(second, wanted, rtol=1e-12, atol=1e-14)
+
+    for temperature in (0.5, jnp.linspace(0.3, 2.0, 6)[:, None], INF):
+        check(temperature)
+    values = jnp.asarray(draw(12, (6, 4))[0])
+    got = sj.actor_critic_value(values, logits, temperature=0.3, policy_temperature=0.5)
+    assert_close(got, sj.actor_critic_value(values, logits / 0.5, temperature=0.3), rtol=1e-13)
+
+
+def test_losses_of_a_greedy_policy():
+    logits, actions = jnp.array([[0.0, 2.0, 2.0]] * 2), jnp.array([1, 0])
+    advantages = jnp.array([2.0, 2.0])
+    call = lambda z, t: sj.policy_gradient_loss(z, actions, advantages, temperature=t)
+    assert_close(call(logits, 0.0), [2 * math.log(2), INF], rtol=1e-15)
+    old = jnp.log(jnp.array([0.5, 0.25]))
+    clipped = lambda z, t: sj.clipped_surrogate_loss(z, actions, old, advantages, temperature=t)
+    assert_close(clipped(logits, 0.0), [-2.0, 0.0], rtol=1e-15)
+    with jax.debug_nans(True):
+        for loss in (call, clipped):
+            for grad in jax.grad(lambda *a, f=loss: jnp.sum(f(*a)[:1]), (0, 1))(logits, 0.0):
+                assert (grad == 0).all()
+
+
+@pytest.mark.slow
+def test_second_derivatives_of_the_ratio():
+    options = {"clip": 0.5, "entropy_cost": 0.1}
+    fn = lambda z, old, a, t: sj.clipped_surrogate_loss(
+        z, jnp.array([0, 2]), old, a, temperature=t, **options
+    )
+    logits = jnp.array([[0.3, -0.4, 0.1, -INF], [0.2, 0.9, -0.3, 0.1]])
+    old = sj.policy_log_prob(logits, jnp.array([0, 2]), temperature=0.7) - 0.1
+    finite = lambda z, *rest: fn(jnp.where(logits == -INF, -INF, z), *rest)
+    args = (jnp.where(logits == -INF, 0, logits), old, jnp.array([1.5, -0.7]), jnp.asarray(0.7))
+    check_grads(finite, args, order=2, modes=["fwd", "rev"], atol=1e-6, rtol=1e-6)
+
+
+# Steps that are left out.
+
+STEPS = jnp.array([[True, True, False], [False, False, False], [True, True, True]])
+LEFT_OUT = {
+    "policy_gradient_loss": (
+        lambda z, b, t, c, a: sj.policy_gradient_loss(
+            z, a, b, temperature=t, entropy_cost=c, where=STEPS
+        ),
+        (2, 1, 0, 1),
+    ),
+    "clipped_surrogate_loss": (
+        lambda z, old, b, d, t, c, a: sj.clipped_surrogate_loss(
+            z, a, old, b, clip=d, temperature=t, entropy_cost=c, where=STEPS
+        ),
+        (2, 1, 1, 1, 0, 1),
+    ),
+    "actor_critic_value": (
+        lambda q, z, t, u, a: sj.actor_critic_value(
+            q, z, temperature=t, policy_temperature=u, where=STEPS
+        ),
+        (2, 2, 0, 0),
+    ),
+    "expected_value": (
+        lambda q, t, e, a: sj.expected_value(q, temperature=t, epsilon=e, where=STEPS),
+        (2, 0, 0),
+    ),
+    "soft_value": (
+        lambda q, t, a: _finite(sj.soft_value(q, temperature=t, where=STEPS)),
+        (2, 0),
+    ),
+    "policy_entropy": (
+        lambda q, t, e, a: sj.policy_entropy(q, temperature=t, epsilon=e, where=STEPS),
+        (2, 0, 0),
+    ),
+    "policy_probs": (
+        lambda q, t, e, a: sj.policy_probs(q, temperature=t, epsilon=e, where=STEPS),
+        (2, 0, 0),
+    ),
+    "visit_count_temperature": (
+        lambda q, n, a: sj.visit_count_temperature(q, n, where=STEPS),
+        (2, 0),
+    ),
+    "target_entropy_temperature": (
+        lambda q, h, a: sj.target_entropy_temperature(q, h, where=STEPS),
+        (2, 0),
+    ),
+    "mellowmax_temperature": (
+        lambda q, o, a: sj.mellowmax_temperature(q, omega=o, where=STEPS),
+        (2, 0),
+    ),
+}
+PLAIN = (
+    np.array([[0.5], [0.4], [0.3]]),
+    np.array([0.5, 0.4, 0.3]),
+    np.array([[0.1, 0.5, 0.2], [0.3, 0.2, 0.1], [1.0, 0.0, -1.0]]),
+)
+
+
+def _finite(x):
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_a_step_that_is_left_out_reaches_nothing(name):
+    """Every argument of it is poisoned; the values and all gradients are those without."""
+    call, kinds = LEFT_OUT[name]
+
+    @jax.jit
+    def everything(actions, *args):
+        total = lambda *args: jnp.sum(call(*args, actions))
+        return call(*args, actions), jax.grad(total, tuple(range(len(args))))(*args)
+
+    plain = [jnp.asarray(PLAIN[kind]) for kind in kinds]
+    clean = everything(jnp.array([0, 0, 2]), *plain)
+    assert (np.asarray(clean[0][1]) == 0).all()
+    for bad, unknown in itertools.product((NAN, INF, -INF, 1e300, -1.0), (99, -1)):
+        poisoned = [x.at[1].set(bad) for x in plain]
+        values, grads = everything(jnp.array([0, unknown, 2]), *poisoned)
+        assert_same(values, clean[0])
+        assert_same(grads, clean[1])
+        for grad in grads:
+            assert (grad[1] == 0).all()
+
+
+def test_a_mask_of_steps_alone():
+    logits, actions = jnp.array([[0.0, 1.0], [NAN, 0.0]]), jnp.array([1, 7])
+    steps = jnp.array([True, False])
+    call = lambda z: sj.policy_gradient_loss(z, actions, 1.0, where=steps[:, None])
+    assert_close(call(logits), [math.log1p(math.exp(-1)), 0.0], rtol=1e-14)
+    mean = lambda z: sj.mean_loss(call(z), example_weights=steps)
+    assert_close(mean(logits), math.log1p(math.exp(-1)), rtol=1e-14)
+    assert jnp.isfinite(jax.grad(mean)(logits)).all()
+
+
+# Ties.
+
+
+@pytest.mark.parametrize("axis", [0, 1, (0, 1), None])
+def test_the_first_of_ties(axis):
+    values = jnp.array([[1.0, 3.0, 3.0, -INF], [3.0, 3.0, 0.0, 2.0], [-INF, 0.0, 3.0, 3.0]])
+    options = {"temperature": 0.0, "ties": "first", "axis": axis}
+    probs = np.asarray(sj.policy_probs(values, **options))
+    flat = np.asarray(values)
+    if axis in (0, 1):
+        expected = np.zeros_like(flat)
+        places = np.expand_dims(flat.argmax(axis), axis)
+        np.put_along_axis(expected, places, 1, axis)
+    else:
+        expected = (np.arange(flat.size) == flat.argmax()).reshape(flat.shape).astype(float)
+    np.testing.assert_array_equal(probs, expected)
+    assert not np.asarray(sj.policy_entropy(values, **options)).any()
+    explored = np.asarray(sj.policy_probs(values, epsilon=0.3, **options))
+    legal = flat != -INF
+    uniform = legal / legal.sum(axis if axis in (0, 1) else None, keepdims=True)
+    assert_close(explored, 0.7 * expected + 0.3 * uniform, rtol=1e-14)
+
+
+def test_the_same_row_gives_the_same_action_with_any_key():
+    rows = np.random.default_rng(0).integers(0, 3, (200, 7)).astype("float32")
+    rows[0], rows[1, 0], rows[2, 3] = -INF, NAN, INF
+    rows[2, 5] = INF
+    rows = jnp.asarray(rows, jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(0), 5)
+    draw = lambda key: sj.select_action(key, rows, temperature=0.0, ties="first")
+    actions, log_probs = jax.vmap(draw)(keys)
+    expected = np.where(np.arange(200) < 2, -1, np.argmax(np.asarray(rows, float), -1))
+    np.testing.assert_array_equal(actions, np.broadcast_to(expected, (5, 200)))
+    assert (log_probs[:, 2:] == 0).all()
+    again = sj.policy_log_prob(rows[2:], actions[0, 2:], temperature=0.0, ties="first")
+    assert_same(again, log_probs[0, 2:])
+    shared = jax.vmap(lambda key: sj.select_action(key, rows, temperature=0.0)[0])(keys)
+    assert (shared != shared[:1]).any()
+    # At other temperatures, per slice, ties make no difference.
+    options = {"temperature": jnp.where(jnp.arange(200) % 2, 0.5, 0.0)[:, None]}
+    warm = sj.policy_probs(rows, ties="first", **options)[3::2]
+    assert_same(warm, sj.policy_probs(rows, **options)[3::2])
+
+
 # Values.
+
+
+def test_means_of_values_at_the_ends_of_the_range():
+    """The distance of two values overflows, and their mean does not."""
+    values = jnp.array([3e38, -3e38, -3e38], jnp.float32)
+    for got in (
+        sj.expected_value(values, temperature=INF),
+        sj.actor_critic_value(values, jnp.zeros(3, jnp.float32), temperature=0.0),
+    ):
+        assert_close(got, -1e38, rtol=1e-6)
+    tiny = jnp.array([3e-36, 1.5e-36], jnp.float32)
+    assert_close(sj.expected_value(tiny, temperature=INF), 2.25e-36, rtol=1e-6)
+    infinite = jnp.array([[INF, 1.0], [-INF, -INF], [-INF, 1.0]])
+    got = sj.actor_critic_value(infinite, jnp.zeros((3, 2)), temperature=0.0)
+    assert got.tolist() == [INF, -INF, -INF]
 
 
 def test_soft_value_is_the_best_there_is():
@@ -728,6 +990,22 @@ def test_in_a_scan_with_remat():
             "`clip` must be in",
         ),
         (lambda v: sj.soft_value(v, where=jnp.ones(3)), TypeError, "`where` must be bool"),
+        (lambda v: sj.policy_probs(v, ties="last"), ValueError, "`ties` must be one of"),
+        (
+            lambda v: sj.policy_gradient_loss(v, jnp.zeros(2, int), 1.0, temperature=-1.0),
+            ValueError,
+            "`temperature` must be in",
+        ),
+        (
+            lambda v: sj.policy_gradient_loss(v, jnp.zeros(2, int), 1.0, temperature=v),
+            ValueError,
+            "`temperature` of shape",
+        ),
+        (
+            lambda v: sj.actor_critic_value(v, v, policy_temperature=v),
+            ValueError,
+            "`temperature` of shape",
+        ),
         (lambda v: sj.target_entropy_temperature(v, -1.0), ValueError, "`target` must be in"),
         (
             lambda v: sj.mellowmax_temperature(v, omega=jnp.ones((1, 3))),

@@ -5,6 +5,7 @@ import doctest
 import graphlib
 import inspect
 import pathlib
+import pydoc
 import re
 import sys
 
@@ -20,8 +21,8 @@ PACKAGE = ROOT / "softjax"
 
 # A module imports only from those before it.
 ORDER = [
-    *("_mesh", "_api", "_inputs", "_autodiff", "_float", "_elementary", "_scores"),
-    *("_slices", "_blocks", "_rootfinding", "_threshold", "_softmax", "_divergence"),
+    *("_mesh", "_inputs", "_api", "_autodiff", "_float", "_elementary", "_scores", "_scan"),
+    *("_cpu", "_slices", "_rootfinding", "_threshold", "_softmax", "_divergence"),
     *("_online", "_uint64", "_random", "_inverse_cdf", "_closures", "_tiles"),
     *("reductions", "dense", "sparse", "top_k", "segments", "scores", "filters", "decoding"),
     *("entropies", "losses", "output_layers", "contrastive", "sampling", "subsets"),
@@ -81,6 +82,24 @@ def test_names_are_sorted_unique_and_there():
         assert hasattr(sj, name), name
     public = {n for n in vars(sj) if not n.startswith("_")}
     assert {n for n in public if callable(getattr(sj, n))} == set(FUNCTIONS)
+
+
+def test_dir_and_help_show_the_public_names():
+    assert dir(sj) == sorted([*FUNCTIONS, "masks"])
+    text = pydoc.plain(pydoc.render_doc(sj))
+    sections = re.split(r"\n(?=[A-Z][A-Z ]*\n)", text)
+    by_title = {s.split("\n")[0]: s for s in sections}
+    shown = re.findall(r"^    (\w+)\(", by_title["FUNCTIONS"], re.MULTILINE)
+    assert sorted(shown) == FUNCTIONS
+    assert "CLASSES" not in by_title
+    assert "DATA" not in by_title
+
+
+def test_the_docstring_of_the_package_tells_the_rooms():
+    rooms = {room(path) for path in modules()} - {"__init__"}
+    told = re.findall(r"^    (\w+) {2,}\S", sj.__doc__, re.MULTILINE)
+    assert sorted(told) == sorted(name for name in rooms if not name.startswith("_"))
+    assert told == [name for name in ORDER if name in told]
 
 
 def test_each_module_lists_what_the_package_exports():

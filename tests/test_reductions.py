@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 import softjax as sj
 from tests import oracles
@@ -66,6 +67,85 @@ def test_weights_are_those_of_scipy():
         assert_close(sj.logsumexp(logits, weights=jnp.array(weights)), expected, rtol=1e-15)
     assert jnp.isnan(sj.logsumexp(logits, weights=jnp.array([1.0, 1.0, -2.0])))
     assert sj.logsumexp(logits, weights=jnp.array([1.0, 0.0, 0.0])) == 1.0
+
+
+SIGNED = [
+    ([INF, 0.0], [-1.0, 1.0]),
+    ([INF, 0.0], [1.0, -2.0]),
+    ([INF, 0.0], [1.0, 1.0]),
+    ([INF, INF], [1.0, -1.0]),
+    ([INF, INF], [2.0, -1.0]),
+    ([INF, INF], [-2.0, -1.0]),
+    ([INF, 0.0], [0.0, 1.0]),
+    ([NAN, 0.0], [0.0, 1.0]),
+    ([INF, NAN], [1.0, 1.0]),
+    ([0.0, NAN], [-1.0, 1.0]),
+    ([-INF, -INF], [1.0, -1.0]),
+    ([0.0, 0.0], [1.0, -1.0]),
+    ([0.0, -20.0], [1.0, 1.0]),
+    ([0.0, -20.0], [-1.0, -1.0]),
+    ([0.0, -20.0], [1.0, -1.0]),
+    ([0.0, 1.0], [0.0, 0.0]),
+    ([5.0, 3.0], [1.0, -2.0]),
+    ([5.0, 3.0], [-1.0, 2.0]),
+    ([0.0, -1e-5], [0.75, -0.25]),
+    ([-40.0, -80.0], [1e-20, -3.0]),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_weights_of_both_signs(dtype):
+    """As in SciPy, infinite logits and zeros too, with the sign and without."""
+    logits, weights = (np.array(column) for column in zip(*SIGNED, strict=True))
+    with np.errstate(all="ignore"):
+        size, sign = scipy.special.logsumexp(logits, 1, b=weights, return_sign=True)
+        plain = scipy.special.logsumexp(logits, 1, b=weights)
+    args = jnp.asarray(logits, dtype), jnp.asarray(weights, dtype)
+    with jax.debug_nans(False):
+        got = sj.logsumexp(args[0], axis=1, weights=args[1], return_sign=True)
+        alone = sj.logsumexp(args[0], axis=1, weights=args[1])
+    assert got[0].dtype == got[1].dtype == alone.dtype == dtype
+    assert_close(got[0], size, rtol=8 * eps(dtype))
+    assert_close(got[1], sign, rtol=0)
+    assert_close(alone, plain, rtol=8 * eps(dtype))
+
+
+def test_signs_of_sums_without_weights():
+    logits = jnp.array([[0.0, 1.0], [-INF, -INF], [INF, 0.0], [NAN, 0.0]], "bfloat16")
+    with jax.debug_nans(False):
+        row, sign = sj.logsumexp(logits, axis=-1, keepdims=True, return_sign=True)
+        assert_same(row, sj.logsumexp(logits, axis=-1, keepdims=True))
+    assert row.dtype == sign.dtype == logits.dtype
+    assert_close(sign, [[1.0], [0.0], [1.0], [NAN]], rtol=0)
+    with pytest.raises(TypeError, match="`return_sign` must be True or False"):
+        sj.logsumexp(logits, return_sign=1)
+
+
+def test_derivatives_of_a_negative_sum():
+    """Those of log |sum|: b e^z / sum, and e^z / sum; no derivative goes through the sign."""
+    logits, weights = jnp.array([1.0, -0.5, 2.0]), jnp.array([0.5, 1.0, -2.0])
+    fn = lambda z, b: sj.logsumexp(z, weights=b, return_sign=True)
+    total = jnp.sum(weights * jnp.exp(logits))
+    assert total < 0
+    for mode in (jax.jacfwd, jax.jacrev):
+        sizes, signs = mode(fn, argnums=(0, 1))(logits, weights)
+        assert_close(sizes[0], weights * jnp.exp(logits) / total, rtol=1e-14)
+        assert_close(sizes[1], jnp.exp(logits) / total, rtol=1e-14)
+        assert all((slope == 0).all() for slope in signs)
+
+
+def test_derivatives_beside_infinite_and_weightless_entries():
+    fn = lambda z, b: sj.logsumexp(z, weights=b)
+    logits, weights = jnp.array([INF, 1.0, INF, NAN]), jnp.array([1.0, 5.0, 3.0, 0.0])
+    with jax.debug_nans(True):
+        in_logits, in_weights = jax.grad(fn, argnums=(0, 1))(logits, weights)
+        assert_close(in_logits, [0.25, 0.0, 0.75, 0.0], rtol=1e-15)
+        assert_close(in_weights, [0.25, 0.0, 0.25, 0.0], rtol=1e-15)
+        logits, weights = jnp.array([INF, 1.0, 0.0]), jnp.array([0.0, 1.0, 1.0])
+        in_logits, in_weights = jax.grad(fn, argnums=(0, 1))(logits, weights)
+        assert_close(in_logits[1:], jax.nn.softmax(jnp.array([1.0, 0.0])), rtol=1e-14)
+        assert jnp.isfinite(in_weights).all()
+        assert in_logits[0] == 0
 
 
 def test_weights_broadcast():

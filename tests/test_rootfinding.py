@@ -58,7 +58,7 @@ def test_largest_threshold_by_weight():
             assert v == max(enough, default=-INF)
 
 
-def test_climb_finds_roots_of_convex_functions():
+def test_newton_finds_roots_of_convex_functions():
     """Each slice its own, and each as if alone: neighbours do not disturb it."""
     target = jnp.array([[0.5], [3.0], [40.0]])
     step = lambda tau: (jnp.exp(-tau) - target, jnp.exp(-tau))
@@ -70,7 +70,7 @@ def test_climb_finds_roots_of_convex_functions():
         assert_same(_rootfinding.newton_from_left(alone, start[i : i + 1]), tau[i : i + 1])
 
 
-def test_climb_gives_up_on_nan_in_its_own_slice_only():
+def test_newton_gives_up_on_nan_in_its_own_slice_only():
     step = lambda tau: (jnp.exp(-tau) - 1, jnp.exp(-tau))
     tau = _rootfinding.newton_from_left(step, jnp.array([[NAN], [-3.0]]))
     assert_close(tau[1:], [[0.0]], rtol=0, atol=1e-15)
@@ -88,7 +88,7 @@ def test_bracketed_newton_where_newton_alone_diverges():
     assert ((tau >= 1) & (tau <= 2)).all()
 
 
-def test_climb_ends_at_the_root_or_after_a_short_step():
+def test_newton_ends_at_the_root_or_after_a_short_step():
     """x^2 = 2 from the left of its larger root, which Newton's steps approach like 1, 2, 4."""
     seen = []
 

@@ -2,11 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 
 import softjax as sj
-from softjax.output_layers.sampled import log_uniform
+from softjax._uint64 import Wide
+from softjax.output_layers.sampled import log_uniform, log_uniform_of_bits
 from tests.helpers import INF, NAN
 
 TOKENS, CLASSES = 3, 40
@@ -27,22 +29,80 @@ def shares(num_classes):
 def test_candidates_are_log_uniform(dtype):
     """Chi-squared is at most 6 standard deviations above its mean."""
     count = 400_000
+    draw_all = jax.jit(log_uniform, static_argnums=(1, 2))
     with jax.enable_x64(dtype == "float64"):
         for num_classes in (1, 2, 7, 100):
-            drawn = np.asarray(log_uniform(jax.random.key(num_classes), count, num_classes))
+            drawn = np.asarray(draw_all(jax.random.key(num_classes), count, num_classes))
             expected = count * shares(num_classes)
             found = np.bincount(drawn, minlength=num_classes)
             assert len(found) == num_classes
             chi = np.sum((found - expected) ** 2 / expected)
             assert chi <= num_classes - 1 + 6 * np.sqrt(2 * num_classes)
         # Rare classes of a large vocabulary, whose neighbours are equally frequent.
-        drawn = np.asarray(log_uniform(jax.random.key(0), count, 10**6))
+        drawn = np.asarray(draw_all(jax.random.key(0), count, 10**6))
         assert drawn.min() == 0
         assert 10**5 * 9 < drawn.max() < 10**6
         rare = drawn[drawn >= 10**5]
         expected = count * shares(10**6)[10**5 :].sum()
         assert abs(len(rare) - expected) <= 6 * np.sqrt(expected)
         assert abs(np.sum(rare % 2) - len(rare) / 2) <= 6 * np.sqrt(len(rare)) / 2
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 7, 10**6, 2**24, 2**26 + 1, 2**31 - 2])
+def test_bits_stand_for_the_class_that_is_defined(num_classes):
+    """c + 1 is the whole part of (n + 1)^u, in arithmetic of 50 digits."""
+    rng = np.random.default_rng(num_classes)
+    numbers = [int(n) for n in rng.integers(0, 2**64, 400, np.uint64)]
+    numbers += [0, 1, 2**63, 2**64 - 1]
+    words = np.array([divmod(n, 2**32) for n in numbers], np.uint32)
+    draw_all = jax.jit(log_uniform_of_bits, static_argnums=1)
+    drawn = draw_all(Wide(*(jnp.asarray(w) for w in words.T)), num_classes)
+    assert drawn.dtype == jnp.int32
+    with mpmath.workdps(50):
+        top = mpmath.log(num_classes + 1)
+        expected = [int(mpmath.exp(top * n / 2**64)) - 1 for n in numbers]
+    assert drawn.tolist() == expected
+
+
+def test_shares_of_octaves_and_parities():
+    """Up to 2^26 classes, where float32 has neither odd numbers nor equal shares."""
+    count, size = 2**22, 2**26
+    with jax.enable_x64(False):
+        drawn = jax.jit(log_uniform, static_argnums=(1, 2))(jax.random.key(5), count, size)
+        drawn = np.asarray(drawn) + 1
+    assert 1 <= drawn.min() < drawn.max() <= size
+    octave = np.frexp(drawn.astype(float))[1] - 1
+    found = np.bincount(octave, minlength=27)
+    edges = np.minimum(2.0 ** np.arange(28), size + 1)
+    expected = count * np.diff(np.log(edges)) / np.log(size + 1)
+    error = np.sqrt(expected * (1 - expected / count)) + 1
+    assert (np.abs(found - expected) <= 5 * error).all()
+    for first in range(20, 26):
+        inside = drawn[octave == first]
+        for bit in (1, 2, 4):  # Parity, and the next digits.
+            odd = np.sum((inside & bit) != 0)
+            assert abs(odd - len(inside) / 2) <= 5 * np.sqrt(len(inside)) / 2
+        # Halves of an octave, and quarters of it: log(5/4), log(6/5), log(7/6), log(8/7).
+        quarter = np.bincount((inside >> (first - 2)) - 4, minlength=4)
+        wanted = len(inside) * np.log2(np.arange(5, 9) / np.arange(4, 8))
+        assert (np.abs(quarter - wanted) <= 5 * np.sqrt(wanted)).all()
+
+
+@pytest.mark.slow
+def test_even_classes_of_a_large_vocabulary_are_drawn():
+    with jax.enable_x64(False):
+        classes = jnp.arange(2**25)
+        kept = ((classes > 2**24) & (classes % 2 == 0)) | (classes == 0)
+        loss = sj.sampled_cross_entropy(
+            jax.random.key(0),
+            jnp.ones((1, 1)),
+            jnp.zeros((2**25, 1)),
+            jnp.array([0]),
+            num_samples=200_000,
+            bias=jnp.where(kept, 0.0, -INF),
+        )
+    # About 4000 candidates are kept.
+    assert abs(loss.item() - np.log(2**23)) < 5 / np.sqrt(4000)
 
 
 @pytest.mark.slow

@@ -268,6 +268,36 @@ def test_limits_of_the_temperature(method, size):
     assert set(mixed[:, 1]) == {1}
 
 
+@pytest.mark.parametrize(("method", "size"), WAYS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_greedy_draws_are_the_first_of_ties(method, size, dtype):
+    """With any key; beside rows that are drawn at random, and where nothing is kept."""
+    rows = [[0, 3, 3, 1], [INF, 0, INF, 0], [2, -1, 2, 2], [0, 0, 0, 0], [NAN, 1, 1, 0]]
+    logits = np.full((6, size), -INF, np.float32)
+    logits[:5, :4] = rows
+    where = np.ones((6, size), bool)
+    where[2, 0] = False
+    heat = jnp.array([[0.0], [1e-39], [0.0], [1.0], [0.0], [0.0]], "float32")
+    call = jax.jit(
+        lambda key: sj.sample(
+            key,
+            jnp.asarray(logits, dtype),
+            where=where,
+            temperature=heat,
+            method=method,
+            ties="first",
+        )
+    )
+    with jax.debug_nans(False):
+        out = np.stack([call(jax.random.key(i)) for i in range(40)])
+    assert (out[:, [0, 1, 2, 4, 5]] == [1, 0, 2, -1, -1]).all()
+    assert set(out[:, 3]) == {0, 1, 2, 3}
+    plain = sj.sample(KEY, jnp.zeros(size), temperature=0.0, method=method, ties="first")
+    assert plain == 0
+    shared = sj.sample(KEY, jnp.zeros(4), shape=(100,), temperature=0.0, method=method)
+    assert set(shared.tolist()) == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_shapes(method):
     logits = jnp.asarray(draw(7, (2, 3, 4), dtype="float32")[0])
@@ -298,6 +328,24 @@ def test_transformations(method, size):
 
 
 @pytest.mark.slow
+def test_classes_beyond_the_integers_of_float32():
+    """Even classes above 2^24 alone, in both ways, and none of their shares is lost."""
+    size, first = 2**24 + 2**15, 2**24 + 2
+    classes = np.arange(size)
+    kept = (classes >= first) & (classes % 2 == 0)
+    logits = jnp.asarray(np.where(kept, 0.0, -INF)[None], jnp.float32)
+    draws = [sj.sample(KEY, logits, shape=(n,)) for n in (2**12, 2**18)]
+    draws = np.concatenate([np.asarray(d)[:, 0] for d in draws])
+    assert kept[draws].all()
+    counts = np.bincount((draws - first) // 2 % 64, minlength=64)
+    shares = np.bincount((classes[kept] - first) // 2 % 64, minlength=64)
+    assert g_test(counts, shares / shares.sum()) > 1e-4
+    logits = logits.at[0, -1].set(1.0)
+    greedy = sj.sample(KEY, logits, temperature=0.0, ties="first")
+    assert greedy.tolist() == [size - 1]
+
+
+@pytest.mark.slow
 def test_without_jit():
     logits = jnp.asarray(draw(8, (2, 4), dtype="float32")[0])
     with jax.disable_jit():
@@ -307,15 +355,20 @@ def test_without_jit():
 
 def test_wrong_arguments():
     z = jnp.zeros((2, 3))
+    many_classes = lambda n: jax.eval_shape(
+        lambda z: sj.sample(KEY, z), jax.ShapeDtypeStruct((n,), jnp.float32)
+    )
     for error, match, call in [
         (TypeError, "`key` must be a key", lambda: sj.sample(0, z)),
         (TypeError, "`key` must be a key", lambda: sj.sample(jnp.zeros(2), z)),
         (ValueError, "`key` must be one key", lambda: sj.sample(jax.random.split(KEY), z)),
-        (TypeError, "`shape` must be a tuple", lambda: sj.sample(KEY, z, shape=3)),
-        (TypeError, "`shape` must be hashable", lambda: sj.sample(KEY, z, shape=[3])),
-        (ValueError, "`shape` must hold", lambda: sj.sample(KEY, z, shape=(-1,))),
+        (TypeError, "`shape` must be an int or a tuple", lambda: sj.sample(KEY, z, shape=3.0)),
+        (TypeError, "`shape` must be an int", lambda: sj.sample(KEY, z, shape=(3.0,))),
+        (ValueError, "`shape` must be at least 0", lambda: sj.sample(KEY, z, shape=(-1,))),
         (ValueError, "`method` must be one of", lambda: sj.sample(KEY, z, method="best")),
+        (ValueError, "`ties` must be one of", lambda: sj.sample(KEY, z, ties="last")),
         (ValueError, "`temperature` must be in", lambda: sj.sample(KEY, z, temperature=-1.0)),
+        (ValueError, "classes, more than an int32", lambda: many_classes(2**31)),
         (TypeError, "`axis` must be one int", lambda: sj.sample(KEY, z, axis=None)),
         (ValueError, "`axis` 2 is out of range", lambda: sj.sample(KEY, z, axis=2)),
         (ValueError, "`where` of shape", lambda: sj.sample(KEY, z, where=jnp.ones(2, bool))),

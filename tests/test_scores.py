@@ -1,4 +1,4 @@
-"""Score transforms: caps, filters and re-weightings, logits in and logits out."""
+"""Score transforms: caps and re-weightings, logits in and logits out."""
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +8,6 @@ import pytest
 import softjax as sj
 from tests import oracles
 from tests.helpers import DTYPES, INF, NAN, assert_close, assert_same, draw, eps
-
-FILTERS = {
-    "top_k_filter": (1, 2, 3, 5, 7),
-    "top_p_filter": (1e-6, 0.3, 0.5, 0.9, 0.999, 1.0),
-    "min_p_filter": (1e-6, 0.05, 0.3, 0.9, 1.0),
-    "typical_filter": (1e-6, 0.3, 0.5, 0.9, 0.999, 1.0),
-}
-every_filter = pytest.mark.parametrize("name", FILTERS)
 
 
 def test_soft_cap():
@@ -43,117 +35,6 @@ def test_soft_cap_derivatives():
                 assert jnp.isfinite(grad)
             assert jax.grad(fn)(z, 30.0) == 0
             assert jax.jacfwd(jax.grad(fn))(z, 30.0) == 0
-
-
-@every_filter
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_filters_against_brute_force(name, dtype):
-    fn, oracle = getattr(sj, name), getattr(oracles, name)
-    for seed, scale in enumerate((0.5, 2.0, 8.0)):
-        logits, keep = draw(seed, (3, 7), scale=scale, dtype=dtype)
-        logits = np.where(keep, logits, np.array(-INF, logits.dtype))
-        for option in FILTERS[name]:
-            for axis in (0, -1, None):
-                actual = fn(jnp.asarray(logits), option, axis=axis)
-                expected = oracle(logits, option, axis=axis).astype(logits.dtype)
-                assert_same(actual, jnp.asarray(expected))
-
-
-@every_filter
-def test_filters_take_an_option_per_slice(name):
-    logits, _ = draw(3, (4, 7), scale=2.0)
-    options = np.array(FILTERS[name][:4])[:, None]
-    actual = getattr(sj, name)(jnp.asarray(logits), jnp.asarray(options))
-    pairs = zip(logits, options, strict=True)
-    alone = [getattr(sj, name)(jnp.asarray(z), o[0]) for z, o in pairs]
-    assert_same(actual, jnp.stack(alone))
-    traced = jax.jit(getattr(sj, name))(jnp.asarray(logits), jnp.asarray(options))
-    assert_same(traced, actual)
-    columns = getattr(sj, name)(jnp.asarray(logits.T), jnp.asarray(options.T), axis=0)
-    assert_same(columns, actual.T)
-
-
-@every_filter
-def test_filters_keep_ties(name):
-    """Entries that are equal are kept or dropped together."""
-    rng = np.random.default_rng(4)
-    for _ in range(20):
-        logits = rng.integers(-3, 3, 9).astype(float)
-        for option in FILTERS[name][:-1]:
-            if name == "top_k_filter" or option not in (0.3, 0.5, 0.9):
-                out = np.asarray(getattr(sj, name)(jnp.asarray(logits), option))
-                for level in np.unique(logits):
-                    assert len(np.unique(out[logits == level])) == 1
-                assert out.max() > -INF
-                expected = getattr(oracles, name)(logits, option)
-                np.testing.assert_array_equal(out, expected)
-
-
-@every_filter
-def test_filters_at_the_edges(name):
-    fn, few, everything = getattr(sj, name), FILTERS[name][0], FILTERS[name][-1]
-    with jax.debug_nans(True):
-        assert_close(fn(jnp.array([-INF, -INF]), few), [-INF, -INF], rtol=0)
-        assert_close(fn(jnp.array([2.0]), few), [2.0], rtol=0)
-        assert_close(fn(jnp.array([0.0, -INF, 0.0]), few), [0.0, -INF, 0.0], rtol=0)
-        assert fn(jnp.zeros((0, 3)), few).shape == (0, 3)
-        assert fn(jnp.zeros((2, 0)), few).shape == (2, 0)
-        if name != "min_p_filter":
-            logits = jnp.asarray(draw(5, (7,), scale=30.0)[0])
-            assert_same(fn(logits, everything), logits)
-        assert fn(jnp.array([INF, 0.0]), few)[0] == INF
-    assert jnp.isnan(fn(jnp.array([NAN, 0.0, 1.0]), everything)).any()
-
-
-@pytest.mark.slow
-@every_filter
-def test_filters_pass_the_derivative_of_what_they_keep(name):
-    logits = jnp.asarray(draw(6, (7,), scale=2.0)[0])
-    option = FILTERS[name][1]
-    kept = getattr(sj, name)(logits, option) > -INF
-    assert 0 < kept.sum() < 7
-    loss = lambda z: jnp.sum(sj.softmax(getattr(sj, name)(z, option)) * jnp.arange(7.0))
-    masked = lambda z: jnp.sum(sj.softmax(z, where=kept) * jnp.arange(7.0))
-    with jax.debug_nans(True):
-        for mode in (jax.grad, jax.hessian):
-            assert_close(mode(loss)(logits), mode(masked)(logits), rtol=1e-12, atol=1e-15)
-
-
-def test_top_k_of_special_numbers():
-    """Bit patterns are ordered like the numbers, whatever their sign; -0 equals 0."""
-    logits = jnp.array([-1.0, -0.0, 0.0, 3e-308, -1e300, 1e300, -2.0])
-    for k in range(1, 8):
-        edge = np.sort(np.asarray(logits))[::-1][k - 1]
-        expected = np.where(np.asarray(logits) >= edge, logits, -INF)
-        np.testing.assert_array_equal(sj.top_k_filter(logits, k), expected)
-        np.testing.assert_array_equal(sj.top_k_filter(logits, k - 0.5), expected)
-    for dtype in DTYPES:
-        values = jnp.asarray(draw(7, (4, 100), scale=5.0, dtype=dtype)[0])
-        out = sj.top_k_filter(values, 10)
-        expected = oracles.top_k_filter(values, 10)
-        np.testing.assert_array_equal(np.asarray(out).astype(float), expected)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_filters_of_long_slices(dtype):
-    """Against a full sort in float64, with options that no rounding can blur."""
-    logits, _ = draw(8, (2, 50_000), scale=3.0, dtype=dtype)
-    exact = logits.astype(np.float64)
-    ordered = np.sort(exact, -1)[:, ::-1]
-    out = np.asarray(sj.top_k_filter(jnp.asarray(logits), 500))
-    np.testing.assert_array_equal(out > -INF, exact >= ordered[:, 499:500])
-    probs = np.asarray(oracles.fast_softmax(ordered))
-    total = np.cumsum(probs, -1)
-    for p in (0.1, 0.5, 0.95):
-        count = np.sum(total < p, -1) + 1
-        # How near the mass comes to p, against the rounding of a sum of probabilities.
-        near = [total[i, c - 1 + s] - p for i, c in enumerate(count) for s in (-1, 0)]
-        margin = np.abs(near).min()
-        out = np.asarray(sj.top_p_filter(jnp.asarray(logits), p)) > -INF
-        edge = np.take_along_axis(ordered, count[:, None] - 1, -1)
-        if margin > 8 * eps(dtype):
-            np.testing.assert_array_equal(out, exact >= edge)
-        assert (np.abs(out.sum(-1) - count) <= 1).all()
 
 
 def test_scalable_scores():
@@ -218,16 +99,3 @@ def test_unary_scores_at_the_edges(name):
             for derivative in (jax.grad(fn)(z), jax.grad(jax.grad(fn))(z)):
                 assert jnp.isfinite(derivative)
     assert jnp.isnan(fn(jnp.asarray(NAN)))
-
-
-def test_a_filter_remembers_its_result_alone():
-    filters = (
-        lambda z: sj.top_k_filter(z, 2),
-        lambda z: sj.top_p_filter(z, 0.9),
-        lambda z: sj.min_p_filter(z, 0.1),
-    )
-    logits = jnp.asarray(np.random.default_rng(0).standard_normal((3, 16)), "float32")
-    for fn in filters:
-        filtered, pullback = jax.vjp(fn, logits)
-        (kept,) = jax.tree.leaves(pullback)
-        assert_same(kept, filtered)

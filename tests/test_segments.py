@@ -1,4 +1,4 @@
-"""segment_softmax: ragged groups, each a softmax of its own."""
+"""Ragged groups, each with a softmax and a logsumexp of its own."""
 
 import jax
 import jax.numpy as jnp
@@ -122,3 +122,49 @@ def test_packed_documents_equal_separate_ones():
     parts = jnp.split(logits, np.cumsum(lengths)[:-1])
     separate = np.concatenate([sj.softmax(part) for part in parts])
     assert_close(packed, separate, rtol=4 * eps("float64"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_group_has_its_logsumexp(dtype):
+    for seed, (scale, offset) in enumerate([(1.0, 0.0), (20.0, 100.0), (1.0, -1e3)]):
+        logits, keep = draw(seed, (10, 2), scale=scale, offset=offset, dtype=dtype)
+        options = {"num_segments": 6, "where": keep}
+        actual = sj.segment_logsumexp(jnp.asarray(logits), IDS, **options)
+        expected = oracles.segment_logsumexp(logits, IDS, **options)
+        assert actual.dtype == jnp.dtype(dtype)
+        assert_close(actual, expected, rtol=2 * eps(dtype), atol=2 * eps(dtype))
+
+
+def test_logsumexp_of_groups_at_the_edges():
+    ids = jnp.array([0, 0, 1, 1, 2, 2, 3, 9, -1])
+    logits = jnp.array([-INF, -INF, INF, 0.0, NAN, 0.0, 5.0, NAN, INF])
+    fn = lambda z, w=True: sj.segment_logsumexp(z, ids, num_segments=5, where=w)
+    assert_close(fn(logits), [-INF, INF, NAN, 5.0, -INF], rtol=0)
+    keep = ids != 2
+    with jax.debug_nans(True):
+        assert_close(fn(logits, keep), [-INF, INF, -INF, 5.0, -INF], rtol=0)
+        for mode in (jax.jacfwd, jax.jacrev):
+            jacobian = mode(fn)(logits, keep)
+            expected = np.zeros((5, 9))
+            expected[1, 2] = expected[3, 6] = 1
+            assert_close(jacobian, expected, rtol=0)
+    assert (
+        sj.segment_logsumexp(jnp.zeros(0), jnp.zeros(0, int), num_segments=3).tolist()
+        == [-INF] * 3
+    )
+    assert sj.segment_logsumexp(jnp.zeros((2, 3)), jnp.array([0, 1]), num_segments=0).shape == (
+        0,
+        3,
+    )
+    with pytest.raises(ValueError, match="`num_segments` must be"):
+        sj.segment_logsumexp(jnp.zeros(2), jnp.array([0, 1]), num_segments=-1)
+
+
+def test_the_derivative_of_a_groups_logsumexp_is_its_softmax():
+    logits = jnp.asarray(draw(9, (10,), scale=2.0)[0])
+    fn = lambda z: sj.segment_logsumexp(z, IDS, num_segments=6)
+    probs = sj.segment_softmax(logits, IDS, num_segments=6)
+    for mode in (jax.jacfwd, jax.jacrev):
+        jacobian = mode(fn)(logits)
+        assert_close(jnp.sum(jacobian, 0), probs, rtol=16 * eps("float64"))
+        assert ((np.asarray(jacobian) != 0) == (np.arange(6)[:, None] == IDS)).all()

@@ -1,12 +1,12 @@
 """How many units in the last place (ulp) lie between each function and the truth?
 
 Every library meets the same slices: scales, offsets, margins, ties, dropped (-inf) entries,
-1 to 100000 long, rounded to the dtype first: the rounded inputs are the true ones. An entry
-counts where its true value is a normal number; a sparse map is judged in ulp of the largest
-weight of the slice, and by its support. Expected, of softjax: softmax and log_softmax within
-4 ulp; logsumexp within 2 ulp of the larger of the two terms that it adds (of the result no
-function can be, where they cancel); sparse maps within 8 ulp and with exactly the right
-support; half precision within 0.52 ulp. A larger number refutes it.
+1 to 100000 long. They are rounded to the dtype first, so the rounded inputs are exact. An
+entry counts where its true value is a normal number; a sparse map is judged in ulp of the
+largest weight of the slice, and by its support. Expected of softjax: softmax and log_softmax
+within 4 ulp; logsumexp within 2 ulp of the larger of the two terms that it adds, because no
+function can keep the digits of a result in which they cancel; sparse maps within 8 ulp and
+with exactly the right support; half precision within 0.52 ulp. A larger number refutes it.
 
 The reference is `np.longdouble`, where that has 64 bits or more. Peaks are subtracted first,
 the peak leaves the sum and enters through log1p, NumPy sums in pairs, and a support is found
@@ -16,7 +16,7 @@ far end, hundredths of one nearly everywhere, and nothing beside the ulp of othe
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ SIZES = (1, 2, 3, 7, 1000, 100_000)
 TEMPERATURES = (0.05, 0.3, 1.7, 20.0)
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 HALF = ("bfloat16", "float16")
-QUICK = (3, 100), ("float32", "bfloat16")  # Most of the time goes to compilation.
+QUICK = (3, 100), ("float32", "bfloat16")  # few, because compilation takes most of the time
 LARGER_TERM = "logsumexp, of the larger term"
 SUPPORT = {name: f"{name}, wrong entries" for name in ("sparsemax", "entmax15")}
 LIMITS = {
@@ -57,13 +57,13 @@ def main(args: Sequence[str]) -> int:
     options = measure.options(__doc__, args, "accuracy")
     with jax.enable_x64(True):
         results = run(*QUICK) if options.quick else run(SIZES, DTYPES)
-    print(_report(results))
+    print(_report(results, {} if options.quick else LIMITS))
     measure.write(options.out, "accuracy", results)
     return 0
 
 
 def run(sizes: Sequence[int], dtypes: Sequence[str]) -> dict[str, Any]:
-    """The worst error by function, dtype and library, and the case that it was met in."""
+    """The worst error by function, dtype and library, with the case that shows it."""
     environment = measure.environment()
     worst: dict[tuple[str, str, str], dict[str, Any]] = {}
     long = np.finfo(np.longdouble).nmant >= 63
@@ -85,7 +85,7 @@ def run(sizes: Sequence[int], dtypes: Sequence[str]) -> dict[str, Any]:
 
 
 def _finite(found: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no infinity: null is an error without end (NaN or inf for a finite number).
+    # JSON has no infinity, so null stands for the error of a NaN or of an infinity.
     return found | {"error": found["error"] if np.isfinite(found["error"]) else None}
 
 
@@ -106,7 +106,7 @@ def _measured(n: int, dtype: str) -> Iterator[tuple[str, str, str, float]]:
 
 
 def _slices(n: int) -> tuple[list[str], NDArray[np.float64]]:
-    """What each case is called, and its logits `[cases, n]`."""
+    """The names of the cases, and their logits `[cases, n]`."""
     draw = np.random.default_rng(n)
     slices: dict[str, NDArray[np.floating[Any]]] = {
         f"scale {scale}, offset {offset}": offset + scale * draw.standard_normal(n)
@@ -152,7 +152,7 @@ def _from_torch(torch: Any, function: Callable[..., Any]) -> Function:
 
 
 def truth(row: NDArray[Any], temperature: float = 1.0) -> dict[str, Exact]:
-    """Every function of one slice, of which it keeps what is larger than -inf."""
+    """Every function of one slice, in which entries of -inf are dropped."""
     wide = _wide(row)
     keep = wide > -np.inf
     kept, dropped = wide[keep], {"log_softmax": -np.inf}
@@ -174,7 +174,7 @@ def _true_dense(centred: Exact, temperature: float) -> dict[str, Exact]:
     scores = centred / np.longdouble(temperature)
     weights = np.exp(scores)
     others = weights.copy()
-    others[centred.argmax()] = 0  # The peak is 1, exactly: only the others are summed.
+    others[centred.argmax()] = 0  # The peak is exactly 1, so only the others are summed.
     rest = others.sum()
     log_total = np.log1p(rest)
     return {
@@ -185,11 +185,11 @@ def _true_dense(centred: Exact, temperature: float) -> dict[str, Exact]:
 
 
 def _true_sparsemax(centred: Exact, temperature: np.longdouble) -> Exact:
-    """Michelot's method: what falls below the threshold leaves, until nothing does."""
+    """Michelot's method: entries below the threshold leave the support, until none is."""
     support = centred > -temperature
     while True:
         excess, count = centred[support].sum() - temperature, support.sum()
-        # Compared by products, where numbers with few bits are exact: ties stay ties.
+        # Products of numbers with few bits are exact, so that ties stay ties.
         smaller = support & (centred * count > excess)
         if (smaller == support).all():
             return np.maximum(centred - excess / count, 0) * support / temperature
@@ -218,15 +218,15 @@ def errors(name: str, actual: Any, exact: Exact, row: NDArray[Any]) -> dict[str,
     """The largest errors of one slice, by what is judged; inf for NaN.
 
     Args:
-        name: the function.
-        actual: its result, in some library.
-        exact: the true one.
-        row: the logits, whose dtype gives the ulp.
+        name: name of the function.
+        actual: result of a library.
+        exact: true result.
+        row: logits, whose dtype gives the ulp.
 
     Returns:
-        In ulp: of each entry; for a sparse map of the largest weight, and the number of
-        entries that are zero and should not be, or the reverse; for logsumexp also of the
-        larger of the peak, what is added to it, and their sum.
+        Errors in ulp of each entry. For a sparse map, in ulp of the largest weight, with
+        the number of entries that are wrongly zero or wrongly not. For logsumexp also in
+        ulp of the largest of the peak, the term added to it, and their sum.
     """
     dtype = row.dtype.name
     with np.errstate(invalid="ignore"):  # The infinite results of dropped entries.
@@ -249,7 +249,7 @@ def errors(name: str, actual: Any, exact: Exact, row: NDArray[Any]) -> dict[str,
 
 
 def ulp(values: Any, dtype: str) -> Exact:
-    """The gap between the numbers of the dtype at a value; below the normal ones, theirs."""
+    """The gap between the numbers of the dtype at each value; subnormals share one gap."""
     finfo = jnp.finfo(dtype)
     values = np.asarray(values, np.longdouble)
     usable = np.isfinite(values) & (values != 0)
@@ -258,16 +258,17 @@ def ulp(values: Any, dtype: str) -> Exact:
 
 
 def _wide(values: Any) -> Exact:
-    # By way of float64, which holds every dtype here: bfloat16 knows no other way.
+    # By way of float64, because NumPy cannot convert bfloat16 to longdouble directly.
     return np.asarray(values).astype(np.float64).astype(np.longdouble)
 
 
-def _report(results: dict[str, Any]) -> str:
+def _report(results: dict[str, Any], limits: Mapping[str, float | None]) -> str:
     """The table: one row for each function and dtype, one column for each library."""
     found = {(e["function"], e["dtype"], e["library"]): e["error"] for e in results["errors"]}
 
     def row(name: str, dtype: str) -> list[str]:
-        limit = 0.52 if dtype in HALF and LIMITS[name] else LIMITS[name]
+        limit = limits.get(name)
+        limit = 0.52 if dtype in HALF and limit else limit
         cells = [_cell(found, (name, dtype, library), limit) for library in LIBRARIES]
         return [name, dtype, *cells, "-" if limit is None else f"{limit:g}"]
 

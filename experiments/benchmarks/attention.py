@@ -2,12 +2,14 @@
 
 Causal, full, windowed and packed attention in float32, on the device that JAX finds, beside
 `jax.nn.dot_product_attention` and, where a mask leaves tiles empty, beside itself under the
-causal mask. Expected: every ratio within its limit, and temporary memory that grows no
-faster than the length in the value, the gradient, the JVP and Hessian-vector products. A
-limit that is missed in run after run refutes it.
+causal mask; and at the sizes of most models, with the time to compile. Expected: every ratio
+within its limit, and temporary memory that grows no faster than the length in the value, the
+gradient, the JVP and Hessian-vector products. A limit that is missed in run after run refutes
+it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +30,7 @@ Derive = Callable[[Attend], Callable[..., Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-    """One attention beside a rival, and how many times its time it may take, by mode."""
+    """One attention beside a rival, with the limit of the ratio of their times by mode."""
 
     name: str
     attend: Attend
@@ -40,7 +42,7 @@ class Contest:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Lengths of the contests, and of the measurement of memory."""
+    """Lengths of the contests and of the measurement of memory; shapes of most models."""
 
     short: int = 128
     long: int = 2048
@@ -48,23 +50,30 @@ class Sizes:
     memory: tuple[int, ...] = (1024, 4096, 16384)
     heads: int = 4
     width: int = 64
+    models: tuple[tuple[int, int, int, int], ...] = (  # batch, tokens, heads, width
+        *((8, 256, 4, 32), (32, 64, 4, 32), (8, 128, 8, 64), (64, 16, 4, 16), (4, 512, 8, 64)),
+    )
     seconds: float = 6.0
+    model_seconds: float = 2.0
     least: int = 5
+    num_compilations: int = 3
+    judged: bool = True
 
 
-QUICK = Sizes(16, 64, 128, (64, 256), heads=2, width=8, seconds=0.05, least=3)
+QUICK = Sizes(
+    *(16, 64, 128, (64, 256), 2, 8, ((2, 16, 2, 8),)),
+    seconds=0.05,
+    model_seconds=0.05,
+    least=3,
+    num_compilations=1,
+    judged=False,
+)
+MODEL_LIMITS = {"ratio": 1.1, "compile_ratio": 2.0}
 GROWTH_LIMIT = 4.5  # times as much memory for four times the length
-TIME_HEAD = [
-    "attention",
-    "mode",
-    "length",
-    "ms",
-    "rival",
-    "ms of rival",
-    "ratio",
-    "limit",
-    "pass",
-]
+TIME_HEAD = ["attention", "mode", "length", "ms", "rival", "ms of rival", "ratio", "limit"]
+TIME_HEAD += ["pass"]
+MODEL_HEAD = ["attention", "mode", "queries", "ms", "ms of jax.nn", "s to compile", "jax.nn"]
+MODEL_HEAD += ["time ratio", "compile ratio", "pass"]
 MEMORY_HEAD = ["mode", "length", "MiB", "MiB of jax.nn", "growth", "pass"]
 
 
@@ -106,17 +115,24 @@ def run(sizes: Sizes) -> dict[str, Any]:
     times = [
         _timed(contest, mode, sizes) for contest in contests(sizes) for mode in contest.limits
     ]
+    models = [
+        _at_models_size(shape, is_causal, mode, sizes)
+        for shape in sizes.models
+        for is_causal in (True, False)
+        for mode in ("value", "with gradient")
+    ]
     memory = [record for mode in MODES for record in _memory(mode, sizes)]
     return {
         "benchmark": "attention",
         "environment": environment,
         "times": times,
+        "models": models,
         "memory": memory,
     }
 
 
 def contests(sizes: Sizes) -> list[Contest]:
-    """What is timed against what."""
+    """The attentions of the first table, each with its rival."""
     causal, full = _softjax(masks.Causal()), _softjax(None)
     nn_causal, nn_full = _jax_nn(is_causal=True), _jax_nn(is_causal=False)
     window = sizes.longer // 32
@@ -167,22 +183,22 @@ def _dense_entmax15(queries: Array, keys: Array, values: Array) -> Array:
     return jnp.einsum("bnts,bsnw->btnw", sj.entmax15(scores, where=causal), values)
 
 
-def _tokens(length: int, sizes: Sizes) -> list[Array]:
+def _tokens(shape: tuple[int, int, int, int]) -> list[Array]:
     """A cotangent, queries, keys and values."""
     rng = np.random.default_rng(0)
-    shape = (1, length, sizes.heads, sizes.width)
     return [jnp.asarray(rng.standard_normal(shape, dtype=np.float32)) for _ in range(4)]
 
 
 def _timed(contest: Contest, mode: str, sizes: Sizes) -> dict[str, Any]:
-    arrays = _tokens(contest.length, sizes)
+    arrays = _tokens((1, contest.length, sizes.heads, sizes.width))
     ours, theirs = (jax.jit(MODES[mode](f)) for f in (contest.attend, contest.rival))
     calls: dict[str, measure.Call] = {
         "ours": lambda: ours(*arrays),
         "theirs": lambda: theirs(*arrays),
     }
     times = measure.paired(calls, seconds=sizes.seconds, least=sizes.least)
-    ratio, limit = times.ratio("ours", "theirs"), contest.limits[mode]
+    ratio = times.ratio("ours", "theirs")
+    limit = contest.limits[mode] if sizes.judged else None
     return {
         "attention": contest.name,
         "mode": mode,
@@ -192,9 +208,45 @@ def _timed(contest: Contest, mode: str, sizes: Sizes) -> dict[str, Any]:
         "rival_seconds": times.median("theirs"),
         "ratio": ratio,
         "limit": limit,
-        "passed": ratio <= limit,
+        "passed": measure.kept({"ratio": ratio}, {"ratio": limit}),
         "rounds": times.rounds,
     }
+
+
+def _at_models_size(
+    shape: tuple[int, int, int, int], is_causal: bool, mode: str, sizes: Sizes
+) -> dict[str, Any]:
+    """Times of calls and of compilation beside `jax.nn`."""
+    bar, *arrays = _tokens(shape)
+    attends = {
+        "ours": _softjax(masks.Causal() if is_causal else None),
+        "theirs": _jax_nn(is_causal=is_causal),
+    }
+    args = arrays
+    functions: dict[str, measure.Function] = dict(attends)
+    if mode == "with gradient":
+        args = [bar, *arrays]
+        functions = {name: measure.with_gradient(f, 3) for name, f in attends.items()}
+    compiled, programs = measure.compile_times(
+        {name: (function, args) for name, function in functions.items()},
+        rounds=sizes.num_compilations,
+    )
+    calls = {name: functools.partial(program, *args) for name, program in programs.items()}
+    times = measure.paired(calls, seconds=sizes.model_seconds, least=sizes.least)
+    record = {
+        "attention": "causal" if is_causal else "full",
+        "mode": mode,
+        "shape": list(shape),
+        "seconds": times.median("ours"),
+        "rival_seconds": times.median("theirs"),
+        "compile_seconds": compiled.median("ours"),
+        "rival_compile_seconds": compiled.median("theirs"),
+        "ratio": times.ratio("ours", "theirs"),
+        "compile_ratio": compiled.ratio("ours", "theirs"),
+        "rounds": times.rounds,
+    }
+    limits = MODEL_LIMITS if sizes.judged else {}
+    return record | {"limits": limits, "passed": measure.kept(record, limits)}
 
 
 def _memory(mode: str, sizes: Sizes) -> list[dict[str, Any]]:
@@ -211,7 +263,8 @@ def _memory(mode: str, sizes: Sizes) -> list[dict[str, Any]]:
         if records and ours is not None:
             before = records[-1]
             growth = ours / before["bytes"] * 4 * before["length"] / length
-        passed = None if growth is None else growth <= GROWTH_LIMIT
+        limit = GROWTH_LIMIT if sizes.judged else None
+        passed = measure.kept({"growth": growth}, {"growth": limit})
         if passed and mode == "gradient" and ours is not None and theirs is not None:
             passed = ours <= theirs / 10
         records.append(
@@ -234,6 +287,8 @@ def _report(results: dict[str, Any]) -> str:
             "float32. A ratio is the time of softjax over the rival's, the median of the "
             "rounds.",
             measure.table(TIME_HEAD, map(_time_row, results["times"])),
+            "At the sizes of most models.",
+            measure.table(MODEL_HEAD, map(_model_row, results["models"])),
             "Temporary memory of causal attention; growth for four times the length.",
             measure.table(MEMORY_HEAD, map(_memory_row, results["memory"])),
         ]
@@ -248,9 +303,24 @@ def _time_row(record: dict[str, Any]) -> list[str]:
         f"{1e3 * record['seconds']:.3g}",
         record["rival"],
         f"{1e3 * record['rival_seconds']:.3g}",
-        f"{record['ratio']:.2f}",
-        f"<= {record['limit']:.2f}",
-        _verdict(record["passed"]),
+        measure.number(record["ratio"]),
+        measure.at_most(record["limit"]),
+        measure.verdict(record["passed"]),
+    ]
+
+
+def _model_row(record: dict[str, Any]) -> list[str]:
+    milliseconds = (record["seconds"], record["rival_seconds"])
+    to_compile = (record["compile_seconds"], record["rival_compile_seconds"])
+    return [
+        *(record["attention"], record["mode"], measure.by(record["shape"])),
+        *(measure.scaled(seconds, 1e3) for seconds in milliseconds),
+        *(measure.scaled(seconds, 1) for seconds in to_compile),
+        *(
+            measure.limited(record[k], record["limits"].get(k))
+            for k in ("ratio", "compile_ratio")
+        ),
+        measure.verdict(record["passed"]),
     ]
 
 
@@ -262,9 +332,5 @@ def _memory_row(record: dict[str, Any]) -> list[str]:
         mebibytes(record["bytes"]),
         mebibytes(record["jax_nn_bytes"]),
         "-" if record["growth"] is None else f"{record['growth']:.1f}",
-        _verdict(record["passed"]),
+        measure.verdict(record["passed"]),
     ]
-
-
-def _verdict(passed: bool | None) -> str:
-    return "-" if passed is None else "yes" if passed else "**no**"

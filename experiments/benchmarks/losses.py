@@ -28,7 +28,7 @@ Loss = Callable[..., Array]
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How many times the time, or the temporary memory, of a rival a loss may take."""
+    """Limits of the ratios of a loss over its rival, of time and of temporary memory."""
 
     time: float | None = None  # None: for information.
     memory: float | None = None
@@ -36,7 +36,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-    """A loss beside its rivals, of the same arguments; the floats come first."""
+    """A loss beside its rivals, all with the same arguments, of which floats come first."""
 
     name: str
     shape: str
@@ -180,7 +180,7 @@ def _in_mode(loss: Loss, mode: str, num_floats: int) -> Callable[..., Any]:
 
 
 def _timed(contest: Contest, mode: str, sizes: Sizes) -> list[dict[str, Any]]:
-    """One record for each of ours and each rival; all run in the same rounds."""
+    """One record per loss of softjax and rival; all of them run in the same rounds."""
     ours = {contest.name: contest.ours}
     if mode == "gradient" and contest.forward is not None:
         ours[f"{contest.name}, forward_gradient"] = contest.forward
@@ -207,12 +207,8 @@ def _timed(contest: Contest, mode: str, sizes: Sizes) -> list[dict[str, Any]]:
             limits = contest.limits.get(mode, Limits()) if judged else Limits()
             found = rival in functions
             time = times.ratio(name, rival) if times and found else None
-            memory = _over(temporary[name], temporary[rival]) if found else None
-            checks = [
-                got <= limit
-                for got, limit in ((time, limits.time), (memory, limits.memory))
-                if got is not None and limit is not None
-            ]
+            memory = measure.over(temporary[name], temporary[rival]) if found else None
+            figures = {"time": time, "memory": memory}
             records.append(
                 {
                     "loss": name,
@@ -227,15 +223,11 @@ def _timed(contest: Contest, mode: str, sizes: Sizes) -> list[dict[str, Any]]:
                     "rival_temporary_bytes": temporary.get(rival),
                     "memory_ratio": memory,
                     "memory_limit": limits.memory,
-                    "passed": all(checks) if checks else None,
+                    "passed": measure.kept(figures, dataclasses.asdict(limits)),
                     "rounds": times.rounds if times else 0,
                 }
             )
     return records
-
-
-def _over(ours: int | None, theirs: int | None) -> float | None:
-    return None if ours is None or not theirs else ours / theirs
 
 
 def _report(results: dict[str, Any]) -> str:
@@ -251,24 +243,18 @@ def _report(results: dict[str, Any]) -> str:
 
 def _row(record: dict[str, Any]) -> list[str]:
     limits = [
-        f"{kind} <= {_number(record[f'{kind}_limit'])}"
+        f"{kind} <= {measure.number(record[f'{kind}_limit'])}"
         for kind in ("time", "memory")
         if record[f"{kind}_limit"] is not None
     ]
-    passed = {None: "-", True: "yes", False: "**no**"}[record["passed"]]
     return [
         *(record["loss"], record["shape"], record["mode"]),
-        *(_scaled(record["seconds"], 1e3), _scaled(record["temporary_bytes"], 2**-20)),
-        *(record["rival"], _scaled(record["rival_seconds"], 1e3)),
-        _scaled(record["rival_temporary_bytes"], 2**-20),
-        *(_number(record["time_ratio"]), _number(record["memory_ratio"])),
-        *(", ".join(limits) or "-", passed),
+        *(
+            measure.scaled(record["seconds"], 1e3),
+            measure.scaled(record["temporary_bytes"], 2**-20),
+        ),
+        *(record["rival"], measure.scaled(record["rival_seconds"], 1e3)),
+        measure.scaled(record["rival_temporary_bytes"], 2**-20),
+        *(measure.number(record["time_ratio"]), measure.number(record["memory_ratio"])),
+        *(", ".join(limits) or "-", measure.verdict(record["passed"])),
     ]
-
-
-def _scaled(value: float | None, unit: float) -> str:
-    return "-" if value is None else f"{unit * value:.3g}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"

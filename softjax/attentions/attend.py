@@ -12,9 +12,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax import masks
-from softjax._api import named
+from softjax._api import api
 from softjax._closures import jit_unless_asked
 from softjax._inputs import check_flag, computing_dtype
+from softjax._random import check_key
 from softjax.attentions._inputs import cut_into_tiles, per_head, with_weigher
 from softjax.attentions._softmax_tiles import average
 from softjax.attentions._threshold_tiles import MAPS, sparse_average
@@ -24,10 +25,6 @@ __all__ = ["attention"]
 
 def _prepare_call(given: dict[str, Any]) -> bool:
     """Checks what `jit` would hide, and tells whether a user's function is asked."""
-    if isinstance(given.get("block_size"), list):
-        raise TypeError(
-            f"`block_size` must be an int or a pair of them, got {given['block_size']!r}."
-        )
     return_lse = check_flag(given.get("return_lse", False), name="return_lse")
     check_flag(given.get("cap_bias", False), name="cap_bias")
     soft_cap, rate = given.get("soft_cap"), given.get("dropout_rate", 0.0)
@@ -37,9 +34,9 @@ def _prepare_call(given: dict[str, Any]) -> bool:
     if number and not 0 <= rate <= 1:
         raise ValueError(f"`dropout_rate` must be in [0, 1], got {rate}.")
     key = given.get("dropout_key")
-    if not isinstance(key, (jax.Array, np.ndarray, type(None))):
-        raise TypeError(f"`dropout_key` must be a random key, got {key!r}.")
-    if key is None and not (number and rate == 0):
+    if key is not None:
+        check_key(key, name="dropout_key")
+    elif not (number and rate == 0):
         raise ValueError("`dropout_rate` needs a `dropout_key`.")
     normalizer = given.get("normalizer", "softmax")
     if not isinstance(normalizer, str):
@@ -133,7 +130,7 @@ def attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
-@named
+@api("cap_bias", "block_size", "implementation", "return_lse", jit=False)
 @jit_unless_asked(
     *("normalizer", "cap_bias", "block_size", "implementation", "return_lse"),
     prepare_call=_prepare_call,

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax import _online, masks
-from softjax._api import api, named
+from softjax._api import api
 from softjax._closures import jit_unless_asked
 from softjax._inputs import check_int, computing_dtype, to_float, to_integers
 from softjax._mesh import vary
@@ -79,7 +79,7 @@ def _prepare_call(given: dict[str, Any]) -> bool:
     return given.get("score") is not None or masks.asks(given["mask"])
 
 
-@named
+@api("num_splits", jit=False)
 @jit_unless_asked("num_splits", prepare_call=_prepare_call)
 def paged_attention(
     queries: ArrayLike,

@@ -32,7 +32,7 @@ class Regret(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def regret(kind: Regret, axis: int, logits: Array, labels: Array, alpha: Array) -> Array:
-    solution = solve(kind.family, AlongAxes((axis,)), logits, index=alpha)
+    solution = solve(kind.family, AlongAxes((axis,)), logits, alpha=alpha)
     return kind.value(solution, logits, labels, axis, alpha).loss
 
 
@@ -42,7 +42,7 @@ def _regret_jvp(kind: Regret, axis: int, primals: Any, tangents: Any) -> tuple[A
     # alpha that of the entropy at a fixed p. Where the label leads p is as exact as the loss.
     logits, labels, alpha = primals
     logits_dot, _, alpha_dot = tangents
-    solution = solve(kind.family, AlongAxes((axis,)), logits, index=alpha)
+    solution = solve(kind.family, AlongAxes((axis,)), logits, alpha=alpha)
     found = kind.value(solution, logits, labels, axis, alpha)
     # (The loss of a dropped label is infinite, and constant.)
     kept = pick(logits, labels, axis) != -jnp.inf

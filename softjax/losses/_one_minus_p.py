@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._blocks import in_blocks
+from softjax._cpu import blocked_over_slices
 from softjax._elementary import log1p
 from softjax._float import high_half, two_difference, two_quotient
 from softjax._mesh import vary
@@ -27,7 +27,7 @@ class Missed(NamedTuple):
     powers: Array  # sum_{j != y} p_j^alpha
 
 
-@in_blocks
+@blocked_over_slices
 def missed(
     slices: AlongAxes,
     logits: Array,

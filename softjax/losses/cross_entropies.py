@@ -22,7 +22,7 @@ from softjax.losses._labels import (
     spread_weights,
     times_nats,
 )
-from softjax.losses._softmax_stats import statistics, surprise
+from softjax.losses._softmax_stats import nll, statistics
 
 _HOT = 1e15  # above, the loss is its limit to working precision
 
@@ -94,9 +94,9 @@ def cross_entropy(
     if smoothed:
         epsilon = per_label(label_smoothing, rows, "label_smoothing")
         factor = factor * (1 - epsilon)
-    loss = times_nats(factor, found.surprise)
-    if found.even is not None:
-        loss += times_nats(epsilon, found.even)
+    loss = times_nats(factor, found.nll)
+    if found.uniform_nll is not None:
+        loss += times_nats(epsilon, found.uniform_nll)
     if not is_zero(z_loss):
         finite = jnp.where(jnp.isfinite(found.logsumexp), found.logsumexp, 0)
         loss += per_label(z_loss, rows, "z_loss") * finite**2
@@ -266,7 +266,7 @@ def focal_loss(
     """
     rows = label_rows(logits, labels, axis, None, None)
     gamma = jnp.minimum(per_label(gamma, rows, "gamma"), _MAX_GAMMA)
-    nats = surprise(rows.logits, rows.labels, rows.axis)
+    nats = nll(rows.logits, rows.labels, rows.axis)
     dropped = nats == jnp.inf
     finite = jnp.where(dropped, 1, nats)
     missing = -jnp.expm1(-finite)

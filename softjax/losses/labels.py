@@ -8,13 +8,13 @@ from jax import Array
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from softjax._api import named
+from softjax._api import api
 from softjax._inputs import check_int, known_labels, to_array, to_integers
 
 __all__ = ["check_labels"]
 
 
-@named
+@api("num_classes", "ignore_index", jit=False)
 def check_labels(
     labels: ArrayLike, num_classes: int, *, ignore_index: int | None = None
 ) -> Array:

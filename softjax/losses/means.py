@@ -8,7 +8,6 @@ from jax.typing import ArrayLike
 
 from softjax._api import PROBABILITY, api
 from softjax._elementary import expm1_over
-from softjax._float import long_sum
 from softjax._inputs import (
     broadcast,
     computing_dtype,
@@ -18,6 +17,7 @@ from softjax._inputs import (
     per_class,
     to_float,
 )
+from softjax._slices import AlongAxes
 
 __all__ = ["class_balanced_weights", "logit_adjustment", "mean_loss"]
 
@@ -123,8 +123,7 @@ def over_mass(total: Array, masses: Array) -> Array:
 
 
 def _sum_of_all(x: Array) -> Array:
-    # In blocks of its own: XLA may run a plain sum through all of them one by one.
-    return jnp.sum(long_sum(x.reshape(-1, 1), (0,)))
+    return AlongAxes((0,)).sum(x.reshape(-1))[0]
 
 
 @api(beta=PROBABILITY)

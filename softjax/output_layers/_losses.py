@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from softjax._blocks import scan_blocks
 from softjax._inputs import Classes, computing_dtype
 from softjax._mesh import vary
+from softjax._scan import scan_blocks
 from softjax.losses._labels import constant_where_infinite, times_nats
 from softjax.losses.means import sum_of_counted
 from softjax.output_layers._layer import Layer

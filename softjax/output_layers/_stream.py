@@ -9,14 +9,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
 
-from softjax._blocks import scan_blocks
 from softjax._elementary import log1p
 from softjax._float import where_finite
 from softjax._inputs import check_int, computing_dtype
 from softjax._mesh import vary
+from softjax._scan import scan_blocks
 from softjax._scores import FAR
-from softjax._slices import AlongAxes
-from softjax._softmax import mark_peaks, split_at_peak
 from softjax.losses._softmax_stats import below_peak
 from softjax.losses._softmax_stats import statistics as row_statistics
 from softjax.output_layers._layer import Layer, layer_scores
@@ -85,7 +83,7 @@ def _keep_logits(plan: Plan, layer: Layer, labels: Array) -> Found:
     """The plain way, for few logits: the derivative remembers their weights."""
     classes = _class_row(layer) if plan.even else None
     found = row_statistics(1, layer_scores(layer), labels, classes)
-    return Found(found.surprise, found.logsumexp, jnp.zeros(()), found.even)
+    return Found(found.nll, found.logsumexp, jnp.zeros(()), found.uniform_nll)
 
 
 class _Even(NamedTuple):
@@ -221,8 +219,10 @@ def _observe(plan: Plan, start: Array, block: Layer, labels: Array) -> _Seen:
     peak = lax.stop_gradient(jnp.max(scores, 1))
     below = _lower(scores, peak)
     weights = jnp.exp(below)
-    num_peaks, others = split_at_peak(mark_peaks(weights, 1.0), AlongAxes((1,)), unit=1.0)
-    rest = jnp.where(peak == -jnp.inf, 0, jnp.squeeze(others + (num_peaks - 1), 1))
+    is_peak = below == 0
+    num_peaks = jnp.sum(is_peak, 1, dtype=peak.dtype)
+    share = jnp.where(is_peak, (1 / jnp.maximum(num_peaks, 1))[:, None], 0)
+    rest = jnp.sum(weights - share, 1)
     moment = jnp.zeros_like(peak)
     argmax = jnp.zeros(peak.shape, jnp.int32)
     if plan.entropy:

@@ -11,9 +11,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._api import api
-from softjax._blocks import scan_blocks
 from softjax._inputs import Classes, computing_dtype, known_labels, labels_of, to_float
 from softjax._mesh import vary
+from softjax._scan import scan_blocks
 from softjax.output_layers._layer import Layer, prepare_layer, without
 from softjax.output_layers._stream import plan_for, statistics
 

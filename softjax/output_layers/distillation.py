@@ -13,9 +13,9 @@ from jax.typing import ArrayLike
 
 from softjax import _online as online
 from softjax._api import POSITIVE, api
-from softjax._blocks import scan_blocks
 from softjax._elementary import expm1_over_twice, log1p
 from softjax._inputs import Problem
+from softjax._scan import scan_blocks
 from softjax.entropies import divergence
 from softjax.losses.means import over_mass, shares_and_masses, sum_of_counted
 from softjax.output_layers._layer import (

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from softjax import _inverse_cdf, _uint64
 from softjax._api import POSITIVE, api
-from softjax._blocks import scan_blocks
 from softjax._inputs import check_int
-from softjax._random import check_key
-from softjax.losses._softmax_stats import surprise
+from softjax._random import bits, check_key
+from softjax._scan import scan_blocks
+from softjax._uint64 import WORD, Wide
+from softjax.losses._softmax_stats import nll
 from softjax.output_layers._layer import (
     Layer,
     cooled,
@@ -27,6 +31,10 @@ from softjax.output_layers._layer import (
 from softjax.output_layers._stream import ENTRIES
 
 __all__ = ["sampled_cross_entropy"]
+
+LOG_BUCKETS = 12
+BUCKETS = 2**LOG_BUCKETS  # of an octave of classes
+POINT = 58  # binary digits of a place among the octaves that stand behind the point
 
 
 @api("num_samples", "ignore_index", temperature=POSITIVE)
@@ -55,11 +63,11 @@ def sampled_cross_entropy(
         num_samples: m, at least 1: how many classes are drawn, with replacement, once for all
             tokens.
         bias: b, `[V]`; differentiable. -inf drops a class.
-        temperature: T > 0, one number or one a token; differentiable.
+        temperature: T > 0, one number or one per token; differentiable.
         ignore_index: a label, of any value, whose tokens have loss and gradient 0.
 
     Returns:
-        One loss a token, `[...]`, float32 or wider, at least 0; NaN for a label out of range.
+        One loss per token, `[...]`, float32 or wider, at least 0; NaN for a label out of range.
         `mean_loss` averages them.
 
     Raises:
@@ -76,12 +84,15 @@ def sampled_cross_entropy(
 
     Note:
         The sum inside of the logarithm has no bias: each candidate is divided by how often it
-        is expected to be drawn, the label is there with certainty, and drawn once more by
-        accident it is left out. Its logarithm has: the loss is too small by about half the
-        relative variance of the sum, O(1 / m), and the gradient is biased alike. Train with it,
-        and report `linear_cross_entropy`. O(N (m + 1) D) time; O(N + m) numbers beside the
-        features and the drawn rows are kept, as the derivative forms the logits again. The
-        derivative holds the drawn classes fixed. Both modes, any order.
+        is expected to be drawn, and the label is there with certainty, so it is left out where
+        it is drawn as well. Classes are drawn in integers of 64 bits, so that every one of up
+        to 2^31 has its share. The logarithm of the sum is biased: the loss is too small by
+        about half the relative variance of the sum, O(1 / m), and the gradient is biased alike.
+        Train with it, and report `linear_cross_entropy`.
+
+        O(N (m + 1) D) time; O(N + m) numbers beside the features and the drawn rows are kept,
+        because the derivative forms the logits again. The derivative holds the drawn classes
+        fixed. Both modes, any order.
 
     Reference:
         Bengio and Senecal (2008), Adaptive importance sampling to accelerate training of a
@@ -108,22 +119,24 @@ def sampled_cross_entropy(
         candidates: _Classes,
         surplus: Array,
         features: Array,
-        heat: Array | None,
+        temperature: Array | None,
         labels: Array,
-        own: _Classes,
+        label_classes: _Classes,
     ) -> Array:
-        layer = Layer(features, candidates.weights, candidates.bias, heat, None)
+        layer = Layer(features, candidates.weights, candidates.bias, temperature, None)
         scores = layer_scores(layer) - surplus[None]
         scores = jnp.where(
             drawn.astype(labels.dtype)[None] == labels[:, None], -jnp.inf, scores
         )
         chosen = jnp.einsum(
-            "nd,nd->n", features, own.weights, preferred_element_type=tokens.dtype
+            "nd,nd->n", features, label_classes.weights, preferred_element_type=tokens.dtype
         )
-        chosen = chosen if own.bias is None else chosen + own.bias
-        chosen = chosen if heat is None else cooled(chosen, heat)
+        if label_classes.bias is not None:
+            chosen += label_classes.bias
+        if temperature is not None:
+            chosen = cooled(chosen, temperature)
         together = jnp.concatenate([chosen[:, None], scores], 1)
-        return surprise(together, jnp.zeros_like(labels), 1)
+        return nll(together, jnp.zeros_like(labels), 1)
 
     blocks = (layer.features, layer.temperature, rows.labels, _classes(layer, rows.labels))
     nats = scan_blocks(visit, None, blocks, max(1, ENTRIES // num_samples))[1]
@@ -145,12 +158,44 @@ def _classes(layer: Layer, chosen: Array) -> _Classes:
 
 def log_uniform(key: Array, num_samples: int, num_classes: int) -> Array:
     """Draws classes c in [0, n) of probability log(1 + 1 / (c + 1)) / log(n + 1)."""
-    # c + 1 is the whole part of 2^t for t uniform in [0, log2(n + 1)). A second uniform fills
-    # the grid of the first, so that rare classes are drawn as often as they should be.
-    first, second = jax.random.uniform(key, (2, num_samples))
-    octaves = math.log2(num_classes + 1)
-    t = octaves * first
-    octave = jnp.floor(t)
-    part = (t - octave) + octaves * float(jnp.finfo(t.dtype).eps) * second
-    drawn = jnp.floor(jnp.ldexp(jnp.exp2(part), octave.astype(jnp.int32)))
+    return log_uniform_of_bits(bits(key, (num_samples,)), num_classes)
+
+
+def log_uniform_of_bits(random: Wide, num_classes: int) -> Array:
+    """The log-uniform classes that 64 random bits each stand for.
+
+    c + 1 is the whole part of 2^t, for t uniform in [0, log2(n + 1)). Both are fixed-point
+    integers, because float32 holds no odd number above 2^24. An octave is cut into `BUCKETS`.
+    In one of them 2^t = 2^octave (bucket + f) / BUCKETS, where f is linear in t but for a part
+    so small that float32 holds it to 2^-36.
+    """
+    t = _uint64.multiply_high(
+        random, _uint64.constant(int(math.log2(num_classes + 1) * 2.0**POINT))
+    )
+    octave = t.high >> (POINT - 32)
+    place = Wide(t.high & (2 ** (POINT - 32) - 1), t.low)
+    starts = Wide(*map(jnp.asarray, _bucket_starts()))
+    read = lambda index: Wide(*(word[index] for word in starts))
+    index = _inverse_cdf.bisect(read, BUCKETS, place) - 1
+    bucket = (index + BUCKETS).astype(WORD)
+    # In units of 2^-75: how far t is into the bucket, times log 2.
+    rest = _uint64.shift_left(_uint64.subtract(place, read(index)), 75 - POINT)
+    x = _uint64.multiply_high(rest, _uint64.constant(int(math.log(2) * 2.0**64)))
+    # In units of 2^-62: f = bucket (e^x - 1), where x is at most 1 / BUCKETS.
+    linear = _uint64.multiply_high(x, Wide(bucket << 19, jnp.zeros_like(bucket)))
+    near = x.high.astype(jnp.float32) * 2.0**-43
+    curve = bucket.astype(jnp.float32) * near * near * (1 + near / 3) / 2
+    f = _uint64.add(linear, _uint64.shifted((curve * 2.0**43).astype(WORD), 62 - 43))
+    digits = jnp.minimum(f.high, 2**30 - 1)  # the first 30 of f
+    more = jnp.maximum(octave, LOG_BUCKETS) - LOG_BUCKETS  # digits that stand before the point
+    fewer = LOG_BUCKETS - jnp.minimum(octave, LOG_BUCKETS)
+    drawn = ((bucket >> fewer) << more) + (digits >> (30 - more))
     return jnp.clip(drawn.astype(jnp.int32) - 1, 0, num_classes - 1)
+
+
+@functools.cache
+def _bucket_starts() -> tuple[np.ndarray, np.ndarray]:
+    """Where in an octave its buckets start, in units of 2^-POINT: two words each."""
+    starts = [int(math.log2(1 + i / BUCKETS) * 2.0**POINT) for i in range(BUCKETS)]
+    words = np.array([divmod(start, 2**32) for start in starts], np.uint32)
+    return words[:, 0], words[:, 1]

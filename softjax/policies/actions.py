@@ -3,18 +3,18 @@
     pi_i = (1 - epsilon) softmax(q / T)_i + epsilon m_i / sum(m)
 
 Only legal actions count: those that `where` keeps and whose value is not -inf. An illegal one
-has probability 0 under exploration too. Temperature 0 is greedy, with ties shared, so that
-epsilon-greedy, Boltzmann and uniform policies are one function.
+has probability 0 under exploration too. Temperature 0 is greedy, so that epsilon-greedy,
+Boltzmann and uniform policies are one function; `ties` says whether the largest values share
+that greedy choice or the first of them has it alone.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, PROBABILITY, api
@@ -24,6 +24,7 @@ from softjax._inputs import (
     Problem,
     equal,
     is_zero,
+    mask,
     per_slice,
     prepare,
     resolve_one_axis,
@@ -37,8 +38,19 @@ from softjax.sampling import sample
 
 __all__ = ["policy_entropy", "policy_log_prob", "policy_probs", "select_action"]
 
+TIES = ("random", "first")
+Ties = Literal["random", "first"]
 
-@api("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+
+def _check_ties(given: dict[str, Any]) -> None:
+    if given.get("ties", "random") not in TIES:
+        raise ValueError(f"`ties` must be one of {TIES}, got {given['ties']!r}.")
+
+
+_policy = api("axis", "ties", refuse=_check_ties, temperature=NONNEGATIVE, epsilon=PROBABILITY)
+
+
+@_policy
 def select_action(
     key: Array,
     values: ArrayLike,
@@ -47,8 +59,9 @@ def select_action(
     epsilon: ArrayLike = 0.0,
     axis: int = -1,
     where: ArrayLike | None = None,
+    ties: Ties = "random",
 ) -> tuple[Array, Array]:
-    r"""Draws one action a slice, and gives its log-probability.
+    r"""Draws one action per slice, and gives its log-probability.
 
     .. math:: a \sim \pi, \qquad \pi_i = (1 - \epsilon) \, \mathrm{softmax}(q / T)_i
         + \epsilon \, m_i \Big/ \sum_j m_j
@@ -57,12 +70,16 @@ def select_action(
         key: random key.
         values: action values, or logits of a policy, q, `[*shape]`, real or -inf (illegal); the
             log-probability is differentiable in them.
-        temperature: T in [0, inf], one number or one a slice (broadcastable to `[*shape]` with
-            size 1 along `axis`); differentiable. 0 is greedy and shares ties; inf is uniform.
+        temperature: T in [0, inf], one number or one per slice (broadcastable to `[*shape]`
+            with size 1 along `axis`); differentiable, with derivative 0 at the limits. 0 is
+            greedy; inf is uniform.
         epsilon: probability in [0, 1] of a uniform draw among the legal actions, one number or
-            one a slice; differentiable.
+            one per slice; differentiable.
         axis: the one axis of the actions.
         where: mask m of legal actions, bool, broadcastable to `[*shape]`; True is legal.
+        ties: which of the largest values is taken at temperature 0. With "random" they share
+            the probability; with "first" the first one has it all, so that the same row gives
+            the same action with any key (where `epsilon` is 0).
 
     Returns:
         Actions, int32, and their log-probabilities under the mixture, float32 or wider, both
@@ -73,7 +90,8 @@ def select_action(
         TypeError: `key` is no random key, `values` not real, `where` not bool, or `axis` not
             one int.
         ValueError: `where`, `temperature` or `epsilon` does not broadcast as above, `axis` is
-            out of range, or `temperature` or `epsilon` is a Python number out of its range.
+            out of range, `temperature` or `epsilon` is a Python number out of its range, or
+            `ties` is not one of its names.
 
     Example:
         >>> key, values = jax.random.key(0), jnp.array([1.0, 2.0, -jnp.inf])
@@ -82,21 +100,21 @@ def select_action(
         1 0.0
 
     Note:
-        O(n). Epsilon-greedy is `temperature=0`. Drawn by `sample`, with 64 random bits an
+        O(n). Epsilon-greedy is `temperature=0`. Drawn by `sample`, with 64 random bits per
         action; the log-probability has the precision of `policy_log_prob`. Both modes, any
         order; no derivative goes through the choice.
 
     Reference:
         Sutton and Barto (2018), Reinforcement learning: an introduction, chapter 2.
     """
-    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
+    problem = policy_problem(values, axis, where, temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
-    log_probs = mixture(problem, epsilon).log_probs
-    actions = sample(key, jax.lax.stop_gradient(log_probs), axis=axis)
+    log_probs = mixture(problem, epsilon, ties).log_probs
+    actions = sample(key, lax.stop_gradient(log_probs), axis=axis)
     return actions, chosen(log_probs, actions, axis)
 
 
-@api("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+@_policy
 def policy_log_prob(
     values: ArrayLike,
     actions: ArrayLike,
@@ -105,8 +123,9 @@ def policy_log_prob(
     epsilon: ArrayLike = 0.0,
     axis: int = -1,
     where: ArrayLike | None = None,
+    ties: Ties = "random",
 ) -> Array:
-    r"""Reads the log-probability of one action a slice under the policy of `select_action`.
+    r"""Reads the log-probability of one action per slice under the policy of `select_action`.
 
     .. math:: \log \pi_a
 
@@ -117,10 +136,11 @@ def policy_log_prob(
         epsilon: in [0, 1], as in `select_action`; differentiable, also at 0 and 1.
         axis: the one axis of the actions.
         where: mask of legal actions, bool, broadcastable to `[*shape]`; True is legal.
+        ties: "random" or "first", as in `select_action`.
 
     Returns:
-        One number an action, float32 or wider (a ratio of probabilities needs the digits):
-        -inf for an illegal action, and for -1 where nothing is legal; NaN for any other
+        One number per action, float32 or wider because a ratio of probabilities needs the
+        digits: -inf for an illegal action, and for -1 where nothing is legal; NaN for any other
         action outside of [0, n).
 
     Raises:
@@ -137,13 +157,13 @@ def policy_log_prob(
         certain probability loses digits. The derivative is 0 where the result is -inf. Both
         modes, any order.
     """
-    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
+    problem = policy_problem(values, axis, where, temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     actions = check_actions(actions, problem.logits.shape, axis)
-    return chosen(mixture(problem, epsilon).log_probs, actions, axis)
+    return chosen(mixture(problem, epsilon, ties).log_probs, actions, axis)
 
 
-@api("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+@_policy
 def policy_probs(
     values: ArrayLike,
     *,
@@ -151,6 +171,7 @@ def policy_probs(
     epsilon: ArrayLike = 0.0,
     axis: Axis = -1,
     where: ArrayLike | None = None,
+    ties: Ties = "random",
 ) -> Array:
     r"""Computes the probabilities of all actions under the policy of `select_action`.
 
@@ -163,6 +184,7 @@ def policy_probs(
         epsilon: in [0, 1], as in `select_action`; differentiable.
         axis: axis, axes, or None for all, along which the actions lie.
         where: mask of legal actions, bool, broadcastable to `[*shape]`; True is legal.
+        ties: "random" or "first", as in `select_action`.
 
     Returns:
         Probabilities `[*shape]` in the dtype of `values`; 0 for illegal actions, and all 0
@@ -179,11 +201,11 @@ def policy_probs(
     Note:
         O(n). Both modes, any order.
     """
-    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
-    return mixture(problem, epsilon).probs.astype(problem.dtype)
+    problem = policy_problem(values, axis, where, temperature)
+    return mixture(problem, epsilon, ties).probs.astype(problem.dtype)
 
 
-@api("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
+@_policy
 def policy_entropy(
     values: ArrayLike,
     *,
@@ -191,6 +213,7 @@ def policy_entropy(
     epsilon: ArrayLike = 0.0,
     axis: Axis = -1,
     where: ArrayLike | None = None,
+    ties: Ties = "random",
 ) -> Array:
     r"""Computes the entropy of the policy of `select_action`, in nats.
 
@@ -202,9 +225,10 @@ def policy_entropy(
         epsilon: in [0, 1], as in `select_action`; differentiable.
         axis: axis, axes, or None for all, along which the actions lie.
         where: mask of legal actions, bool, broadcastable to `[*shape]`; True is legal.
+        ties: "random" or "first", as in `select_action`.
 
     Returns:
-        One number a slice, float32 or wider, at least 0; 0 where nothing is legal.
+        One number per slice, float32 or wider, at least 0; 0 where nothing is legal.
 
     Raises:
         TypeError: `values` is not real, or `where` not bool.
@@ -217,8 +241,26 @@ def policy_entropy(
     Note:
         O(n). Illegal actions count as 0 log 0 = 0, in derivatives too. Both modes, any order.
     """
-    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
-    return mixture(problem, epsilon).entropy(AlongAxes(problem.axes))
+    problem = policy_problem(values, axis, where, temperature)
+    entropy = mixture(problem, epsilon, ties).entropy(AlongAxes(problem.axes))
+    return jnp.squeeze(entropy, problem.axes)
+
+
+def policy_problem(
+    values: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None,
+    temperature: ArrayLike | None,
+    *,
+    name: str = "values",
+) -> Problem:
+    """Prepared values, whose temperature is 1 in the slices that `where` leaves out."""
+    problem = prepare(values, axis=axis, where=where, temperature=temperature, name=name)
+    if where is None or problem.temperature is None:
+        return problem
+    # A NaN here would reach the gradients of the whole array as NaN * 0.
+    kept = jnp.any(mask(where, problem.logits.shape), problem.axes, keepdims=True)
+    return problem._replace(temperature=jnp.where(kept, problem.temperature, 1))
 
 
 class Mixture(NamedTuple):
@@ -226,25 +268,29 @@ class Mixture(NamedTuple):
 
     probs: Array  # [*shape]
     log_probs: Array  # [*shape]; -inf where illegal
-    unmixed: Array | None  # the entropy, if nothing is mixed in; one a slice
+    unmixed: Array | None  # the entropy per slice if nothing is mixed in, with the axes kept
 
     def entropy(self, slices: AlongAxes) -> Array:
-        """Its entropy, one number a slice."""
+        """Its entropy per slice, with the axes kept."""
         if self.unmixed is not None:
-            return jnp.squeeze(self.unmixed, slices.axes)
+            return self.unmixed
         logs = jnp.where(self.log_probs == -jnp.inf, 0, self.log_probs)
-        return jnp.squeeze(slices.sum(self.probs * -logs), slices.axes)
+        return slices.sum(self.probs * -logs)
 
 
-def mixture(problem: Problem, epsilon: ArrayLike) -> Mixture:
+def mixture(problem: Problem, epsilon: ArrayLike, ties: Ties = "random") -> Mixture:
     """The policy of prepared values: their softmax, mixed with the uniform one."""
-    slices = AlongAxes(problem.axes)
-    solution = solve(SOFTMAX, slices, problem.logits, problem.temperature)
+    slices, x = AlongAxes(problem.axes), problem.logits
+    if ties == "first" and problem.temperature is not None:
+        cold = jnp.abs(problem.temperature) < jnp.finfo(x.dtype).tiny
+        x = jnp.where(cold & ~_is_first_peak(x, problem.axes), -jnp.inf, x)
+    solution = solve(SOFTMAX, slices, x, problem.temperature)
     if is_zero(epsilon):
-        row = softmax_entropy(problem.axes, problem.logits, problem.temperature)
-        return Mixture(solution.probs, solution.margins, row)
+        entropy = softmax_entropy(problem.axes, x, problem.temperature)
+        return Mixture(solution.probs, solution.margins, entropy)
     legal = problem.logits != -jnp.inf
-    count = jnp.sum(legal, problem.axes, dtype=problem.logits.dtype, keepdims=True)
+    # Counted in integers, because float32 has no odd number above 2^24.
+    count = jnp.sum(legal, problem.axes, dtype=jnp.int32, keepdims=True).astype(x.dtype)
     epsilon = per_slice(epsilon, problem.logits, problem.axes, name="epsilon")
     epsilon = jnp.where((epsilon >= 0) & (epsilon <= 1), epsilon, jnp.nan)
     epsilon = jnp.where(count > 1, epsilon, 0)  # With one action there is nothing to mix.
@@ -252,6 +298,22 @@ def mixture(problem: Problem, epsilon: ArrayLike) -> Mixture:
     probs = jnp.where(legal, (1 - epsilon) * solution.probs + epsilon / count, 0)
     log_probs = _log_mixture(solution.probs, solution.margins, epsilon, count)
     return Mixture(probs, jnp.where(legal, log_probs, -jnp.inf), None)
+
+
+def _is_first_peak(x: Array, axes: tuple[int, ...]) -> Array:
+    """Whether an entry is the first of the largest in its slice, or a NaN of it."""
+    broken = jnp.isnan(x)
+    peak = jnp.max(jnp.where(broken, -jnp.inf, x), axes, keepdims=True, initial=-jnp.inf)
+    first = x == peak
+    # Axis by axis, because a slice of many axes may hold more entries than int32 counts.
+    for axis in axes:
+        others = tuple(a for a in axes if a != axis)
+        found = jnp.any(first, others, keepdims=True)
+        places = lax.broadcasted_iota(jnp.int32, found.shape, axis)
+        last = found.shape[axis]
+        place = jnp.min(jnp.where(found, places, last), axis, keepdims=True, initial=last)
+        first &= places == place
+    return first | broken
 
 
 def _log_mixture(probs: Array, log_probs: Array, epsilon: Array, count: Array) -> Array:
@@ -262,7 +324,7 @@ def _log_mixture(probs: Array, log_probs: Array, epsilon: Array, count: Array) -
     """
     by_value = (1 - epsilon) * probs >= epsilon / count
     certain, never = epsilon == 1, epsilon == 0
-    # exp(-log p), not 1 / p, whose derivative would underflow at 1 / p^2.
+    # exp(-log p), because the derivative of 1 / p divides by p^2, which may underflow.
     most = math.log(jnp.finfo(probs.dtype).max) - 1
     exponent = jnp.where(by_value & (log_probs != -jnp.inf), -log_probs, 0)
     inverse = jnp.exp(jnp.minimum(exponent, most))
@@ -278,14 +340,14 @@ def _log_mixture(probs: Array, log_probs: Array, epsilon: Array, count: Array) -
 def check_actions(
     actions: ArrayLike, shape: tuple[int, ...], axis: int, *, target: str = "values"
 ) -> Array:
-    """Integer actions, one a slice along `axis` of an array of the given shape."""
+    """Integer actions, one per slice along `axis` of an array of the given shape."""
     actions = to_integers(actions, name="actions")
     wanted = shape[:axis] + shape[axis + 1 :]
     return per_step(actions, wanted, "actions", target)
 
 
 def per_step(x: Array, shape: tuple[int, ...], name: str, target: str) -> Array:
-    """`x` broadcast to one number a step, which it may not enlarge."""
+    """`x` broadcast to one number per step, which it may not enlarge."""
     try:
         return jnp.broadcast_to(x, shape)
     except ValueError:

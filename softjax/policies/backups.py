@@ -15,17 +15,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, PROBABILITY, api
-from softjax._elementary import log1p
 from softjax._float import where_finite
-from softjax._inputs import Axis, broadcast, computing_dtype, per_slice, prepare, to_float
+from softjax._inputs import Axis, broadcast, computing_dtype, per_slice, to_float
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX, weigh
+from softjax._softmax import SOFTMAX, normalizer
 from softjax._threshold import solve
-from softjax.policies.actions import mixture
+from softjax.policies.actions import mixture, policy_problem
 
 __all__ = ["actor_critic_value", "bellman_target", "expected_value", "soft_value"]
 
@@ -45,13 +44,14 @@ def soft_value(
 
     Args:
         values: action values q, `[*shape]`, real or -inf (illegal); differentiable.
-        temperature: T in [0, inf], one number or one a slice (broadcastable to `[*shape]` with
-            size 1 along `axis`); differentiable, also at 0, where the result is the maximum.
+        temperature: T in [0, inf], one number or one per slice (broadcastable to `[*shape]`
+            with size 1 along `axis`); differentiable. At 0, where it is differentiable too, the
+            result is the maximum.
         axis: axis, axes, or None for all, along which the actions lie.
         where: mask m of legal actions, bool, broadcastable to `[*shape]`; True is legal.
 
     Returns:
-        One number a slice, in the dtype of `values`; -inf where nothing is legal, inf at an
+        One number per slice, in the dtype of `values`; -inf where nothing is legal, inf at an
         infinite temperature if there is a choice.
 
     Raises:
@@ -71,21 +71,21 @@ def soft_value(
     Reference:
         Haarnoja et al. (2017), Reinforcement learning with deep energy-based policies.
     """
-    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
-    row = _soft_maximum(problem.axes, problem.logits, problem.temperature)
-    return jnp.squeeze(row, problem.axes).astype(problem.dtype)
+    problem = policy_problem(values, axis, where, temperature)
+    value = _soft_maximum(problem.axes, problem.logits, problem.temperature)
+    return jnp.squeeze(value, problem.axes).astype(problem.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _soft_maximum(axes: tuple[int, ...], x: Array, temperature: Array | None) -> Array:
     slices = AlongAxes(axes)
-    weights = weigh(slices, x, jax.lax.stop_gradient(slices.max(x)), temperature)
-    row, extra = weights.peak, log1p(weights.beside_one())
+    found = normalizer(slices, x, temperature)
+    peak, extra = found.peak, found.log_total
     if temperature is not None:
         unlimited = jnp.isinf(temperature)
-        row = jnp.where(unlimited & (extra > 0), jnp.inf, row)
+        peak = jnp.where(unlimited & (extra > 0), jnp.inf, peak)
         extra *= jnp.where(unlimited, 0, temperature)
-    return jnp.where(jnp.isfinite(row), row + extra, row)
+    return jnp.where(jnp.isfinite(peak), peak + extra, peak)
 
 
 @_soft_maximum.defjvp
@@ -96,13 +96,13 @@ def _soft_maximum_jvp(
     # the rule holds at 0, where the policy shares ties, and close to it.
     x, temperature = primals
     x_dot, temperature_dot = tangents
-    slices, row = AlongAxes(axes), _soft_maximum(axes, x, temperature)
+    slices, value = AlongAxes(axes), _soft_maximum(axes, x, temperature)
     solution = solve(SOFTMAX, slices, x, temperature)
-    row_dot = slices.sum(solution.probs * jnp.where(solution.probs != 0, x_dot, 0))
+    value_dot = slices.sum(solution.probs * jnp.where(solution.probs != 0, x_dot, 0))
     if temperature is not None:
         logs = jnp.where(solution.probs != 0, solution.margins, 0)
-        row_dot += slices.sum(solution.probs * -logs) * temperature_dot
-    return row, jnp.where(jnp.isinf(row), 0, row_dot)
+        value_dot += slices.sum(solution.probs * -logs) * temperature_dot
+    return value, jnp.where(jnp.isinf(value), 0, value_dot)
 
 
 @api("axis", temperature=NONNEGATIVE, epsilon=PROBABILITY)
@@ -122,15 +122,15 @@ def expected_value(
     Args:
         values: action values q, `[*shape]`, real or -inf (illegal); differentiable, in the
             policy as well.
-        temperature: T in [0, inf], one number or one a slice (broadcastable to `[*shape]` with
-            size 1 along `axis`); differentiable. 0 is greedy: the target of Q-learning.
-        epsilon: probability in [0, 1] of a uniform draw, one number or one a slice;
+        temperature: T in [0, inf], one number or one per slice (broadcastable to `[*shape]`
+            with size 1 along `axis`); differentiable. 0 is greedy: the target of Q-learning.
+        epsilon: probability in [0, 1] of a uniform draw, one number or one per slice;
             differentiable.
         axis: axis, axes, or None for all, along which the actions lie.
         where: mask m of legal actions, bool, broadcastable to `[*shape]`; True is legal.
 
     Returns:
-        One number a slice, in the dtype of `values`; 0 where nothing is legal, inf where a
+        One number per slice, in the dtype of `values`; 0 where nothing is legal, inf where a
         value is.
 
     Raises:
@@ -148,48 +148,60 @@ def expected_value(
     Reference:
         van Seijen et al. (2009), A theoretical and empirical analysis of expected Sarsa.
     """
-    problem = prepare(values, axis=axis, where=where, temperature=temperature, name="values")
+    problem = policy_problem(values, axis, where, temperature)
     x, slices = problem.logits, AlongAxes(problem.axes)
-    probs = mixture(problem, epsilon).probs
-    peak = jax.lax.stop_gradient(slices.max(x))
+    value = _mean(slices, mixture(problem, epsilon).probs, x, x != -jnp.inf)
+    return jnp.squeeze(value, problem.axes).astype(problem.dtype)
+
+
+def _mean(slices: AlongAxes, probs: Array, x: Array, counted: Array) -> Array:
+    """The mean of the entries that count; inf where one is inf, 0 where none counts.
+
+    It is the peak plus the mean of the distances to it, in a unit of a quarter where a distance
+    may overflow.
+    """
+    peak = lax.stop_gradient(slices.max(jnp.where(counted, x, -jnp.inf)))
     anchor = where_finite(peak)
-    usual = (x != -jnp.inf) & (x != jnp.inf)
-    below = jnp.where(usual, x, slices.broadcast(anchor)) - slices.broadcast(anchor)
-    mean = anchor + slices.sum(probs * below)
-    row = jnp.where(peak == jnp.inf, peak, jnp.where(peak == -jnp.inf, 0, mean))
-    return jnp.squeeze(row, problem.axes).astype(problem.dtype)
+    unit = jnp.where(anchor > 1, jnp.array(0.25, x.dtype), 1)
+    scaled = jnp.where(counted & (x != jnp.inf), x, slices.broadcast(anchor))
+    below = scaled * slices.broadcast(unit) - slices.broadcast(anchor * unit)
+    mean = (anchor * unit + slices.sum(probs * below)) / unit
+    return jnp.where(peak == jnp.inf, peak + mean, mean)
 
 
-@api("axis", temperature=NONNEGATIVE)
+@api("axis", temperature=NONNEGATIVE, policy_temperature=NONNEGATIVE)
 def actor_critic_value(
     values: ArrayLike,
     logits: ArrayLike,
     *,
     temperature: ArrayLike = 1.0,
+    policy_temperature: ArrayLike = 1.0,
     axis: Axis = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    r"""Averages action values under a policy of its own, with an entropy bonus.
+    r"""Averages action values under a policy of its own logits, with an entropy bonus.
 
-    .. math:: \sum_i \pi_i (q_i - T \log \pi_i), \qquad \pi = \mathrm{softmax}(z)
+    .. math:: \sum_i \pi_i (q_i - T \log \pi_i), \qquad \pi = \mathrm{softmax}(z / t)
 
     Args:
         values: action values q, `[*shape]`, real; differentiable. Those of actions that the
             policy drops do not count, whatever they are.
         logits: scores z of the policy, `[*shape]`, real or -inf (illegal); differentiable.
-        temperature: T in [0, inf) of the bonus, one number or one a slice (broadcastable to
+        temperature: T in [0, inf) of the bonus, one number or one per slice (broadcastable to
             `[*shape]` with size 1 along `axis`); differentiable. It does not divide the logits.
+        policy_temperature: t in [0, inf], which does, one number or one per slice: the one that
+            `select_action` draws from these logits with; differentiable.
         axis: axis, axes, or None for all, along which the actions lie.
         where: mask of legal actions, bool, broadcastable to `[*shape]`; True is legal.
 
     Returns:
-        One number a slice, in the wider dtype of the two; 0 where nothing is legal, -inf where
-        the policy may take an action of value -inf.
+        One number per slice, in the wider dtype of the two; 0 where nothing is legal, -inf
+        where the policy may take an action of value -inf.
 
     Raises:
         TypeError: `values` or `logits` is not real, or `where` not bool.
-        ValueError: the shapes differ, `where` or `temperature` does not broadcast as above,
-            `axis` is out of range, or `temperature` is a negative Python number.
+        ValueError: the shapes differ, `where` or a temperature does not broadcast as above,
+            `axis` is out of range, or a temperature is a negative Python number.
 
     Example:
         >>> values, logits = jnp.array([1.0, 3.0]), jnp.zeros(2)
@@ -205,7 +217,7 @@ def actor_critic_value(
         Haarnoja et al. (2018), Soft actor-critic; Christodoulou (2019), Soft actor-critic for
         discrete action settings.
     """
-    problem = prepare(logits, axis=axis, where=where)
+    problem = policy_problem(logits, axis, where, policy_temperature, name="logits")
     x, values_dtype = to_float(values, name="values")
     if x.shape != problem.logits.shape:
         raise ValueError(
@@ -215,17 +227,17 @@ def actor_critic_value(
     out_dtype = jnp.promote_types(problem.dtype, values_dtype)
     wide = jnp.promote_types(problem.logits.dtype, x.dtype)
     x, scores, slices = x.astype(wide), problem.logits.astype(wide), AlongAxes(problem.axes)
+    if problem.temperature is not None:
+        problem = problem._replace(temperature=problem.temperature.astype(wide))
+    problem = problem._replace(logits=scores)
     temperature = per_slice(temperature, scores, problem.axes, name="temperature")
-    solution = solve(SOFTMAX, slices, scores)
-    possible = solution.probs != 0  # NaN is possible.
-    peak = jax.lax.stop_gradient(slices.max(jnp.where(possible, x, -jnp.inf)))
-    anchor = where_finite(peak)
-    below = jnp.where(possible, x, slices.broadcast(anchor)) - slices.broadcast(anchor)
-    logs = jnp.where(solution.margins == -jnp.inf, 0, solution.margins)
-    mean = anchor + slices.sum(solution.probs * below)
-    row = mean + temperature * slices.sum(solution.probs * -logs)
-    row = jnp.where(slices.max(scores) == -jnp.inf, 0, row)
-    return jnp.squeeze(row, problem.axes).astype(out_dtype)
+    policy = mixture(problem, 0.0)
+    possible = policy.probs != 0  # NaN is possible.
+    some = jnp.any(scores != -jnp.inf, problem.axes, keepdims=True)
+    # A bonus of no entropy is 0 at any temperature, with a gradient of 0.
+    bonus = jnp.where(some, temperature, 0) * policy.entropy(slices)
+    value = jnp.where(some, _mean(slices, policy.probs, x, possible) + bonus, 0)
+    return jnp.squeeze(value, problem.axes).astype(out_dtype)
 
 
 @api()
@@ -242,7 +254,7 @@ def bellman_target(rewards: ArrayLike, discounts: ArrayLike, next_values: ArrayL
             `expected_value`, `actor_critic_value` or a critic; differentiable.
 
     Returns:
-        One target a step, `[*shape]`, in the widest dtype of those that are not integers. A
+        One target per step, `[*shape]`, in the widest dtype of those that are not integers. A
         discount of 0 leaves the reward, whatever the value is: -inf, say, where no action is
         left.
 
@@ -270,6 +282,6 @@ def bellman_target(rewards: ArrayLike, discounts: ArrayLike, next_values: ArrayL
         broadcast(x.astype(wide), shape, name=name, target="next_values")
         for name, x in arrays.items()
     )
-    # (At a discount of 0 the derivative in it is the value still, if that is a number.)
+    # A discount of 0 keeps its derivative, the value, where that is finite.
     counted = jnp.where((discount != 0) | jnp.isfinite(value), value, 0)
     return (reward + discount * counted).astype(out_dtype)

@@ -1,6 +1,6 @@
 """Temperatures for exploration: by time, by visits, by entropy, by value.
 
-Those made of values are one number a slice, of size 1 along `axis`, ready to be passed as
+Those made of values are one number per slice, of size 1 along `axis`, ready to be passed as
 `temperature` with the same values. Where an equation defines them, it is solved by a search,
 and their derivatives are those of its implicit function.
 """
@@ -60,7 +60,7 @@ def exponential_temperature(
         [1.   0.5  0.25]
 
     Note:
-        A half-life keeps its digits in float32, where a factor a step close to 1 would not.
+        A half-life keeps its digits in float32, where a factor per step close to 1 would not.
 
     Reference:
         Kirkpatrick, Gelatt and Vecchi (1983), Optimization by simulated annealing.
@@ -93,7 +93,7 @@ def visit_count_temperature(
 
     Args:
         values: action values q, `[*shape]`, real or -inf (illegal); differentiable.
-        counts: visits N of the state, one number or one a slice (broadcastable to `[*shape]`
+        counts: visits N of the state, one number or one per slice (broadcastable to `[*shape]`
             with size 1 along `axis`), int or real; differentiable.
         axis: axis, axes, or None for all, along which the actions lie.
         where: mask of legal actions, bool, broadcastable to `[*shape]`; True is legal.
@@ -132,9 +132,9 @@ def visit_count_temperature(
     empty = highest == -jnp.inf
     spread = jnp.where(empty, 0, highest - jnp.where(empty, 0, lowest))
     visited = ~(counts <= 1)
-    logs = jnp.log(jnp.where(visited, counts, 2))
-    row = jnp.where(visited, spread / logs, jnp.inf)
-    return jnp.where(empty, 0, row).astype(problem.dtype)
+    logs = jnp.log(jnp.where(visited & ~empty, counts, 2))
+    temperature = jnp.where(visited, spread / logs, jnp.inf)
+    return jnp.where(empty, 0, temperature).astype(problem.dtype)
 
 
 @api("axis", target=NONNEGATIVE)
@@ -151,7 +151,7 @@ def target_entropy_temperature(
 
     Args:
         values: action values q, `[*shape]`, real or -inf (illegal); differentiable.
-        target: entropy h in nats, one number or one a slice (broadcastable to `[*shape]` with
+        target: entropy h in nats, one number or one per slice (broadcastable to `[*shape]` with
             size 1 along `axis`); differentiable.
         axis: axis, axes, or None for all, along which the actions lie.
         where: mask of legal actions, bool, broadcastable to `[*shape]`; True is legal.
@@ -174,7 +174,7 @@ def target_entropy_temperature(
         0.5
 
     Note:
-        O(n) a pass, in about 20 passes of a bracketed Newton method in log T. Both modes, any
+        O(n) per pass, in about 20 passes of a bracketed Newton method in log T. Both modes, any
         order.
 
     Reference:
@@ -221,7 +221,7 @@ def mellowmax_temperature(
 
     Args:
         values: action values q, `[*shape]`, real or -inf (illegal); differentiable.
-        omega: inverse scale of `mellowmax`, one number or one a slice (broadcastable to
+        omega: inverse scale of `mellowmax`, one number or one per slice (broadcastable to
             `[*shape]` with size 1 along `axis`); differentiable.
         axis: axis, axes, or None for all, along which the actions lie.
         where: mask of legal actions, bool, broadcastable to `[*shape]`; True is legal.
@@ -245,9 +245,9 @@ def mellowmax_temperature(
         3.7803
 
     Note:
-        Of all policies worth as much, the one of the largest entropy. O(n) a pass, in about 20
-        passes of a bracketed Newton method in log T. Its relative error grows as 1 / (omega
-        times the spread of the values) where that is large. Both modes, any order.
+        This policy has the largest entropy of all that are worth as much. O(n) per pass, in
+        about 20 passes of a bracketed Newton method in log T. Its relative error grows as
+        1 / (omega times the spread of the values) where that is large. Both modes, any order.
 
     Reference:
         Asadi and Littman (2017), An alternative softmax operator for reinforcement learning.

@@ -1,0 +1,166 @@
+"""What a CPU needs; nothing else in the library depends on the platform.
+
+XLA's CPU backend takes a sum as a running sum, and stores its terms first; `sum_of_terms`
+avoids both. A search for a threshold reads its slices ten times;
+`blocked_over_slices` runs it on a few slices at a time, which stay in the cache, and which do
+not wait for the slowest slice of all.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from softjax._mesh import is_sharded
+
+LARGE = 2**17  # entries from which on terms are not stored
+PARTS = 8  # into which an axis is cut
+LONG = 2**15  # terms of a large array's last axis that XLA adds up in a tree
+FEW = 32  # terms that lose little in a running sum
+BLOCK = 2**18  # entries of the slices of one block: 1 MB in float32
+ROWS = 2048  # slices of one block at most, because all wait for the slowest
+UNCUT = 16384  # entries of an array that is searched as a whole
+Tree = TypeVar("Tree")
+
+
+def can_cut(entries: Sequence[Array], axes: tuple[int, ...]) -> bool:
+    """Whether a sum over `axes` gains anything from parts.
+
+    Sharded axes stay whole, as does an axis whose size is open in an export.
+    """
+    sizes = [max(x.shape[axis] for x in entries) for axis in axes if entries[0].ndim]
+    is_open = not all(isinstance(size, int) for x in entries for size in x.shape)
+    return not is_open and max(sizes, default=0) > FEW and not is_sharded(entries)
+
+
+def sum_in_pairs(x: Array, axes: tuple[int, ...], size: int | None = None) -> Array:
+    """The sum over `axes`, which are kept with size 1, of an array that had `size` entries.
+
+    Entries are added up in pairs of parts. A running sum, as XLA takes, rounds many equal terms
+    the same way; along the last axis of a large array XLA takes several at once.
+    """
+    is_large = (x.size if size is None else size) >= LARGE
+    for axis in axes:
+        limit = LONG if is_large and axis == x.ndim - 1 else FEW
+        while x.shape[axis] > limit:
+            x = _join(_cut(x, axis), axis)
+        x = jnp.sum(x, axis, keepdims=True)
+    return x
+
+
+def sum_of_terms(
+    term: Callable[..., Array],
+    entries: Sequence[Array],
+    per_slice: Sequence[Array | None],
+    axes: tuple[int, ...],
+) -> Array:
+    """The sum of term(*entries, *per_slice), of which a large array stores an eighth."""
+    shape = jnp.broadcast_shapes(*(x.shape for x in entries))
+    size, longest = math.prod(shape), max(axes, key=lambda axis: shape[axis])
+    if size < LARGE or shape[longest] <= FEW:
+        return sum_in_pairs(term(*entries, *per_slice), axes)
+    # Each part forms its own terms, which one loop adds up. The barrier stops XLA from storing
+    # terms that another pass forms too, the select from cutting that loop.
+    per_slice = lax.optimization_barrier(tuple(per_slice))
+    once = jax.jit(term)  # Traced once per length of a part.
+    parts = zip(*(_cut(jnp.broadcast_to(x, shape), longest) for x in entries), strict=True)
+    x = _join([once(*part, *per_slice) for part in parts], longest)
+    return sum_in_pairs(jnp.where(x == 0, 0, x), axes, size)
+
+
+def _cut(x: Array, axis: int) -> list[Array]:
+    """Parts of equal length along the axis, and a shorter rest."""
+    length = x.shape[axis]
+    size = max(1, length // PARTS)
+    stops = [*range(size, min(PARTS, length) * size + 1, size), length]
+    pairs = itertools.pairwise([0, *stops])
+    return [lax.slice_in_dim(x, *ends, axis=axis) for ends in pairs if ends[0] < ends[1]]
+
+
+def _join(parts: list[Array], axis: int) -> Array:
+    """The sum of the parts of equal length, and the entries of the rest behind it."""
+    num = sum(part.shape == parts[0].shape for part in parts)
+    total = _add_in_pairs(parts[:num])
+    return total if num == len(parts) else jnp.concatenate([total, parts[-1]], axis)
+
+
+def _add_in_pairs(terms: list[Array]) -> Array:
+    """The sum of terms by a tree of depth log2 of their number."""
+    while len(terms) > 1:
+        pairs = [operator.add(*terms[i : i + 2]) for i in range(0, len(terms) - 1, 2)]
+        terms = pairs + terms[len(terms) - len(terms) % 2 :]
+    return terms[0]
+
+
+def blocked_over_slices(search: Callable[..., Tree]) -> Callable[..., Tree]:
+    """Runs `search(slices, entries, *per_slice)` over blocks of slices of large arrays.
+
+    The leaves of `entries` have one number per entry, `per_slice` are one number per slice,
+    broadcastable, or None. Leaves of the result are of either kind.
+    """
+
+    @functools.wraps(search)
+    def blocked(slices: Any, entries: Any, *per_slice: Array | None) -> Tree:
+        shape = jax.tree.leaves(entries)[0].shape
+        axes = getattr(slices, "axes", None)  # Segments have none.
+        size = None if axes is None else math.prod(shape[i] for i in axes)
+        is_open = not isinstance(math.prod(shape), int)  # In an export for any size.
+        if not size or is_open or is_sharded(entries):
+            return search(slices, entries, *per_slice)
+        block = max(1, min(ROWS, BLOCK // size))
+        if math.prod(shape) <= max(UNCUT, block * size):
+            return search(slices, entries, *per_slice)
+        return lax.platform_dependent(
+            entries,
+            *per_slice,
+            cpu=lambda *args: _by_block(search, slices, shape, block, *args),
+            default=lambda *args: search(slices, *args),
+        )
+
+    return blocked
+
+
+def _by_block(
+    search: Callable[..., Tree],
+    slices: Any,
+    shape: tuple[int, ...],
+    block: int,
+    entries: Any,
+    *per_slice: Array | None,
+) -> Tree:
+    axes = slices.axes
+    batch = tuple(n for i, n in enumerate(shape) if i not in axes)
+    inner = tuple(shape[i] for i in axes)
+    kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
+    last = tuple(range(len(shape) - len(axes), len(shape)))
+
+    def flatten(x: Array) -> Array:
+        return jnp.moveaxis(x, axes, last).reshape(math.prod(batch), -1)
+
+    def restore(x: Array) -> Array:
+        if x.shape[1] == 1 and math.prod(inner) != 1:
+            return x.reshape(kept)
+        return jnp.moveaxis(x.reshape(batch + inner), last, axes)
+
+    flat = (
+        jax.tree.map(flatten, entries),
+        *(jax.tree.map(lambda x: flatten(jnp.broadcast_to(x, kept)), x) for x in per_slice),
+    )
+    # Pad to equal blocks by repeating the first slices: a smaller last block would compile a
+    # second search, and sharded searches can deadlock.
+    total = math.prod(batch)
+    num_blocks = -(-total // block)
+    block = -(-total // num_blocks)
+    spare = num_blocks * block - total
+    if spare:
+        flat = jax.tree.map(lambda x: jnp.concatenate([x, x[:spare]]), flat)
+    of_block = dataclasses.replace(slices, axes=(0,))
+    found = lax.map(lambda args: search(of_block, *args), flat, batch_size=block)
+    return jax.tree.map(lambda x: restore(x[:total]), found)
