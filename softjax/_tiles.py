@@ -16,11 +16,11 @@ from jax.typing import ArrayLike
 
 from softjax._inputs import to_integers
 
-FARTHEST = 2**31 - 2  # of positions and distances; what lies beyond is taken for it
+FARTHEST = 2**31 - 2  # Positions and distances beyond it are taken for it.
 
 
-class Index(NamedTuple):
-    """Which scores a tile holds: int32 arrays that broadcast to `[batch, head, query, key]`."""
+class ScoreIndex(NamedTuple):
+    """The places of a tile's scores: int32, broadcastable to `[batch, head, query, key]`."""
 
     batch: Array
     head: Array
@@ -108,9 +108,9 @@ class Grid:
         """How many sequences there are: all axes of the batch in one."""
         return math.prod(self.batch)
 
-    def index(self, i: Any, j: Any) -> Index:
-        """Of the tile of query block i and key block j."""
-        return Index(
+    def index(self, i: Any, j: Any) -> ScoreIndex:
+        """The places of the scores where query block i meets key block j."""
+        return ScoreIndex(
             jnp.arange(self.rows, dtype=jnp.int32)[:, None, None, None],
             jnp.arange(self.heads, dtype=jnp.int32)[None, :, None, None],
             self.queries.places(i)[:, None, :, None],
@@ -124,14 +124,14 @@ class Tile(NamedTuple):
     grid: Grid
     i: Any  # the block of queries
     j: Any  # the block of keys
-    places: Index
+    places: ScoreIndex
 
     def queries(self, x: Array, axis: int = -1) -> Array:
-        """Of an array over all queries along `axis`, the part of this tile."""
+        """The part that belongs to this tile of an array over all queries along `axis`."""
         return self.grid.queries.take(x, self.i, axis)
 
     def keys(self, x: Array, axis: int = -1) -> Array:
-        """Of an array over all keys along `axis`, the part of this tile."""
+        """The part that belongs to this tile of an array over all keys along `axis`."""
         return self.grid.keys.take(x, self.j, axis)
 
 
@@ -156,8 +156,8 @@ def positions_met(grid: Grid) -> Bounds:
     return meet(grid.queries.extent(), grid.keys.extent())
 
 
-def shifted(places: Array, by: Array) -> Array:
-    """The sum, at an end of int32 where it would go beyond: there no position lies."""
+def shift_positions(places: Array, by: Array) -> Array:
+    """The sum, clipped to the ends of int32, where no position lies."""
     there = places + by
     ends = jnp.iinfo(there.dtype)
     around = (there < places) != (by < 0)
@@ -195,6 +195,12 @@ def per_score(x: Array, grid: Grid, name: str) -> Array:
         raise ValueError(
             f"`{name}` of shape {x.shape} does not broadcast to [..., N, T, S], {shape}."
         )
+    if x.ndim == 3 and x.shape[0] == grid.heads > 1 and grid.heads in grid.batch:
+        raise ValueError(
+            f"`{name}` of shape {x.shape} may be per head or per sequence, of which there are"
+            f" {grid.heads} each: give it the shape {(1, *x.shape)} or"
+            f" {(x.shape[0], 1, *x.shape[1:])}."
+        )
     rest = full[-3:]
     if all(n == 1 for n in full[:-3]):
         return x.reshape(1, *rest)
@@ -202,15 +208,15 @@ def per_score(x: Array, grid: Grid, name: str) -> Array:
 
 
 def per_sequence(x: ArrayLike, grid: Grid, name: str) -> Array:
-    """One int a sequence, `[batch or 1, 1, 1, 1]`."""
-    x = _integers(x, name)
+    """One int per sequence, `[batch or 1, 1, 1, 1]`."""
+    x = _clipped_integers(x, name)
     if x.ndim == 0:
         return x.reshape(1, 1, 1, 1)
     try:
         x = jnp.broadcast_to(x, grid.batch)
     except ValueError:
         raise ValueError(
-            f"`{name}` must be one int or one a sequence, {grid.batch}, got the shape"
+            f"`{name}` must be one int or one per sequence, {grid.batch}, got the shape"
             f" {x.shape}."
         ) from None
     return x.reshape(grid.rows, 1, 1, 1)
@@ -219,12 +225,12 @@ def per_sequence(x: ArrayLike, grid: Grid, name: str) -> Array:
 def per_token(
     x: ArrayLike, batch: tuple[int, ...], side: Side, name: str, *, limited: bool = True
 ) -> Array:
-    """One int a token, `[batch or 1, size]`; int32 if they are to be added to."""
-    x = _integers(x, name, limited=limited)
+    """One int per token, `[batch or 1, size]`; int32 if they are to be added to."""
+    x = _clipped_integers(x, name, limited=limited)
     wanted = (*batch, side.size)
     if x.ndim < 1 or x.shape[-1] != side.size:
         raise ValueError(
-            f"`{name}` must be one int a token, {wanted}, got the shape {x.shape}."
+            f"`{name}` must be one int per token, {wanted}, got the shape {x.shape}."
         )
     if all(n == 1 for n in x.shape[:-1]):
         return x.reshape(1, side.size)
@@ -232,12 +238,12 @@ def per_token(
         x = jnp.broadcast_to(x, wanted)
     except ValueError:
         raise ValueError(
-            f"`{name}` must be one int a token, {wanted}, got the shape {x.shape}."
+            f"`{name}` must be one int per token, {wanted}, got the shape {x.shape}."
         ) from None
     return x.reshape(math.prod(batch), side.size)
 
 
-def _integers(x: ArrayLike, name: str, *, limited: bool = True) -> Array:
+def _clipped_integers(x: ArrayLike, name: str, *, limited: bool = True) -> Array:
     if isinstance(x, int) and not isinstance(x, bool):
         return jnp.asarray(max(-FARTHEST, min(FARTHEST, x)), jnp.int32)
     x = to_integers(x, name=name)

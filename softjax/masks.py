@@ -3,7 +3,8 @@
 A mask is an object, not an array. It answers for one tile of scores at a time, and says from
 the bounds of a tile alone whether the tile is empty, partial or full, so that empty tiles can
 be skipped and full ones need no masking, although nothing of the size queries x keys is ever
-built. Masks combine by `&`, `|` and `~`, and hold arrays that may be traced.
+built. Masks combine by `&`, `|` and `~`, and hold arrays that may be traced. They are equal,
+and hash equal, when their parts are: an equal mask as a static argument compiles nothing anew.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from softjax._tiles import (
     per_sequence,
     per_token,
     positions_met,
-    shifted,
+    shift_positions,
 )
 
 __all__ = ["Causal", "Dense", "Function", "Lengths", "Mask", "Prefix", "Segments", "Window"]
@@ -39,7 +40,7 @@ Node = TypeVar("Node")
 
 
 class Mask:
-    """What all masks share; one of your own needs `bind`, `tile` and `bounds`."""
+    """The base of all masks; one of your own needs `bind`, `tile` and `bounds`."""
 
     def bind(self, grid: Grid) -> Mask:
         """The same mask, checked against the shapes, its arrays `[batch or 1, ...]`."""
@@ -72,13 +73,28 @@ class Mask:
         kept = self.bind(grid).tile(Tile(grid, 0, 0, grid.index(0, 0)))
         return jnp.broadcast_to(kept, shape).reshape(*batch, *shape[1:])
 
-    def functions(self) -> list[Callable[..., Array]]:
-        """The functions that are asked, of this mask and of those that it is made of."""
-        names = getattr(self, "__dataclass_fields__", ())
-        parts = [getattr(self, name) for name in names]
-        return [f for part in parts if isinstance(part, Mask) for f in part.functions()]
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self._key() == other._key()
 
-    __array_ufunc__ = None  # So that NumPy leaves `array & mask` to the mask.
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        """The parts, arrays by what they hold. A mask without fields equals itself alone."""
+        if not hasattr(self, "__dataclass_fields__"):
+            return (id(self),)
+        return (type(self), *(_comparable(part) for part in self._parts().values()))
+
+    def __repr__(self) -> str:
+        parts = self._parts().items()
+        shown = [f"{name}={_shown(part)}" for name, part in parts if part is not None]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _parts(self) -> dict[str, Any]:
+        names = getattr(self, "__dataclass_fields__", ())
+        return {name: getattr(self, name) for name in names}
+
+    __array_ufunc__ = None  # NumPy leaves `array & mask` to the mask.
 
     def __and__(self, other: Mask | ArrayLike) -> Mask:
         return _Both(self, _mask(other))
@@ -101,15 +117,16 @@ class Mask:
 
 @dataclass_transform(frozen_default=True, eq_default=False)
 def _node(cls: type[Node]) -> type[Node]:
-    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+    made = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    return jax.tree_util.register_dataclass(made)
 
 
 @_node
 class Causal(Mask):
     """A query at position t sees the keys at positions up to t + offset.
 
-    The offset is one int or one a sequence. 0 aligns the first tokens; the number of keys less
-    that of queries aligns the last ones, as in decoding with a cache.
+    The offset is one int or one per sequence. 0 aligns the first tokens; the number of keys
+    less that of queries aligns the last ones, as in decoding with a cache.
     """
 
     offset: Any = 0
@@ -118,19 +135,19 @@ class Causal(Mask):
         return Causal(per_sequence(self.offset, grid, "Causal.offset"))
 
     def tile(self, tile: Tile) -> Array:
-        return tile.places.key <= shifted(tile.places.query, self.offset)
+        return tile.places.key <= shift_positions(tile.places.query, self.offset)
 
     def bounds(self, grid: Grid) -> tuple[Array, Array]:
         at = positions_met(grid)
-        some = at.key_low <= shifted(at.query_high, self.offset)
-        return some, at.key_high <= shifted(at.query_low, self.offset)
+        some = at.key_low <= shift_positions(at.query_high, self.offset)
+        return some, at.key_high <= shift_positions(at.query_low, self.offset)
 
 
 @_node
 class Window(Mask):
     """A query at position t sees the keys at positions t - left to t + right.
 
-    Either is one int, one a sequence, or None for no limit. Without `right` nothing ahead is
+    Either is one int, one per sequence, or None for no limit. Without `right` nothing ahead is
     seen: `Window(256)` is causal, and sees the query's own place and 256 before it.
     """
 
@@ -157,12 +174,12 @@ class Window(Mask):
         return self._reaches(*high_first), self._reaches(*low_first)
 
     def _reaches(self, queries: tuple[Array, Array], keys: tuple[Array, Array]) -> Array:
-        """Of the first of both to the right, and of the second to the left."""
+        """Whether the first pair is within reach to the right, the second to the left."""
         inside = _everywhere(True)
         if self.right is not None:
-            inside &= keys[0] <= shifted(queries[0], self.right)
+            inside &= keys[0] <= shift_positions(queries[0], self.right)
         if self.left is not None:
-            inside &= keys[1] >= shifted(queries[1], -self.left)
+            inside &= keys[1] >= shift_positions(queries[1], -self.left)
         return inside
 
 
@@ -202,17 +219,30 @@ class Segments(Mask):
 
 @_node
 class Lengths(Mask):
-    """Only positions below a length take part: one a sequence, `[...]`, or None for all."""
+    """Only positions below a length take part: one per sequence, `[...]`, or one for all.
+
+    `Lengths(n)` is the length of the sequence, for queries and keys alike, of which there must
+    be equally many. `Lengths(key_lengths=n)` hides keys alone; with both, each has its own.
+    """
 
     query_lengths: Any = None
     key_lengths: Any = None
 
     def bind(self, grid: Grid) -> Lengths:
-        limits = (
-            (self.query_lengths, "Lengths.query_lengths"),
-            (self.key_lengths, "Lengths.key_lengths"),
+        keys = self.query_lengths if self.key_lengths is None else self.key_lengths
+        if (
+            self.key_lengths is None
+            and keys is not None
+            and grid.queries.size != grid.keys.size
+        ):
+            raise ValueError(
+                "`Lengths(n)` holds for queries and keys, which must be equally many, got"
+                f" {grid.queries.size} and {grid.keys.size}: give `key_lengths` too, or alone."
+            )
+        return Lengths(
+            _limit(self.query_lengths, grid, "Lengths.query_lengths"),
+            _limit(keys, grid, "Lengths.key_lengths"),
         )
-        return Lengths(*(_limit(x, grid, name) for x, name in limits))
 
     def tile(self, tile: Tile) -> Array:
         return self._below(tile.places.query, tile.places.key)
@@ -247,7 +277,11 @@ class Prefix(Mask):
 
 @_node
 class Dense(Mask):
-    """A bool array that broadcasts to `[..., N, T, S]`, token by token; True sees."""
+    """A bool array that broadcasts to `[..., N, T, S]`, token by token; True sees.
+
+    An array of three axes is per head, `[N, T, S]`. It is refused if the batch has an axis of N
+    sequences, because it may be meant per sequence: write `[B, 1, T, S]` or `[1, N, T, S]`.
+    """
 
     keep: Any
 
@@ -278,14 +312,12 @@ class Function(Mask):
     """Where `keep(index)` is True.
 
     The index holds four int arrays, batch, head, query and key (positions), that broadcast to
-    a tile. What the function captures may be traced. No tile is known to be empty or full. A
-    new function, or one that has captured something new, is compiled anew.
+    a tile. The function may capture traced arrays. No tile is known to be empty or full. It is
+    traced anew in every call, as the `score` of `attention` is; such masks are equal when the
+    function is the same object.
     """
 
     keep: Callable[..., Array] = dataclasses.field(metadata={"static": True})
-
-    def functions(self) -> list[Callable[..., Array]]:
-        return [self.keep]
 
     def bind(self, grid: Grid) -> _Bound:
         index = grid.index(0, 0)
@@ -324,6 +356,9 @@ class _Both(Mask):
     one: Mask
     other: Mask
 
+    def __repr__(self) -> str:
+        return f"({self.one!r} & {self.other!r})"
+
     def bind(self, grid: Grid) -> _Both:
         return _Both(self.one.bind(grid), self.other.bind(grid))
 
@@ -340,6 +375,9 @@ class _Either(Mask):
     one: Mask
     other: Mask
 
+    def __repr__(self) -> str:
+        return f"({self.one!r} | {self.other!r})"
+
     def bind(self, grid: Grid) -> _Either:
         return _Either(self.one.bind(grid), self.other.bind(grid))
 
@@ -355,6 +393,9 @@ class _Either(Mask):
 class _Not(Mask):
     mask: Mask
 
+    def __repr__(self) -> str:
+        return f"~{self.mask!r}"
+
     def bind(self, grid: Grid) -> _Not:
         return _Not(self.mask.bind(grid))
 
@@ -368,18 +409,55 @@ class _Not(Mask):
 
 @_node
 class Inside(Mask):
-    """Not the padding of the last block of keys."""
+    """Not the padding of the last blocks.
+
+    A padded query sees nothing: a NaN that it alone saw would reach the cotangents of keys.
+    """
 
     def bind(self, grid: Grid) -> Inside:
         return self
 
     def tile(self, tile: Tile) -> Array:
-        return (tile.grid.keys.order(tile.j) < tile.grid.keys.size)[None, None, None]
+        queries, keys = tile.grid.queries, tile.grid.keys
+        inside = (queries.order(tile.i) < queries.size)[:, None]
+        return (inside & (keys.order(tile.j) < keys.size)[None])[None, None]
 
     def bounds(self, grid: Grid) -> tuple[Array, Array]:
-        last = jnp.arange(grid.keys.num_blocks) == grid.keys.num_blocks - 1
-        short = last & (grid.keys.padding > 0)
-        return _everywhere(True), ~short[None, None, None]
+        short_queries, short_keys = (
+            (jnp.arange(side.num_blocks) == side.num_blocks - 1) & (side.padding > 0)
+            for side in (grid.queries, grid.keys)
+        )
+        short = short_queries[:, None] | short_keys[None]
+        return _everywhere(True), ~short[None, None]
+
+
+def asks(mask: Mask | None) -> bool:
+    """Whether a user's function is among the parts of a mask."""
+    if mask is None:
+        return False
+    parts = (part for part in mask._parts().values() if isinstance(part, Mask))
+    return isinstance(mask, Function) or any(map(asks, parts))
+
+
+def _comparable(part: Any) -> Any:
+    """A part of a mask, so that == and `hash` tell whether it holds the same."""
+    if isinstance(part, (int, np.integer)) and not isinstance(part, bool):
+        return int(part)
+    if isinstance(part, (np.ndarray, jax.Array)) and not isinstance(part, jax.core.Tracer):
+        held = np.asarray(part)
+        return held.shape, held.dtype.str, held.tobytes()
+    return part if part is None or isinstance(part, Mask) else id(part)
+
+
+def _shown(part: Any) -> str:
+    """A part of a mask in short: of a large array its dtype and shape."""
+    if callable(part):
+        return str(getattr(part, "__qualname__", part))
+    if isinstance(part, (np.ndarray, jax.Array)):
+        if isinstance(part, jax.core.Tracer) or part.size > 8:
+            return f"{part.dtype}{list(part.shape)}"
+        return str(part.tolist())
+    return repr(part)
 
 
 def as_mask(mask: Any) -> Mask | None:

@@ -1293,6 +1293,7 @@ def attention(
     bias=0,
     scale=None,
     soft_cap=None,
+    cap_bias=False,
     sink=-INF,
     score=None,
     weigh=None,
@@ -1317,8 +1318,10 @@ def attention(
     for *place, n in np.ndindex(*batch, heads):
         place = tuple(place)
         q, k, v = queries[place][:, n], *(x[place][:, n // groups] for x in (keys, values))
-        s = np.longdouble(scale[n]) * (q @ k.T) + bias[place][n]
+        s, b = np.longdouble(scale[n]) * (q @ k.T), bias[place][n]
+        s = s + b if cap_bias else s
         s = s if cap is None else cap[n] * np.tanh(s / cap[n])
+        s = s if cap_bias else s + b
         s = s if score is None else score(s, n)
         kept = keep[place][n] & (bias[place][n] != -INF) & (s != -INF)
         for t in range(num_queries):

@@ -1,6 +1,8 @@
 """Attention: against its definition, in every mode, and where rivals go wrong."""
 
 import functools
+import inspect
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax.test_util import check_grads
 
 import softjax as sj
 from softjax import masks
+from softjax.attentions.attend import Options
 from tests import oracles
 from tests.helpers import INF, NAN, assert_close, assert_same, eps
 
@@ -86,6 +89,10 @@ OPTIONS = {
     "bias, one column": ({"bias": RNG.standard_normal((T, 1))},) * 2,
     "bias with -inf": ({"bias": np.where(RNG.random((T, S)) < 0.5, -INF, 1.0)},) * 2,
     "soft cap": ({"soft_cap": 1.5, "bias": np.where(np.tri(T, S) > 0, 0.5, -INF)},) * 2,
+    "soft cap of the sum": (
+        {"soft_cap": 1.5, "cap_bias": True, "bias": np.where(np.tri(T, S) > 0, 0.5, -INF)},
+    )
+    * 2,
     "sink": ({"sink": RNG.standard_normal(N)},) * 2,
     "score": (
         {"score": functools.partial(alibi, jnp.asarray(SLOPES))},
@@ -117,7 +124,8 @@ def test_masks(way, mask):
 
 
 @pytest.mark.parametrize(
-    ("way", "name"), [*mostly_slow(OPTIONS, ("bias with -inf", "soft cap", "sink"))]
+    ("way", "name"),
+    [*mostly_slow(OPTIONS, ("bias with -inf", "soft cap", "soft cap of the sum", "sink"))],
 )
 def test_options(way, name):
     check_value(way, MASKS["causal"], *OPTIONS[name])
@@ -137,6 +145,29 @@ def test_block_sizes_change_nothing(block_size):
     arrays = draw(1)
     call = functools.partial(sj.attention, *arrays, mask=masks.Window(3, 2))
     assert_close(call(block_size=block_size), call(**DENSE), rtol=0, atol=16 * eps("float64"))
+
+
+def test_numpy_ints_are_ints():
+    arrays = draw(1)
+    call = functools.partial(sj.attention, *arrays, mask=masks.Causal(np.int64(1)))
+    assert_same(call(block_size=np.int64(4)), call(block_size=(4, np.int32(4))))
+
+
+def test_a_soft_cap_of_the_product_alone():
+    """A bias of -1e9 hides a key as a mask does, by default; under the cap it leaks."""
+    arrays, bias = draw(2), jnp.asarray(np.where(np.tri(T, S) > 0, 0.0, -1e9))
+    hidden = sj.attention(*arrays, bias=bias, soft_cap=50.0)
+    masked = sj.attention(*arrays, mask=bias == 0, soft_cap=50.0)
+    assert_close(hidden, masked, rtol=0, atol=16 * eps("float64"))
+    ones = [jnp.ones_like(x) for x in arrays]
+    lse = lambda **options: sj.attention(
+        *ones, bias=bias, soft_cap=4.0, return_lse=True, **options
+    )[1]
+    leak = jnp.exp(lse(cap_bias=True) - lse()) - 1
+    assert leak[0, 0, 0] > 1e-3
+    assert_same(
+        sj.attention(*arrays, bias=bias, cap_bias=True), sj.attention(*arrays, bias=bias)
+    )
 
 
 def test_layouts():
@@ -190,8 +221,8 @@ def definition(queries, keys, values, bias, scale, soft_cap, sink, slopes):
     """Plain, dense and in float64; its derivatives are those of JAX."""
     keys, values = (jnp.repeat(x, N // K, 2) for x in (keys, values))
     column = lambda x: x[None, :, None, None]
-    scores = column(scale) * jnp.einsum("btnh,bsnh->bnts", queries, keys) + bias
-    scores = column(soft_cap) * jnp.tanh(scores / column(soft_cap))
+    scores = column(scale) * jnp.einsum("btnh,bsnh->bnts", queries, keys)
+    scores = column(soft_cap) * jnp.tanh(scores / column(soft_cap)) + bias
     distance = np.abs(np.subtract.outer(np.arange(T), np.arange(S))).astype(float)
     scores = jnp.where(KEEP, scores - column(slopes) * distance[None, None], -1e9)
     peak = jnp.maximum(jnp.max(scores, -1, keepdims=True), column(sink))
@@ -357,7 +388,7 @@ def test_a_bias_of_minus_inf_hides_what_stands_there(way, squashed):
     mask[4, 7] = False  # What stands there in the bias plays no part.
     bias = np.where(dropped, -INF, 1.0)
     options = {
-        "soft cap": lambda c: {"soft_cap": 1 + c},
+        "soft cap": lambda c: {"soft_cap": 1 + c, "cap_bias": True},
         "score": lambda c: {"score": lambda z, at: c * z**2 - z},
     }[squashed]
 
@@ -700,6 +731,8 @@ def test_derivatives_under_dropout(mode):
         ({"mask": jnp.ones((S, T), bool)}, ValueError, "`mask` of shape"),
         ({"mask": lambda at: at.key > 0}, TypeError, r"masks\.Function"),
         ({"bias": jnp.ones((3, T, S))}, ValueError, "`bias` of shape"),
+        ({"bias": jnp.ones((T, S), bool)}, TypeError, "`bias` must hold numbers, got bool"),
+        ({"bias": True}, TypeError, "`bias` must hold numbers, got bool"),
         ({"scale": jnp.ones(3)}, ValueError, "`scale` must be one number"),
         ({"soft_cap": jnp.ones((N, 1))}, ValueError, "`soft_cap` must be one number"),
         ({"sink": jnp.ones(3)}, ValueError, "`sink` must be one number"),
@@ -710,9 +743,12 @@ def test_derivatives_under_dropout(mode):
         ({"positions": (None,)}, ValueError, "`positions`"),
         ({"dropout_rate": 0.5}, ValueError, "needs a `dropout_key`"),
         ({"dropout_rate": 1.5}, ValueError, r"in \[0, 1\], got 1\.5"),
-        ({"block_size": 0}, ValueError, "`block_size` must be a positive int"),
+        ({"block_size": 0}, ValueError, "`block_size` must be at least 1"),
+        ({"block_size": 2.0}, TypeError, r"`block_size` must be an int, got 2\.0"),
+        ({"cap_bias": 1}, TypeError, "`cap_bias` must be True or False"),
+        ({"return_lse": 1}, TypeError, "`return_lse` must be True or False"),
+        ({"dropout_key": 0}, TypeError, "`dropout_key` must be a key of jax.random, got int"),
         ({"block_size": (2, 3, 4)}, ValueError, "`block_size`"),
-        ({"block_size": 2.5}, TypeError, r"`block_size` must be an int.*2\.5"),
         ({"block_size": 2, "implementation": "dense"}, ValueError, "no meaning"),
         ({"implementation": "cudnn"}, ValueError, "`implementation` must be"),
     ],
@@ -760,3 +796,11 @@ def test_a_soft_cap_of_inf_bounds_nothing():
     expected = jax.grad(call)(queries)
     got = jax.grad(functools.partial(call, soft_cap=jnp.inf))(queries)
     np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_options_are_those_of_the_signature():
+    """The overloads, by which type checkers know the result, name all of them."""
+    parameters = inspect.signature(sj.attention).parameters.values()
+    names = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert {*Options.__annotations__, "return_lse"} == names
+    assert len(typing.get_overloads(inspect.unwrap(sj.attention))) == 3

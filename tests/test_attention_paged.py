@@ -36,7 +36,7 @@ def pages(seed=0, num_queries=2):
 def test_a_cache_with_lengths():
     """One query a sequence against a cache that is not full, whatever stands behind."""
     queries, keys, values = draw(0, (B, 1, N, H), (B, 16, K, H), (B, 16, K, W))
-    mask = masks.Causal(LENGTHS - 1) & masks.Lengths(None, LENGTHS)
+    mask = masks.Causal(LENGTHS - 1) & masks.Lengths(key_lengths=LENGTHS)
     for way in ({}, {"block_size": (1, 5)}):
         behind = np.arange(16)[None, :, None, None] >= LENGTHS.reshape(-1, 1, 1, 1)
         spoilt = [jnp.where(behind, NAN, x) for x in (keys, values)]
@@ -91,6 +91,7 @@ def test_merging_nothing():
 def test_pages(num_splits, monkeypatch):
     """Two pages at a time; with a sink and a soft cap; whatever stands in other pages."""
     monkeypatch.setattr("softjax.attentions.paged.AT_ONCE", 2 * PAGE)
+    jax.clear_caches()  # Programs of before have the number built in.
     queries, keys, values, table = pages()
     options = {"sink": jnp.arange(N) / 4, "soft_cap": 2.0}
     call = lambda *a: sj.paged_attention(*a, table, LENGTHS, num_splits=num_splits, **options)

@@ -1,6 +1,10 @@
 """Attention in the hands of others: tokamax's own test suite, flax and equinox."""
 
 import contextlib
+import functools
+import inspect
+import pathlib
+import re
 import warnings
 
 import jax
@@ -113,47 +117,195 @@ else:
                 self.skipTest("quantised arrays and unnormalised averages are not offered")
 
 
-# flax and equinox: the recipes of the README.
+# flax: the recipe of the README, beside flax's own attention.
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
 
 
-def attention_fn(
-    query,
-    key,
-    value,
-    bias=None,
-    mask=None,
-    dropout_rng=None,
-    dropout_rate=0.0,
-    deterministic=False,
-    **_,
-):
-    """For the multi-head attention of flax."""
-    mask = None if mask is None else mask.astype(bool)
-    drop = {"dropout_rate": dropout_rate, "dropout_key": dropout_rng}
-    drop = {} if deterministic or not dropout_rate else drop
-    return sj.attention(query, key, value, bias=bias, mask=mask, **drop)
+def flax_recipe():
+    """The function of the README."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    (block,) = (block for block in blocks if "def attention_fn" in block)
+    names = {"sj": sj}
+    exec(block, names)
+    return names["attention_fn"]
+
+
+def tokens(seed=0, shape=(3, 7, 8)):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def check_alike(found, expected, tolerance=2e-5):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == other.dtype
+        one, other = (np.asarray(x).astype("float64") for x in (one, other))
+        largest = max(1.0, np.abs(other).max())
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * largest)
+
+
+SEEN = np.random.default_rng(1).random((3, 1, 7, 7)) < 0.5
+SEEN[..., 0] = True
+CAUSAL = np.tri(7)[None, None]
+FLAX_MASKS = {"none": None, "bools": SEEN, "floats": CAUSAL, "keys": SEEN[:, :, :1]}
+FLAX_CALLS = {
+    **{f"mask of {name}": ({}, {"mask": mask}) for name, mask in FLAX_MASKS.items()},
+    "bfloat16": ({"dtype": jnp.bfloat16}, {"mask": CAUSAL}),
+    "normalised": ({"normalize_qk": True}, {}),
+    "deterministic": ({"dropout_rate": 0.5}, {"deterministic": True}),
+}
+NNX_CALLS = FLAX_CALLS | {
+    "causal": ({}, {"is_causal": True}),
+    "causal and a mask": ({}, {"is_causal": True, "mask": SEEN}),
+    "shared heads": ({"num_kv_heads": 1}, {"is_causal": True}),
+}
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_flax(as_users_run):
-    """Multi-head attention with this attention, beside flax's own; and its dropout."""
+@pytest.mark.parametrize("name", FLAX_CALLS)
+def test_flax_linen(name, as_users_run):
     nn = pytest.importorskip("flax.linen")
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 8)), jnp.float32)
-    causal = nn.make_causal_mask(x[..., 0])
-    options = {"num_heads": 2, "dropout_rate": 0.5}
-    theirs = nn.MultiHeadDotProductAttention(**options)
-    ours = nn.MultiHeadDotProductAttention(**options, attention_fn=attention_fn)
-    params = theirs.init(jax.random.key(0), x, deterministic=True)
+    made, called = FLAX_CALLS[name]
+    x, other = tokens(), tokens(1)
+    theirs = nn.MultiHeadDotProductAttention(num_heads=2, **made)
+    ours = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=flax_recipe(), **made)
+    params = theirs.init(jax.random.key(0), x, **called)
 
-    def run(module, **rest):
-        apply = lambda p: module.apply(p, x, mask=causal, **rest)
-        return jax.value_and_grad(lambda p: jnp.sum(jnp.sin(apply(p))))(params)
+    def run(layer):
+        apply = lambda p, x: layer.apply(p, x, other, **called)
+        loss = lambda p, x: jnp.sum(jnp.sin(apply(p, x).astype(jnp.float32)))
+        return apply(params, x), jax.grad(loss, argnums=(0, 1))(params, x)
 
-    found, expected = (run(module, deterministic=True) for module in (ours, theirs))
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert_close(one, other, rtol=1e-5, atol=1e-5)
-    dropped = run(ours, deterministic=False, rngs={"dropout": jax.random.key(1)})
-    assert abs(dropped[0] - found[0]) > 1e-3
+    check_alike(run(ours), run(theirs), 3e-2 if "dtype" in made else 2e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", NNX_CALLS)
+def test_flax_nnx(name, as_users_run):
+    nnx = pytest.importorskip("flax.nnx")
+    made, called = NNX_CALLS[name]
+    x = tokens()
+
+    def run(**rest):
+        options = {"decode": False, "rngs": nnx.Rngs(0), **made, **rest}
+        try:
+            layer = nnx.MultiHeadAttention(2, 8, **options)
+        except TypeError:
+            pytest.skip("an option that this version of flax lacks")
+        loss = lambda layer, x: jnp.sum(jnp.sin(layer(x, **called).astype(jnp.float32)))
+        return layer(x, **called), nnx.grad(loss, argnums=(0, 1))(layer, x)
+
+    found, expected = run(attention_fn=flax_recipe()), run()
+    check_alike(found, expected, 3e-2 if "dtype" in made else 2e-5)
+    if called.get("is_causal"):
+        later = x.at[:, -1].set(0)
+        layer = nnx.MultiHeadAttention(
+            2, 8, decode=False, rngs=nnx.Rngs(0), attention_fn=flax_recipe(), **made
+        )
+        before, after = (layer(t, **called)[:, :-1] for t in (x, later))
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flax_decoding(as_users_run):
+    """Token by token with flax's cache, in both of its interfaces."""
+    nn = pytest.importorskip("flax.linen")
+    nnx = pytest.importorskip("flax.nnx")
+    x = tokens()
+
+    def linen(**rest):
+        layer = nn.MultiHeadDotProductAttention(num_heads=2, decode=True, **rest)
+        variables = layer.init(jax.random.key(0), x)
+        cache, outs = {"cache": variables["cache"]}, []
+        for t in range(x.shape[1]):
+            given = {"params": variables["params"], **cache}
+            out, cache = layer.apply(given, x[:, t : t + 1], mutable=["cache"])
+            outs.append(out)
+        return jnp.concatenate(outs, 1)
+
+    def nnx_(**rest):
+        layer = nnx.MultiHeadAttention(2, 8, decode=True, rngs=nnx.Rngs(0), **rest)
+        layer.init_cache(x.shape)
+        return jnp.concatenate([layer(x[:, t : t + 1]) for t in range(x.shape[1])], 1)
+
+    for run in (linen, nnx_):
+        check_alike(run(attention_fn=flax_recipe()), run())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flax_functions(as_users_run):
+    """The function alone beside both of flax's: a bias, a dtype, batch axes or none."""
+    nn = pytest.importorskip("flax.linen")
+    nnx = pytest.importorskip("flax.nnx")
+    attention_fn = flax_recipe()
+    for batch in ((), (3,), (2, 3)):
+        q, k, v = (tokens(seed, (*batch, 7, 4, 8)) for seed in range(3))
+        bias = tokens(3, (*batch, 4, 7, 7))
+        mask = CAUSAL[0]
+        for options in ({"bias": bias}, {"bias": bias, "mask": mask}, {"dtype": "bfloat16"}):
+            theirs = nn.dot_product_attention(q, k, v, **options)
+            tolerance = 3e-2 if "dtype" in options else 2e-5
+            check_alike(attention_fn(q, k, v, **options), theirs, tolerance)
+    promote = nnx.nn.dtypes.promote_dtype
+    options = {"promote_dtype": promote, "dtype": jnp.float32, "is_causal": True}
+    q = q.astype(jnp.bfloat16)
+    theirs = nnx.dot_product_attention(q[0], k[0], v[0], **options)
+    check_alike(attention_fn(q[0], k[0], v[0], **options), theirs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flax_dropout(as_users_run):
+    """The mean over many draws is what comes without dropout."""
+    nn = pytest.importorskip("flax.linen")
+    nnx = pytest.importorskip("flax.nnx")
+    attention_fn, x = flax_recipe(), tokens()
+    options = {"dropout_rate": 0.5, "broadcast_dropout": False, "attention_fn": attention_fn}
+    linen = nn.MultiHeadDotProductAttention(num_heads=2, **options)
+    params = linen.init(jax.random.key(0), x, deterministic=True)
+    drop = lambda key: linen.apply(params, x, deterministic=False, rngs={"dropout": key})
+    plain = linen.apply(params, x, deterministic=True)
+    outs = jax.vmap(drop)(jax.random.split(jax.random.key(1), 2000))
+    error = jnp.std(outs, 0) / np.sqrt(2000)
+    assert (jnp.abs(outs.mean(0) - plain) < 5 * error + 1e-6).all()
+    assert (error > 0).any()
+    layer = nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0), **options)
+    first, second = layer(x, deterministic=False), layer(x, deterministic=False)
+    assert float(jnp.abs(first - second).max()) > 1e-3
+    np.testing.assert_array_equal(layer(x, deterministic=True), layer(x, deterministic=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_flax_options_that_are_not_offered(as_users_run):
+    nn = pytest.importorskip("flax.linen")
+    nnx = pytest.importorskip("flax.nnx")
+    attention_fn, x = flax_recipe(), tokens()
+    linen = functools.partial(nn.MultiHeadDotProductAttention, num_heads=2)
+    nnx_ = functools.partial(nnx.MultiHeadAttention, 2, 8, decode=False, rngs=nnx.Rngs(0))
+    einsum = {"qk_attn_weights_einsum_cls": lambda: jnp.einsum}
+    einsum["attn_weights_value_einsum_cls"] = einsum["qk_attn_weights_einsum_cls"]
+    for made, called, name in (
+        ({"precision": "highest"}, {}, "precision"),
+        ({}, {"sow_weights": True}, "sow_weights"),
+        ({"dropout_rate": 0.5}, {"deterministic": False}, "broadcast_dropout"),
+        (einsum, {}, "qk_attn_weights_einsum"),
+    ):
+        layer = linen(attention_fn=attention_fn, **made)
+        keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+        with pytest.raises(ValueError, match=name):
+            layer.init(keys, x, **called)
+        if "einsum" not in name:
+            layer = nnx_(attention_fn=attention_fn, **made)
+            with pytest.raises(ValueError, match=name):
+                layer(x, **called)
+    with pytest.raises(TypeError, match="window"):
+        attention_fn(x[..., None, :], x[..., None, :], x[..., None, :], window=3)
+    # All that flax's own functions take is named in the signature.
+    ours = set(inspect.signature(attention_fn).parameters)
+    for own in (nn.dot_product_attention, nnx.dot_product_attention):
+        assert set(inspect.signature(own).parameters) <= ours
+
+
+# equinox: the recipe of the README.
 
 
 @pytest.mark.filterwarnings("ignore")

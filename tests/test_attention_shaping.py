@@ -22,7 +22,7 @@ def test_slopes():
         assert_close(slopes, oracles.alibi_slopes(num_heads), rtol=2 * eps("float64"))
         assert slopes.shape == (num_heads,)
     for wrong in (0, -4, 2.0):
-        with pytest.raises(ValueError, match="`num_heads` must be a positive int"):
+        with pytest.raises((TypeError, ValueError), match="`num_heads` must be"):
             sj.alibi_slopes(wrong)
 
 

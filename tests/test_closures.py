@@ -1,7 +1,6 @@
-"""What functions have captured: arguments of a program, and a key to it."""
+"""What users' functions have captured: it is asked for anew in every call."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import pytest
 
 import softjax as sj
 from softjax import masks
-from softjax._closures import Captured
 
 SLOPE = 1.0
 
@@ -74,6 +72,7 @@ ARRAYS, PUT_ARRAY = keeper(jnp.array(1.0))
 HELD = {"slope": 1.0}
 OBJECT = Slope(1.0)
 LENGTH = [4]
+OF_AN_OBJECT = lambda scores, at: scores - OBJECT.value * apart(at)
 IN_A_LAMBDA = lambda scores, at: (lambda: scores - HELD["slope"] * apart(at))()
 
 
@@ -102,6 +101,11 @@ def with_object(change, monkeypatch):
     return OBJECT
 
 
+def with_a_captured_object(change, monkeypatch):
+    OBJECT.value = 3.0 if change else 1.0
+    return OF_AN_OBJECT
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -112,6 +116,7 @@ def with_object(change, monkeypatch):
         with_dictionary,
         with_method,
         with_object,
+        with_a_captured_object,
     ],
     ids=lambda make: make.__name__,
 )
@@ -134,33 +139,60 @@ def test_a_mask_whose_function_holds_something_new():
     np.testing.assert_array_equal(attend(mask=mask), before)
 
 
-def test_what_is_the_same_is_not_compiled_again():
-    asked = types.SimpleNamespace(times=0)
-
-    def score(scale, scores, at):
-        asked.times += 1
-        return scale * scores
-
-    for i in range(3):
-        attend(jax.tree_util.Partial(score, jnp.array(float(i))))
-    assert asked.times == 1
-    assert Captured(lean) == Captured(lean)
-    assert hash(Captured(lean)) == hash(Captured(lean))
-    assert Captured(keeper(1.0)[0]) == Captured(keeper(1.0)[0])
-    assert Captured(keeper(1.0)[0]) != Captured(keeper(2.0)[0])
-    assert Captured(keeper(1.0)[0]) != Captured(keeper(1)[0])
-    assert Captured(None) == Captured()
-    partial = functools.partial(lambda a, x, at: x, 1.0)
-    assert Captured(partial) == Captured(partial)
-    assert Captured(partial) != Captured(functools.partial(partial.func, 2.0))
+WAYS = {
+    "dense": lambda x, score, mask: sj.attention(x, x, x, score=score, mask=mask),
+    "streamed": lambda x, score, mask: sj.attention(
+        x, x, x, score=score, mask=mask, block_size=4
+    ),
+    "entmax15": lambda x, score, mask: sj.attention(
+        x, x, x, score=score, mask=mask, normalizer="entmax15"
+    ),
+    "paged": lambda x, score, mask: sj.paged_attention(
+        x[None], x[None], x[None], np.zeros((1, 1), int), np.array([6]), score=score, mask=mask
+    ),
+}
 
 
-def test_cells_that_are_not_bound_yet():
-    def outer():
-        score = lambda scores, at: later(scores)
-        found = Captured(score)
-        later = lambda scores: scores
-        return found, Captured(score)
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_new_program_asks_again(way, jitted):
+    """Under a new `jit` of the caller's too, where `jit` of the library would remember."""
+    slope, length = Slope(1.0), Slope(6)
+    score = lambda scores, at: scores - slope.value * apart(at)
+    mask = masks.Causal() & masks.Function(lambda at: at.key < length.value)
 
-    before, after = outer()
-    assert before != after
+    def run():
+        call = functools.partial(WAYS[way], score=score, mask=mask)
+        return (jax.jit(lambda x: call(x)) if jitted else call)(tokens())
+
+    first = run()
+    slope.value = 3.0
+    second = run()
+    length.value = 2
+    third = run()
+    assert float(jnp.abs(second - first).max()) > 1e-3
+    assert float(jnp.abs(third - second).max()) > 1e-3
+    slope.value, length.value = 1.0, 6
+    np.testing.assert_array_equal(run(), first)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_normalizer_is_asked_again(jitted):
+    power = Slope(1.0)
+    weigh = lambda x: jnp.maximum(x, 0) ** power.value
+
+    def run():
+        call = lambda x: sj.attention(x, x, x, normalizer=(weigh, 1.0))
+        return (jax.jit(lambda x: call(x)) if jitted else call)(tokens())
+
+    first = run()
+    power.value = 2.0
+    assert float(jnp.abs(run() - first).max()) > 1e-3
+
+
+def test_arrays_that_a_partial_holds_have_derivatives():
+    score = lambda slope, scores, at: scores - slope * apart(at)
+    loss = lambda slope: jnp.sum(jnp.sin(attend(jax.tree_util.Partial(score, slope))))
+    step = 1e-5
+    expected = (loss(1.0 + step) - loss(1.0 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(loss)(1.0), expected, rtol=1e-7)

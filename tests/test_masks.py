@@ -168,7 +168,7 @@ def test_nothing_of_the_size_of_the_scores_is_built():
     ("mask", "error", "message"),
     [
         (masks.Causal(1.5), TypeError, "`Causal.offset` must be integers, got float64"),
-        (masks.Causal(np.zeros(2, int)), ValueError, r"one a sequence, \(3,\), got .*\(2,\)"),
+        (masks.Causal(np.zeros(2, int)), ValueError, r"one per sequence, \(3,\), got .*\(2,\)"),
         (masks.Window(np.zeros((3, 1), int)), ValueError, r"`Window.left`.*got .*\(3, 1\)"),
         (masks.Segments(np.zeros(T, int)), ValueError, r"`Segments.key_ids`.*\(3, 10\), got"),
         (masks.Segments(np.zeros(T)), TypeError, "`Segments.query_ids` must be integers"),
@@ -276,3 +276,105 @@ def test_what_is_no_mask():
     ):
         with pytest.raises(TypeError, match=message):
             sj.attention(q, q, q, mask=mask)
+
+
+LENGTHS = np.array([7, 3])
+
+
+def test_one_length_is_that_of_the_sequence():
+    """Given alone, it hides keys too; queries and keys that differ in number need two."""
+    alone, both = masks.Lengths(LENGTHS), masks.Lengths(LENGTHS, LENGTHS)
+    np.testing.assert_array_equal(alone.array(9, batch=(2,)), both.array(9, batch=(2,)))
+    inside = np.arange(9) < LENGTHS[:, None]
+    expected = inside[:, None, :, None] & inside[:, None, None, :]
+    np.testing.assert_array_equal(alone.array(9, batch=(2,)), expected)
+    by_name = masks.Lengths(query_lengths=LENGTHS)
+    np.testing.assert_array_equal(by_name.array(9, batch=(2,)), expected)
+    keys_alone = masks.Lengths(key_lengths=LENGTHS).array(5, 9, batch=(2,))
+    expected = np.broadcast_to(inside[:, None, None], (2, 1, 5, 9))
+    np.testing.assert_array_equal(keys_alone, expected)
+    with pytest.raises(ValueError, match=r"equally many, got 5 and 9: give `key_lengths` too"):
+        alone.array(5, 9, batch=(2,))
+
+
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_three_axes_that_may_be_per_head_or_per_sequence(name):
+    """Refused where there are as many sequences as heads, and taken as per head elsewhere."""
+    q, k = np.zeros((4, 2, 4, 3)), np.zeros((4, 5, 4, 3))
+    values = np.random.default_rng(0).standard_normal((4, 5, 4, 3))
+    keep = np.random.default_rng(1).random((4, 2, 5)) < 0.6
+    keep[..., 0] = True
+    as_bias = lambda keep: keep if name == "mask" else np.where(keep, 0.0, -np.inf)
+    call = lambda keep, n=4: sj.attention(
+        q[:n], k[:n], values[:n], **{name: jnp.asarray(as_bias(keep))}
+    )
+    wanted = r"per head or per sequence.*4 each.*\(1, 4, 2, 5\) or \(4, 1, 2, 5\)"
+    with pytest.raises(ValueError, match=wanted):
+        call(keep)
+    by_head, by_sequence = call(keep[None]), call(keep[:, None])
+    for n in range(4):
+        weights = keep[n] / keep[n].sum(-1, keepdims=True)
+        np.testing.assert_allclose(
+            by_head[:, :, n], np.einsum("ts,bsh->bth", weights, values[:, :, n]), atol=1e-12
+        )
+        np.testing.assert_allclose(
+            by_sequence[n], np.einsum("ts,snh->tnh", weights, values[n]), atol=1e-12
+        )
+    np.testing.assert_allclose(call(keep, 3), by_head[:3], atol=1e-12)
+
+
+EQUAL = [
+    lambda: masks.Causal(),
+    lambda: masks.Causal(3) & ~masks.Window(2, None),
+    lambda: masks.Segments(np.array([0, 0, 1])) | masks.Prefix(jnp.array(2)),
+    lambda: masks.Lengths(np.array([3, 4])),
+    lambda: masks.Dense(np.eye(3, dtype=bool)),
+    lambda: masks.Function(np.equal),
+]
+
+
+def test_masks_of_equal_parts_are_equal():
+    for i, make in enumerate(EQUAL):
+        assert make() == make()
+        assert hash(make()) == hash(make())
+        assert [make() == other() for other in EQUAL] == [i == j for j in range(len(EQUAL))]
+    assert masks.Causal(1) == masks.Causal(np.int64(1)) != masks.Causal(2)
+    assert masks.Segments(np.array([0, 1])) != masks.Segments(np.array([0, 2]))
+    assert masks.Function(lambda at: at.key > 0) != masks.Function(lambda at: at.key > 0)
+    assert masks.Causal() & masks.Prefix(1) != masks.Causal() | masks.Prefix(1)
+    assert masks.Causal() != 0
+
+
+def test_a_mask_as_a_static_argument():
+    """An equal one is not traced again, and a traced one can be compared."""
+    traced = []
+
+    def run(x, mask):
+        traced.append(mask)
+        inner = masks.Causal(x[0].astype(int))
+        assert inner == inner != masks.Causal(x[0].astype(int))
+        return mask.array(3)
+
+    run = jax.jit(run, static_argnums=1)
+    for _ in range(2):
+        run(jnp.zeros(2), masks.Causal(1) & masks.Segments(np.array([0, 0, 1])))
+    assert len(traced) == 1
+
+
+def test_a_mask_without_fields_is_equal_to_itself_alone():
+    class Own(masks.Mask):
+        pass
+
+    own = Own()
+    assert own == own != Own()
+    assert len({own, Own()}) == 2
+
+
+def test_reprs():
+    mask = ~masks.Causal() & (masks.Window(3, None) | masks.Prefix(np.array([1, 2])))
+    assert repr(mask) == "(~Causal(offset=0) & (Window(left=3) | Prefix(length=[1, 2])))"
+    assert repr(masks.Dense(np.zeros((3, 4), bool))) == "Dense(keep=bool[3, 4])"
+    assert repr(masks.Function(test_reprs)) == "Function(keep=test_reprs)"
+    shown = []
+    jax.jit(lambda n: shown.append(repr(masks.Causal(n))))(np.zeros(2, "int32"))
+    assert shown == ["Causal(offset=int32[2])"]

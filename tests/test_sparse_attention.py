@@ -10,7 +10,7 @@ import pytest
 import softjax as sj
 from softjax import masks
 from softjax.attentions import _threshold_tiles
-from softjax.attentions._inputs import prepare, with_weigher
+from softjax.attentions._inputs import cut_into_tiles, with_weigher
 from tests import oracles
 from tests.helpers import NAN, assert_close, eps
 from tests.test_attention import INF, MODES, pairs
@@ -133,7 +133,7 @@ def test_a_map_of_a_users_own():
 def test_tiles_without_weight_are_skipped():
     """Two of four blocks of keys lie below the threshold of every query."""
     keys = jnp.zeros((1, 16, 1, 1)).at[:, 5:7].set(3.0).at[:, 12].set(2.75)
-    problem = prepare(
+    tiled = cut_into_tiles(
         jnp.ones((1, 8, 1, 1)),
         keys,
         jnp.ones((1, 16, 1, 1)),
@@ -142,14 +142,15 @@ def test_tiles_without_weight_are_skipped():
         score=None,
         scale=None,
         soft_cap=None,
+        cap_bias=False,
         positions=None,
         dropout_rate=0.0,
         dropout_key=None,
         block_size=(4, 4),
         implementation=None,
     )
-    problem = with_weigher(problem, _threshold_tiles.MAPS["sparsemax"][0])
-    found = _threshold_tiles._threshold(*problem[:3], jnp.array(1.0))
+    tiled = with_weigher(tiled, _threshold_tiles.MAPS["sparsemax"][0])
+    found = _threshold_tiles._threshold(*tiled[:2], jnp.array(1.0))
     np.testing.assert_array_equal(found.kinds, [[0, 2, 0, 2]] * 2)
 
 

@@ -1,4 +1,4 @@
-"""Attention, in one folder: operands and tiles, walks over them, and what is found there."""
+"""Attention: its operands, the loops over its tiles, and its two kinds of maps."""
 
 from softjax.attentions.attend import attention
 from softjax.attentions.paged import merge_attention, paged_attention

@@ -1,7 +1,7 @@
-"""Dropout whose bits are found again, and never stored.
+"""Dropout whose bits are computed again for the derivative, and never stored.
 
-Whether a weight is dropped depends on random words and on its place alone (sequence, head,
-query and key, in the order of memory), not on how the scores are cut into tiles.
+Random words and the place of a weight (sequence, head, query and key, in the order of memory)
+decide alone whether it is dropped, so that the size of the tiles does not matter.
 """
 
 from typing import Any
@@ -23,14 +23,14 @@ def words_of(key: Array) -> Array:
 def keep_weight(
     words: Array, rate: Array, grid: Grid, i: Any, j: Any, dtype: DTypeLike
 ) -> Array:
-    """0 where dropped, and else 1 / (1 - rate), `[batch, head, query, key]` of a tile."""
+    """0 where dropped, else 1 / (1 - rate), for the `[batch, head, query, key]` of a tile."""
     as_words = lambda x: x.astype(jnp.uint32)
     sequence = jnp.arange(grid.rows * grid.heads, dtype=jnp.uint32)
     sequence = sequence.reshape(grid.rows, grid.heads, 1, 1)
     query = as_words(grid.queries.order(i))[None, None, :, None]
     key = as_words(grid.keys.order(j))[None, None, None, :]
     shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
-    # A key of its own for each sequence and head, then a counter for each of its weights.
+    # Each sequence and head has its own key, and each of its weights its own counter.
     counts = jnp.concatenate([sequence.reshape(-1), jnp.zeros_like(sequence).reshape(-1)])
     first, second = jnp.split(jex.random.threefry_2x32(words, counts), 2)
     return _kept(first, second, query, key, shape, rate, dtype)
@@ -46,5 +46,5 @@ def _kept(
     )
     uniform = (bits >> 8).astype(dtype) * 2.0**-24
     kept = uniform >= rate
-    # (0 times the rate: a rate out of its range is NaN, and shows.)
+    # A rate out of its range is NaN, which 0 * rate passes on.
     return jnp.where(kept, 1 / jnp.where(rate < 1, 1 - rate, 1), 0 * rate)

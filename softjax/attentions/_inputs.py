@@ -1,9 +1,10 @@
 """From what a caller passes to the operands of the tiles: shapes, dtypes, blocks.
 
-Keys and values that hold NaN or inf are replaced by zeros and remembered as bad, and so are
-queries: who sees one gets NaN, and nobody else is touched, in no derivative either.
+Queries and keys that hold NaN or inf become NaN, and so does the key of such a value: who sees
+one gets NaN, and nobody else is touched, in no derivative either.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,31 +15,39 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._closures import hoist_floats
-from softjax._inputs import computing_dtype, nan_unless_positive, one_number, to_float
+from softjax._inputs import (
+    check_int,
+    computing_dtype,
+    nan_unless_positive,
+    one_number,
+    to_float,
+)
 from softjax._mesh import vary
-from softjax._random import check_key
 from softjax._tiles import Grid, grid_of, per_score
 from softjax.attentions._dropout import words_of
-from softjax.attentions._operands import Floats, Others, Program
+from softjax.attentions._operands import Constants, DiffOperands, Static
 from softjax.masks import Inside, Mask
 
-DENSE = 2**19  # so many scores, or fewer, are formed at once and kept for the derivative
-ENTRIES = 2**19  # scores of a tile, about
-LARGEST = 512  # queries of a block, at most
-LEAST = 32  # keys of a block, at least
+# Up to these sizes the dense form takes no more time than the streamed one, and a third of its
+# compile time.
+DENSE_SCORES = 2**23  # scores
+DENSE_SCORES_PER_HEAD = 2**19  # scores of one head of one sequence
+DENSE_KEYS = 128  # so few keys are dense whatever the rest, as their scores are small
+TILE_SCORES = 2**19  # about so many scores make a tile
+MOST_QUERIES = 512  # at most so many queries make a block
+LEAST_KEYS = 32  # at least so many keys make a block
 
 
-class Problem(NamedTuple):
+class TiledAttention(NamedTuple):
     """An attention as its tiles see it."""
 
-    program: Program
-    floats: Floats
-    others: Others
+    operands: DiffOperands
+    constants: Constants
     shape: tuple[int, ...]  # of the result, [..., T, N, W]
     dtype: jnp.dtype  # of the result
 
 
-def prepare(
+def cut_into_tiles(
     queries: ArrayLike,
     keys: ArrayLike,
     values: ArrayLike,
@@ -48,12 +57,13 @@ def prepare(
     score: Callable[..., Array] | None,
     scale: ArrayLike | None,
     soft_cap: ArrayLike | None,
+    cap_bias: bool,
     positions: Any,
     dropout_rate: ArrayLike,
     dropout_key: Array | None,
     block_size: int | tuple[int, int] | None,
     implementation: str | None,
-) -> Problem:
+) -> TiledAttention:
     """Checks and cuts the arguments of `attention`."""
     queries, keys, values, dtype = _three(queries, keys, values)
     *batch, num_queries, heads, width = queries.shape
@@ -71,51 +81,50 @@ def prepare(
         positions=_positions(positions),
     )
     bound = None if mask is None else mask.bind(grid)
-    if grid.keys.padding:
+    if grid.queries.padding or grid.keys.padding:
         bound = Inside() if bound is None else bound & Inside()
 
     by_head = lambda x: x.reshape(grid.rows, *x.shape[-3:]).swapaxes(1, 2)
     queries, keys, values = by_head(queries), by_head(keys), by_head(values)
-    bad_queries = _bad(queries)
-    bad_keys = _bad(keys) | _bad(values)
-    queries = jnp.where(bad_queries[..., None], 0, queries)
-    keys = jnp.where(bad_keys[..., None], 0, keys)
-    values = jnp.where(bad_keys[..., None], 0, values)
+    bad = ~jnp.all(jnp.isfinite(values), -1, keepdims=True)
+    queries = jnp.where(jnp.isfinite(queries), queries, jnp.nan)
+    keys = jnp.where(jnp.isfinite(keys) & ~bad, keys, jnp.nan)
+    values = jnp.where(bad, 0, values)
     shared = (grid.rows, key_heads, heads // key_heads, num_queries, width)
     queries = queries.reshape(shared)
 
-    remember = grid.queries.num_blocks == grid.keys.num_blocks == 1 and block_size is None
-    program = Program(remember=remember)
-    floats = Floats(
-        grid.queries.cut(queries, 3), grid.keys.cut(keys, 2), grid.keys.cut(values, 2)
-    )
-    floats = floats._replace(
+    capped = None
+    if soft_cap is not None:
+        capped = nan_unless_positive(per_head(soft_cap, heads, wide, "soft_cap"))
+    scale = 1 / max(1, width) ** 0.5 if scale is None else scale
+    operands = DiffOperands(
+        grid.queries.cut(queries, 3),
+        grid.keys.cut(keys, 2),
+        grid.keys.cut(values, 2),
         bias=None if bias is None else _bias(bias, grid),
-        scale=per_head(
-            1 / max(1, width) ** 0.5 if scale is None else scale, heads, wide, "scale"
-        ),
-        soft_cap=None
-        if soft_cap is None
-        else nan_unless_positive(per_head(soft_cap, heads, wide, "soft_cap")),
+        scale=per_head(scale, heads, wide, "scale"),
+        soft_cap=capped,
     )
-    others = Others(grid, bound, bad_queries, bad_keys)
-    if score is not None:
-        program, floats, others = _with_score(score, program, floats, others, wide)
+    remember = grid.queries.num_blocks == grid.keys.num_blocks == 1 and block_size is None
+    static = Static(cap_bias=cap_bias and soft_cap is not None, remember=remember)
+    dropout = None
     if dropout_key is not None:
-        check_key(dropout_key, name="dropout_key")
         rate = one_number(dropout_rate, name="dropout_rate")
         rate = jnp.where((rate >= 0) & (rate <= 1), rate, jnp.nan)
-        others = others._replace(dropout=(words_of(dropout_key), rate.astype(wide)))
+        dropout = words_of(dropout_key), rate.astype(wide)
+    constants = Constants(static, grid, bound, dropout=dropout)
+    if score is not None:
+        operands, constants = _with_score(score, operands, constants, wide)
     shape = (*batch, num_queries, heads, values.shape[-1])
-    return Problem(program, floats, others, shape, dtype)
+    return TiledAttention(operands, constants, shape, dtype)
 
 
 def per_head(x: ArrayLike, heads: int, dtype: Any, name: str) -> Array:
-    """One number, or one a head, as `[1, N or 1, 1, 1]`."""
+    """One number, or one per head, as `[1, N or 1, 1, 1]`."""
     x, _ = to_float(x, name=name)
     if x.shape not in ((), (1,), (heads,)):
         raise ValueError(
-            f"`{name}` must be one number or one a head, ({heads},), got the shape {x.shape}."
+            f"`{name}` must be one number or one per head, ({heads},), got the shape {x.shape}."
         )
     return x.astype(dtype).reshape(1, -1, 1, 1)
 
@@ -159,36 +168,38 @@ def _blocks(
     block_size: int | tuple[int, int] | None,
     implementation: str | None,
 ) -> tuple[int, int]:
-    """How many queries and keys make a tile."""
+    """The numbers of queries and keys of a tile."""
     if implementation not in (None, "dense", "streamed"):
         raise ValueError(
             f'`implementation` must be None, "dense" or "streamed", got {implementation!r}.'
         )
-    num_queries, num_keys = max(1, num_queries), max(1, num_keys)
+    heads, num_queries, num_keys = max(1, heads), max(1, num_queries), max(1, num_keys)
     if block_size is not None:
         pair = block_size if isinstance(block_size, tuple) else (block_size, block_size)
-        if len(pair) != 2 or any(not isinstance(n, int) or n < 1 for n in pair):
-            raise ValueError(
-                f"`block_size` must be a positive int, or two of them, got {block_size!r}."
-            )
+        if len(pair) != 2:
+            raise ValueError(f"`block_size` must be an int or a pair of them, got {pair}.")
+        most_queries, most_keys = (check_int(n, name="block_size", least=1) for n in pair)
         if implementation == "dense":
             raise ValueError('`block_size` has no meaning with `implementation="dense"`.')
-        return min(pair[0], num_queries), min(pair[1], num_keys)
-    small = heads * num_queries * num_keys <= DENSE
+        return min(most_queries, num_queries), min(most_keys, num_keys)
+    scores = num_queries * num_keys
+    small = (
+        scores <= min(DENSE_SCORES_PER_HEAD, DENSE_SCORES // heads) or num_keys <= DENSE_KEYS
+    )
     if implementation == "dense" or (implementation is None and small):
         return num_queries, num_keys
-    # Twice as many queries as keys: each block of queries costs a pass over all keys.
-    side = 1 << int(math.log2(max(1, ENTRIES / (2 * max(1, heads)))) / 2)
-    key_block = max(LEAST, min(LARGEST // 2, side))
+    # A block has twice as many queries as keys, because it costs a pass over all keys.
+    side = 1 << int(math.log2(max(1, TILE_SCORES / (2 * heads))) / 2)
+    key_block = max(LEAST_KEYS, min(MOST_QUERIES // 2, side))
     query_block = _even(num_queries, 2 * key_block)
     key_block = _even(num_keys, max(key_block, 2 * key_block**2 // query_block))
     if (query_block, key_block) == (num_queries, num_keys):
-        key_block = -(-num_keys // 2)  # Streamed means in tiles.
+        key_block = -(-num_keys // 2)  # A streamed form has two tiles at least.
     return query_block, key_block
 
 
 def _even(size: int, block: int) -> int:
-    """A block of about that size, of which a whole number makes up nearly all tokens."""
+    """A block of about that size that divides the tokens with little padding."""
     count = -(-size // block)
     return -(-size // count)
 
@@ -205,11 +216,9 @@ def _positions(positions: Any) -> tuple[Any, Any]:
     return positions, positions
 
 
-def _bad(x: Any) -> Array:
-    return ~jnp.all(jnp.isfinite(x), -1)
-
-
 def _bias(bias: ArrayLike, grid: Grid) -> Array:
+    if jnp.result_type(bias) == jnp.bool_:
+        raise TypeError("`bias` must hold numbers, got bool: an array of bools is a `mask`.")
     wide, dtype = to_float(bias, name="bias")
     bias = per_score(wide.astype(dtype), grid, "bias")
     cut = grid.queries.cut(bias, 2) if bias.shape[2] != 1 else bias[None]
@@ -219,37 +228,37 @@ def _bias(bias: ArrayLike, grid: Grid) -> Array:
 
 
 def _with_score(
-    score: Callable[..., Array], program: Program, floats: Floats, others: Others, dtype: Any
-) -> tuple[Program, Floats, Others]:
-    grid = others.grid
-    shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
-    scores, index = vary(jnp.zeros(shape, dtype), floats), grid.index(0, 0)
-    run, floating, fixed = hoist_floats(
-        lambda scores, index: score(scores, index), scores, index
-    )
-    out = jax.eval_shape(run, floating, fixed, scores, index)
-    if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != shape:
-        raise ValueError(f"`score` must give scores of the shape {shape}, got {out}.")
+    score: Callable[..., Array], operands: DiffOperands, constants: Constants, dtype: Any
+) -> tuple[DiffOperands, Constants]:
+    scores = vary(jnp.zeros(_tile_shape(constants.grid), dtype), operands)
+    index = constants.grid.index(0, 0)
+    run, floats, rest = hoist_floats(lambda scores, at: score(scores, at), scores, index)
+    out = jax.eval_shape(run, floats, rest, scores, index)
+    if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != scores.shape:
+        raise ValueError(f"`score` must give scores of the shape {scores.shape}, got {out}.")
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"`score` must give real scores, got {out.dtype}.")
-    program = program._replace(score=run)
-    return program, floats._replace(captured=floating), others._replace(captured=fixed)
+    static = constants.static._replace(score=run)
+    constants = dataclasses.replace(constants, static=static, captured=rest)
+    return operands._replace(captured=floats), constants
 
 
-def with_weigher(problem: Problem, weigh: Callable[[Array], Array]) -> Problem:
-    """The problem under a threshold map of a user's own."""
-    grid, dtype = problem.others.grid, computing_dtype(problem.dtype)
-    shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
-    margins = vary(jnp.zeros(shape, dtype), problem.floats)
-    run, floating, fixed = hoist_floats(lambda margins: weigh(margins), margins)
-    out = jax.eval_shape(run, floating, fixed, margins)
-    if not isinstance(out, jax.ShapeDtypeStruct) or (out.shape, out.dtype) != (shape, dtype):
+def with_weigher(tiled: TiledAttention, weigh: Callable[[Array], Array]) -> TiledAttention:
+    """The same attention under a threshold map."""
+    constants, dtype = tiled.constants, computing_dtype(tiled.dtype)
+    margins = vary(jnp.zeros(_tile_shape(constants.grid), dtype), tiled.operands)
+    run, floats, rest = hoist_floats(lambda margins: weigh(margins), margins)
+    out = jax.eval_shape(run, floats, rest, margins)
+    wanted = margins.shape, dtype
+    if not isinstance(out, jax.ShapeDtypeStruct) or (out.shape, out.dtype) != wanted:
         raise ValueError(
-            f"the function of `normalizer` must keep shape and dtype, {shape} and {dtype}, got"
-            f" {out}."
+            f"the function of `normalizer` must keep shape and dtype, {margins.shape} and"
+            f" {dtype}, got {out}."
         )
-    return problem._replace(
-        program=problem.program._replace(weigh=run),
-        floats=problem.floats._replace(weigher=floating),
-        others=problem.others._replace(weigher=fixed),
-    )
+    static = constants.static._replace(weigh=run)
+    constants = dataclasses.replace(constants, static=static, weigher=rest)
+    return tiled._replace(operands=tiled.operands._replace(weigher=floats), constants=constants)
+
+
+def _tile_shape(grid: Grid) -> tuple[int, ...]:
+    return grid.rows, grid.heads, grid.queries.block, grid.keys.block

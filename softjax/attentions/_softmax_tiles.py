@@ -1,7 +1,6 @@
 """Softmax attention: one pass over the keys for the value, one for the derivative.
 
-The pass keeps the online softmax state of each query: the largest score, the sum of the
-exponentials below it, and their sum of values. The rule for the derivative is linear in
+The pass keeps the online softmax state of each query. The rule for the derivative is linear in
 the tangents, and visits the tiles again with P = exp(s - lse):
 
     o' = sum P s' v + sum P v' - mu o,   lse' = mu = sum P s'.
@@ -14,18 +13,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from softjax._float import where_finite
+from softjax import _online
 from softjax._inputs import computing_dtype
 from softjax._mesh import vary
+from softjax._online import OnlineState
 from softjax.attentions._operands import (
-    Floats,
-    Others,
-    Place,
-    Program,
+    Constants,
+    DiffOperands,
+    TileIndex,
     drop,
     huge,
+    moves,
     moving,
     push_scores,
     scores_of,
@@ -40,121 +40,104 @@ from softjax.attentions._tile_loops import (
     sum_over_keys,
 )
 
-WHOLE = Place(0, 0)
+WHOLE = TileIndex(0, 0)
 
 
-class _Seen(NamedTuple):
-    peak: Array  # [batch, N, query]
-    total: Array  # [batch, N, query]
-    sums: Array  # [batch, N, query, W], of values, not yet divided by the total
+class _Tangents(NamedTuple):
+    """The sums over keys in the tangents of both results."""
 
-
-class _Moved(NamedTuple):
     mean: Array  # mu
-    sums: Array
+    sums: Array  # of P s' v + P v'
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def average(program: Program, floats: Floats, others: Others) -> tuple[Array, Array]:
+@jax.custom_jvp
+def average(operands: DiffOperands, constants: Constants) -> tuple[Array, Array]:
     """Averages of values `[i, batch, N, query, W]`, and log-sum-exp `[i, batch, N, query]`.
 
     A query that sees nothing has average 0 and log-sum-exp -inf.
     """
-    if program.remember:
-        (part,) = only_tile((floats,))
-        return _at_once(scores_of(program, part, others, WHOLE), part, others)[:2]
-    grid, kinds = others.grid, tile_kinds(others)
-    dtype = computing_dtype(floats.queries.dtype)
+    if constants.static.remember:
+        (part,) = only_tile((operands,))
+        state, _ = _observe_tile(scores_of(part, constants, WHOLE), part, constants, WHOLE)
+        return _results(state, stack=True)
+    grid, dtype = constants.grid, computing_dtype(operands.queries.dtype)
     rows = (grid.rows, grid.heads, grid.queries.block)
-    zero = jnp.zeros(rows, dtype)
+    start = vary(_online.init(rows, operands.values.shape[-1], dtype), operands, constants)
 
-    def block(i: Any, parts: tuple[Floats], kinds: Array) -> tuple[Array, Array]:
-        start = _Seen(jnp.full(rows, -jnp.inf, dtype), zero, _no_sums(zero, floats))
-        start = vary(start, floats, others)
+    def visit(at: TileIndex, state: OnlineState, part: DiffOperands) -> OnlineState:
+        scores = scores_of(part, constants, at)
+        return _online.merge(state, _observe_tile(scores, part, constants, at)[0])
 
-        def visit(at: Place, seen: _Seen, part: Floats) -> _Seen:
-            # (Written so that plain differentiation is right too: JAX 0.10 forgets the rule
-            # where the reverse of a scan is differentiated once more.)
-            scores = scores_of(program, part, others, at)
-            peak = jnp.maximum(seen.peak, lax.stop_gradient(jnp.max(scores, -1)))
-            anchor = where_finite(peak)
-            weights = jnp.exp(scores - anchor[..., None])
-            fade = jnp.exp(seen.peak - anchor)
-            total = seen.total * fade + jnp.sum(weights, -1)
-            sums = weighted(drop(weights, others, at), part.values)
-            return _Seen(peak, total, seen.sums * fade[..., None] + sums)
+    def block(i: Any, parts: tuple[DiffOperands], kinds: Array) -> tuple[Array, Array]:
+        return _results(scan_key_blocks(grid, i, visit, start, kinds, *parts))
 
-        seen = scan_key_blocks(grid, i, visit, start, kinds, *parts)
-        total = jnp.where(seen.total == 0, 1, seen.total)
-        return seen.sums / total[..., None], _log_sum(seen.peak, seen.total)
-
-    return map_query_blocks(grid, block, (floats,), kinds)
+    return map_query_blocks(grid, block, (operands,), tile_kinds(constants))
 
 
-def _at_once(scores: Array, part: Floats, others: Others) -> tuple[Array, Array, Array]:
-    """The averages and log-sum-exp of a single tile, and its weights."""
-    peak = lax.stop_gradient(jnp.max(scores, -1))
-    weights = jnp.exp(scores - where_finite(peak)[..., None])
-    total = jnp.sum(weights, -1)
-    divisor = jnp.where(total == 0, 1, total)[..., None]
-    out = weighted(drop(weights, others, WHOLE), part.values) / divisor
-    return out[None], _log_sum(peak, total)[None], weights / divisor
+def _observe_tile(
+    scores: Array, part: DiffOperands, constants: Constants, at: TileIndex
+) -> tuple[OnlineState, Array]:
+    """The online state of a tile, and its weights below the peak."""
+    peak, weights = _online.exp_below_peak(scores)
+    sums = weighted(drop(weights, constants, at), part.values)
+    return OnlineState(peak, jnp.sum(weights, -1), sums), weights
 
 
-def _log_sum(peak: Array, total: Array) -> Array:
-    lse = where_finite(peak) + jnp.log(jnp.where(total == 0, 1, total))
-    lse = jnp.where(peak >= huge(lse.dtype), jnp.inf, lse)
-    return jnp.where(total == 0, -jnp.inf, lse)
+def _results(state: OnlineState, *, stack: bool = False) -> tuple[Array, Array]:
+    out, lse = _online.finish(state)
+    lse = jnp.where(state.peak >= huge(lse.dtype), jnp.inf, lse)
+    return (out[None], lse[None]) if stack else (out, lse)
 
 
-def _average_jvp(program: Program, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    floats, others = primals
+@functools.partial(average.defjvp, symbolic_zeros=True)
+def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    operands, constants = primals
     dots = moving(tangents[0])
-    if program.remember:
-        part, dot = only_tile((floats, dots))
-        scores, scores_dot = push_scores(program, part, dot, others, WHOLE)
-        out, lse, weights = _at_once(scores, part, others)
-        moved = _move(weights, scores_dot, part, dot, others, WHOLE)
-        return (out, lse), (
-            moved.sums[None] - moved.mean[None, ..., None] * out,
-            moved.mean[None],
-        )
+    if constants.static.remember:
+        part, dot = only_tile((operands, dots))
+        scores, scores_dot = push_scores(part, dot, constants, WHOLE)
+        state, weights = _observe_tile(scores, part, constants, WHOLE)
+        # As `moves` of the scores, but nothing of their size must be kept beside the weights.
+        moved = (weights > 0) & ~(state.peak >= huge(weights.dtype))[..., None]
+        weights /= jnp.where(state.total == 0, 1, state.total)[..., None]
+        scores_dot = jnp.where(moved, scores_dot, 0)
+        mean, sums = _tile_tangents(weights, scores_dot, part, dot, constants, WHOLE)
+        out, lse = _results(state, stack=True)
+        return (out, lse), (sums[None] - mean[None, ..., None] * out, mean[None])
 
-    out, lse = average(program, floats, others)
-    grid, kinds = others.grid, tile_kinds(others)
-    zero = jnp.zeros(lse.shape[1:], lse.dtype)
+    out, lse = average(operands, constants)
+    grid = constants.grid
+    zeros = _Tangents(jnp.zeros_like(lse[0]), jnp.zeros_like(out[0]))
+    start = vary(zeros, primals)
+
+    def term(at: TileIndex, part: DiffOperands, dot: DiffOperands, level: Array) -> _Tangents:
+        scores, scores_dot = push_scores(part, dot, constants, at)
+        weights = jnp.exp(scores - level[..., None])
+        scores_dot = jnp.where(moves(scores), scores_dot, 0)
+        return _tile_tangents(weights, scores_dot, part, dot, constants, at)
 
     def block(i: Any, parts: Any, kinds: Array, out: Array, lse: Array) -> tuple[Array, Array]:
         level = jnp.where(lse == -jnp.inf, 0, lse)
+        mean, sums = sum_over_keys(grid, i, term, start, kinds, parts, level)
+        return sums - mean[..., None] * out, mean
 
-        def term(at: Place, part: Floats, dot: Floats, level: Array) -> _Moved:
-            scores, scores_dot = push_scores(program, part, dot, others, at)
-            weights = jnp.exp(scores - level[..., None])
-            return _move(weights, scores_dot, part, dot, others, at)
-
-        start = vary(_Moved(zero, _no_sums(zero, floats)), primals)
-        moved = sum_over_keys(grid, i, term, start, kinds, parts, level)
-        return moved.sums - moved.mean[..., None] * out, moved.mean
-
-    # (Widened, or the cotangents of half precision would be rounded with every block.)
-    dots = widened(dots)
-    dots = map_query_blocks(grid, block, (floats, dots), kinds, out, lse, remember=False)
-    return (out, lse), dots
+    # Tangents of half precision are widened, or else cotangents would be rounded in each block.
+    rows = tile_kinds(constants), out, lse
+    parts = operands, widened(dots)
+    return (out, lse), map_query_blocks(grid, block, parts, *rows, remember=False)
 
 
-average.defjvp(_average_jvp, symbolic_zeros=True)
-
-
-def _move(
-    weights: Array, scores_dot: Array, part: Floats, dot: Floats, others: Others, at: Place
-) -> _Moved:
-    """What a tile adds to the tangents."""
+def _tile_tangents(
+    weights: Array,
+    scores_dot: Array,
+    part: DiffOperands,
+    dot: DiffOperands,
+    constants: Constants,
+    at: TileIndex,
+) -> _Tangents:
+    """The terms of one tile."""
     pulled = weights * scores_dot
-    sums = weighted(drop(pulled, others, at), part.values)
+    sums = weighted(drop(pulled, constants, at), part.values)
     if dot.values is not None:
-        sums += weighted(drop(weights, others, at), dot.values)
-    return _Moved(jnp.sum(pulled, -1), sums)
-
-
-def _no_sums(zero: Array, floats: Floats) -> Array:
-    return jnp.zeros((*zero.shape, floats.values.shape[-1]), zero.dtype)
+        sums += weighted(drop(weights, constants, at), dot.values)
+    return _Tangents(jnp.sum(pulled, -1), sums)

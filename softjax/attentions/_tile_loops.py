@@ -1,7 +1,6 @@
-"""Walks over the tiles: every block of queries, and for each the blocks of keys.
+"""Loops over the tiles: every block of queries, and for each the blocks of keys.
 
-Only what is known of a tile from its bounds decides whether it is visited. A single tile
-is visited without a loop.
+The bounds of a tile alone decide whether it is visited. A single tile needs no loop.
 """
 
 import functools
@@ -14,13 +13,13 @@ from jax import Array, lax
 
 from softjax._mesh import replicated_axes
 from softjax._tiles import Grid
-from softjax.attentions._operands import Floats, Place
+from softjax.attentions._operands import DiffOperands, TileIndex
 
-Parts = tuple[Floats, ...]
-Visit = Callable[..., Any]  # of a place, and more
+Operands = tuple[DiffOperands, ...]
+Visit = Callable[..., Any]  # of a `TileIndex`, and more
 
 
-def only_tile(floats: Parts) -> Parts:
+def only_tile(operands: Operands) -> Operands:
     """The operands of the one tile that there is."""
     first = lambda x: x if x is None else x[0]
     whole = lambda f: f._replace(
@@ -29,19 +28,19 @@ def only_tile(floats: Parts) -> Parts:
         values=first(f.values),
         bias=first(first(f.bias)),
     )
-    return tuple(map(whole, floats))
+    return tuple(map(whole, operands))
 
 
 def map_query_blocks(
-    grid: Grid, body: Callable[..., Any], floats: Parts, *rows: Any, remember: bool = True
+    grid: Grid, body: Callable[..., Any], operands: Operands, *rows: Any, remember: bool = True
 ) -> Any:
-    """body(i, floats of block i, *rows of block i) for all i, stacked.
+    """body(i, operands of block i, *rows of block i) for all i, stacked.
 
-    Unless it may be remembered, each is found again for the derivative.
+    Without `remember`, the derivative computes each of them again.
     """
-    cut, rest = zip(*(f.by_query(grid) for f in floats), strict=True)
+    cut, rest = zip(*(f.by_query(grid) for f in operands), strict=True)
 
-    def one(rest: Parts, i: Any, cut: Parts, rows: Any) -> Any:
+    def one(rest: Operands, i: Any, cut: Operands, rows: Any) -> Any:
         parts = tuple(a.join(b) for a, b in zip(cut, rest, strict=True))
         return body(i, parts, *rows)
 
@@ -55,10 +54,10 @@ def map_query_blocks(
 
 @jax.custom_batching.custom_vmap
 def _shared(kinds: Array) -> Array:
-    """The same under `vmap` for the whole batch: a tile is skipped if nobody needs it.
+    """The kinds of tiles, made the same for a whole batch under `vmap`.
 
-    (Kinds that differ within a batch would make of every branch a select, which skips nothing
-    and has no transpose.)
+    If they differed within a batch, `vmap` would turn every branch into a select, which skips
+    nothing and has no transpose.
     """
     return kinds
 
@@ -74,13 +73,14 @@ def _shared_by_batch(
     return _shared(kinds), False
 
 
-def _agreed(kinds: Array, floats: Parts) -> Array:
-    """The same on all devices that share an array: there its cotangents are summed.
+def _agreed(kinds: Array, operands: Operands) -> Array:
+    """The kinds of tiles, made the same on all devices that share an array.
 
-    (Such a sum, in a branch that only some of them take, would wait for the others forever. A
-    function's captured arrays alone are shared still; all others were made to vary before.)
+    Reverse mode sums the cotangents of a replicated array over the devices, inside the branch,
+    and hangs if only some devices take it. Only arrays that a function captures can still be
+    replicated here, because all others were made to vary before.
     """
-    axes = replicated_axes(kinds, floats)
+    axes = replicated_axes(kinds, operands)
     if not axes:
         return kinds
     low, high = lax.pmin(kinds, axes), lax.pmax(kinds, axes)
@@ -88,14 +88,14 @@ def _agreed(kinds: Array, floats: Parts) -> Array:
 
 
 def scan_key_blocks(
-    grid: Grid, i: Any, visit: Visit, state: Any, kinds: Array, floats: Floats
+    grid: Grid, i: Any, visit: Visit, state: Any, kinds: Array, operands: DiffOperands
 ) -> Any:
     """The state after the blocks of keys whose tiles are not empty.
 
-    (A block is sliced where it is needed, so that an empty tile costs nothing. The transpose
-    of that would add up whole arrays: what is transposed is `sum_over_keys`.)
+    A block is sliced inside the branch, so that an empty tile costs nothing. This is not for
+    reverse mode, where each slice would become a whole array: `sum_over_keys` is.
     """
-    cut, rest = floats.by_key(grid)
+    cut, rest = operands.by_key(grid)
 
     def step(state: Any, xs: Any) -> tuple[Any, None]:
         j, kind = xs
@@ -104,7 +104,7 @@ def scan_key_blocks(
             def run(state: Any) -> Any:
                 here = lambda x: lax.dynamic_index_in_dim(x, j, 0, keepdims=False)
                 part = jax.tree.map(here, cut).join(rest)
-                return visit(Place(i, j, kind), state, part)
+                return visit(TileIndex(i, j, kind), state, part)
 
             return run
 
@@ -115,25 +115,28 @@ def scan_key_blocks(
 
 
 def sum_over_keys(
-    grid: Grid, i: Any, term: Visit, start: Any, kinds: Array, floats: Parts, *rows: Any
+    grid: Grid, i: Any, term: Visit, start: Any, kinds: Array, operands: Operands, *rows: Any
 ) -> Any:
-    """The start and the terms of all tiles that are not empty, found again for a derivative."""
-    cut, rest = zip(*(f.by_key(grid) for f in floats), strict=True)
+    """The sum of the start and of the terms of all tiles that are not empty.
+
+    The derivative computes each term again.
+    """
+    cut, rest = zip(*(f.by_key(grid) for f in operands), strict=True)
 
     def step(total: Any, xs: Any) -> tuple[Any, None]:
         j, kind, cut = xs
 
-        # (The checkpoint lies inside of the branch: what is skipped keeps nothing. There is one
-        # such branch only, for each keeps its own copy of what it sees.)
+        # The checkpoint is inside the branch, so that a skipped tile stores nothing. There is
+        # one such branch only, because each stores its own copy of its operands.
         @functools.partial(jax.checkpoint, prevent_cse=False)
-        def live(cut: Parts, rest: Parts, rows: Any) -> Any:
+        def live(cut: Operands, rest: Operands, rows: Any) -> Any:
             parts = tuple(a.join(b) for a, b in zip(cut, rest, strict=True))
-            return term(Place(i, j, kind), *parts, *rows)
+            return term(TileIndex(i, j, kind), *parts, *rows)
 
-        def add(total: Any, cut: Parts, rest: Parts, rows: Any) -> Any:
+        def add(total: Any, cut: Operands, rest: Operands, rows: Any) -> Any:
             return jax.tree.map(jnp.add, total, live(cut, rest, rows))
 
         return lax.cond(kind > 0, add, lambda total, *_: total, total, cut, rest, rows), None
 
     numbers = jnp.arange(grid.keys.num_blocks, dtype=jnp.int32)
-    return lax.scan(step, start, (numbers, _shared(_agreed(kinds, floats)), cut))[0]
+    return lax.scan(step, start, (numbers, _shared(_agreed(kinds, operands)), cut))[0]

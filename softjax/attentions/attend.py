@@ -1,11 +1,9 @@
-"""Attention: averages of values, weighted by a map of the scores of queries and keys."""
+"""Attention: averages of values, weighted by a map of query-key scores."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +13,128 @@ from jax.typing import ArrayLike
 
 from softjax import masks
 from softjax._api import api
-from softjax._closures import Captured
-from softjax._inputs import computing_dtype
-from softjax._mesh import vary
-from softjax.attentions._inputs import Problem, per_head, prepare, with_weigher
+from softjax._closures import jit_unless_asked
+from softjax._inputs import check_flag, computing_dtype
+from softjax._random import check_key
+from softjax.attentions._inputs import cut_into_tiles, per_head, with_weigher
 from softjax.attentions._softmax_tiles import average
 from softjax.attentions._threshold_tiles import MAPS, sparse_average
 
 __all__ = ["attention"]
 
 
-@api("block_size", "implementation", "return_lse", jit=False)
+def _prepare_call(given: dict[str, Any]) -> bool:
+    """Checks what `jit` would hide, and tells whether a user's function is asked."""
+    return_lse = check_flag(given.get("return_lse", False), name="return_lse")
+    check_flag(given.get("cap_bias", False), name="cap_bias")
+    soft_cap, rate = given.get("soft_cap"), given.get("dropout_rate", 0.0)
+    if isinstance(soft_cap, (int, float)) and not soft_cap > 0:
+        raise ValueError(f"`soft_cap` must be positive, got {soft_cap}.")
+    number = isinstance(rate, (int, float))
+    if number and not 0 <= rate <= 1:
+        raise ValueError(f"`dropout_rate` must be in [0, 1], got {rate}.")
+    key = given.get("dropout_key")
+    if key is not None:
+        check_key(key, name="dropout_key")
+    elif not (number and rate == 0):
+        raise ValueError("`dropout_rate` needs a `dropout_key`.")
+    normalizer = given.get("normalizer", "softmax")
+    if not isinstance(normalizer, str):
+        _check_pair(normalizer)
+    elif normalizer != "softmax" and normalizer not in MAPS:
+        raise ValueError(
+            '`normalizer` must be "softmax", "sparsemax", "entmax15" or a pair of a'
+            f" function and a number, got {normalizer!r}."
+        )
+    if normalizer != "softmax" and (return_lse or given.get("sink") is not None):
+        name = "return_lse" if return_lse else "sink"
+        raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
+    given["mask"] = masks.as_mask(given.get("mask"))
+    asked = given.get("score") is not None or not isinstance(normalizer, str)
+    return asked or masks.asks(given["mask"])
+
+
+def _check_pair(normalizer: Any) -> None:
+    pair = isinstance(normalizer, tuple) and len(normalizer) == 2 and callable(normalizer[0])
+    if not pair:
+        raise TypeError(
+            f"`normalizer` must be a name, or a pair of a function and a number, got"
+            f" {normalizer!r}."
+        )
+    weigh, reach = normalizer
+    if isinstance(reach, jax.core.Tracer):
+        return
+    # Otherwise a map of whole rows, such as `softmax`, would be applied to single scores.
+    try:
+        with jax.ensure_compile_time_eval():
+            at_reach = weigh(jnp.asarray(reach, jnp.result_type(float)))
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(
+            "the function of `normalizer` must be elementwise: of one number it raises an error"
+        ) from error
+    known = not isinstance(at_reach, jax.core.Tracer)
+    if known and not np.allclose(at_reach, 1, atol=1e-3):
+        raise ValueError(
+            f"the function of `normalizer` must be 1 at its number, {reach}, got {at_reach}."
+        )
+
+
+class Options(TypedDict, total=False):
+    """The options of `attention` on which the type of its result does not depend."""
+
+    mask: masks.Mask | ArrayLike | None
+    bias: ArrayLike | None
+    score: Callable[..., Array] | None
+    scale: ArrayLike | None
+    soft_cap: ArrayLike | None
+    cap_bias: bool
+    sink: ArrayLike | None
+    normalizer: str | tuple[Callable[[Array], Array], ArrayLike]
+    positions: ArrayLike | tuple[ArrayLike | None, ArrayLike | None] | None
+    dropout_rate: ArrayLike
+    dropout_key: Array | None
+    block_size: int | tuple[int, int] | None
+    implementation: str | None
+
+
+@overload
+def attention(
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Array: ...
+
+
+@overload
+def attention(
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def attention(
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    *,
+    return_lse: bool,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Array]: ...
+
+
+@api("cap_bias", "block_size", "implementation", "return_lse", jit=False)
+@jit_unless_asked(
+    *("normalizer", "cap_bias", "block_size", "implementation", "return_lse"),
+    prepare_call=_prepare_call,
+)
 def attention(
     queries: ArrayLike,
     keys: ArrayLike,
@@ -36,6 +145,7 @@ def attention(
     score: Callable[..., Array] | None = None,
     scale: ArrayLike | None = None,
     soft_cap: ArrayLike | None = None,
+    cap_bias: bool = False,
     sink: ArrayLike | None = None,
     normalizer: str | tuple[Callable[[Array], Array], ArrayLike] = "softmax",
     positions: ArrayLike | tuple[ArrayLike | None, ArrayLike | None] | None = None,
@@ -44,12 +154,12 @@ def attention(
     block_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
-) -> Any:
+) -> Array | tuple[Array, Array]:
     r"""Averages values, weighted by the softmax, or a sparse map, of query-key scores.
 
     .. math:: o_t = \sum_s p_{ts} v_s, \qquad
         p_{ts} = e^{z_{ts}} \Big/ \Big(e^{c} + \sum_{r} e^{z_{tr}}\Big), \qquad
-        z_{ts} = f\big(\kappa \tanh((\lambda \langle q_t, k_s \rangle + b_{ts}) / \kappa)\big)
+        z_{ts} = f\big(\kappa \tanh(\lambda \langle q_t, k_s \rangle / \kappa) + b_{ts}\big)
 
     Args:
         queries: q, `[..., T, N, H]`, real; differentiable.
@@ -61,14 +171,14 @@ def attention(
         bias: b, broadcastable to `[..., N, T, S]`; differentiable. -inf drops a score.
         score: f, a function of (scores, index) that gives new scores of the same shape: those
             of a tile, `[batch, N, query, key]`, and `index.batch`, `index.head`, `index.query`
-            and `index.key`, ints that broadcast to it. Arrays that it captures, or holds as a
-            `jax.tree_util.Partial`, are differentiable. -inf drops a score. A new function, or
-            one that has captured something new, is compiled anew (a `Partial` of one function
-            and new arrays is not); NumPy arrays must not be changed in place.
-        scale: lambda, one number or one a head `[N]`; 1 / sqrt(H) by default; differentiable.
-        soft_cap: kappa > 0, one number or one a head; None for no cap; differentiable.
-        sink: c, a score that takes weight and has no value, one number or one a head; None for
-            no sink; differentiable.
+            and `index.key`, ints that broadcast to it. Arrays that it captures or holds are
+            differentiable. -inf drops a score.
+        scale: lambda, one number or one per head `[N]`; 1 / sqrt(H) by default; differentiable.
+        soft_cap: kappa > 0, one number or one per head; None for no cap; differentiable. As in
+            Gemma 2, it caps the products alone, so that a bias of -1e9 hides a key.
+        cap_bias: whether to cap the sum of product and bias instead.
+        sink: c, a score that takes weight and has no value, one number or one per head; None
+            for no sink; differentiable.
         normalizer: how scores become weights: "softmax", "sparsemax", "entmax15", or a pair of
             a function f and a number r for weights f(z - tau) that sum to one. f is convex and
             increases from 0, elementwise, with f(r) = 1; what it captures is differentiable.
@@ -80,10 +190,10 @@ def attention(
             however the scores are formed.
         block_size: tokens of a block, or a pair for queries and keys; chosen by default.
         implementation: "dense" forms all scores at once and remembers the weights; "streamed"
-            forms them tile by tile and never keeps one; None takes the first for up to 2^19
-            scores. The results are the same but for rounding.
-        return_lse: whether to return also the logarithm of the sum of exponentials (of softmax
-            alone, as is `sink`).
+            forms them tile by tile and never keeps one; None takes the first for short
+            sequences. The results are the same but for rounding.
+        return_lse: whether to return also the logarithm of the sum of exponentials; as `sink`,
+            for softmax alone.
 
     Returns:
         Averages `[..., T, N, W]` in the dtype of `queries`; with `return_lse`, a pair of them
@@ -114,164 +224,55 @@ def attention(
         walks over the scores. Half precision is summed and averaged in float32, and so are
         cotangents; they are rounded once. Both modes, any order.
 
+        A function (`score`, `normalizer`, `masks.Function`) is traced anew in every call, in
+        the program of its caller. Outside of `jit` such a call runs operation by operation, and
+        compiles its loops anew each time if it is streamed or sparse: call it within `jit`.
+
     Reference:
         Vaswani et al. (2017), Attention is all you need; Milakov and Gimelshein (2018), Online
         normalizer calculation for softmax; Rabe and Staats (2021), Self-attention does not need
         O(n^2) memory; Dao et al. (2022), FlashAttention. Ainslie et al. (2023), GQA, for shared
         heads; Xiao et al. (2024), Efficient streaming language models with attention sinks.
     """
-    if not isinstance(block_size, (int, tuple, type(None))):
-        raise TypeError(f"`block_size` must be an int or a pair of them, got {block_size!r}.")
-    none_dropped = False
-    if isinstance(soft_cap, (int, float)) and not soft_cap > 0:
-        raise ValueError(f"`soft_cap` must be positive, got {soft_cap}.")
-    if isinstance(dropout_rate, (int, float)):
-        none_dropped = dropout_rate == 0
-        if not 0 <= dropout_rate <= 1:
-            raise ValueError(f"`dropout_rate` must be in [0, 1], got {dropout_rate}.")
-    if dropout_key is None and not none_dropped:
-        raise ValueError("`dropout_rate` needs a `dropout_key`.")
-    weigh: Callable[..., Array] | None = None
-    reach: ArrayLike = 0.0
-    if not isinstance(normalizer, str):
-        weigh, reach = _pair(normalizer, queries)
-    elif normalizer != "softmax":
-        if normalizer not in MAPS:
-            raise ValueError(
-                '`normalizer` must be "softmax", "sparsemax", "entmax15" or a pair of a'
-                f" function and a number, got {normalizer!r}."
-            )
-        weigh, reach = MAPS[normalizer]
-    if weigh is not None and (return_lse or sink is not None):
-        name = "return_lse" if return_lse else "sink"
-        raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
-    mask = masks.as_mask(mask)
-    return _attend(
+    tiled = cut_into_tiles(
         queries,
         keys,
         values,
-        held=held_by(mask, weigh, score),
-        weigh=None if weigh is None else Argument.of(weigh),
-        reach=reach,
-        mask=mask,
+        mask=masks.as_mask(mask),
         bias=bias,
-        score=None if score is None else Argument.of(score),
+        score=score,
         scale=scale,
         soft_cap=soft_cap,
-        sink=sink,
+        cap_bias=cap_bias,
         positions=positions,
         dropout_rate=dropout_rate,
         dropout_key=dropout_key,
         block_size=block_size,
         implementation=implementation,
-        return_lse=return_lse,
     )
-
-
-def _pair(normalizer: Any, queries: ArrayLike) -> tuple[Callable[..., Array], ArrayLike]:
-    pair = isinstance(normalizer, tuple) and len(normalizer) == 2 and callable(normalizer[0])
-    if not pair:
-        raise TypeError(
-            f"`normalizer` must be a name, or a pair of a function and a number, got"
-            f" {normalizer!r}."
-        )
-    weigh, reach = normalizer
-    if isinstance(reach, jax.core.Tracer):
-        return weigh, reach
-    # A map of whole rows, as `softmax` is, would be taken for one of single scores.
-    number = jnp.asarray(reach, computing_dtype(jnp.result_type(queries)))
-    try:
-        with jax.ensure_compile_time_eval():
-            at_reach = weigh(number)
-    except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(
-            "the function of `normalizer` must be elementwise: of one number it raises an error"
-        ) from error
-    known = not isinstance(at_reach, jax.core.Tracer)
-    if known and not np.allclose(at_reach, 1, atol=1e-3):
-        raise ValueError(
-            f"the function of `normalizer` must be 1 at its number, {reach}, got {at_reach}."
-        )
-    return weigh, reach
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Argument:
-    """A function, or an object with arrays that can be called, as an argument of `jit`."""
-
-    arrays: list[Any]
-    others: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
-    structure: Any = dataclasses.field(metadata={"static": True})
-
-    @classmethod
-    def of(cls, function: Callable[..., Any]) -> Argument:
-        leaves, structure = jax.tree.flatten(function)
-        arrays = [x if hasattr(x, "dtype") else None for x in leaves]
-        others = tuple(None if hasattr(x, "dtype") else x for x in leaves)
-        return cls(arrays, others, structure)
-
-    def __call__(self, *args: Any) -> Any:
-        leaves = [b if a is None else a for a, b in zip(self.arrays, self.others, strict=True)]
-        return jax.tree.unflatten(self.structure, leaves)(*args)
-
-
-def held_by(mask: masks.Mask | None, *functions: Any) -> Captured:
-    """What the functions of a call hold, those of its mask too."""
-    return Captured(*functions, *(mask.functions() if isinstance(mask, masks.Mask) else ()))
-
-
-@functools.partial(
-    jax.jit, static_argnames=("block_size", "implementation", "return_lse", "held")
-)
-def _attend(
-    queries: ArrayLike,
-    keys: ArrayLike,
-    values: ArrayLike,
-    *,
-    held: Captured,
-    weigh: Callable[..., Array] | None,
-    reach: ArrayLike,
-    sink: ArrayLike | None,
-    return_lse: bool,
-    **options: Any,
-) -> Any:
-    del held
-    given = (queries, keys, values, options, weigh, reach, sink)
-    queries, keys, values, options, weigh, reach, sink = vary(given)
-    problem = prepare(queries, keys, values, **options)
-    if problem.others.grid.empty:
-        return _nothing(problem, sink, return_lse)
-    grid, wide = problem.others.grid, computing_dtype(problem.dtype)
+    grid, wide = tiled.constants.grid, computing_dtype(tiled.dtype)
+    level = None if sink is None else per_head(sink, grid.heads, wide, "sink")
     shaped = lambda x: grid.queries.join(x, 2).swapaxes(1, 2)
-    if weigh is not None:
-        problem = with_weigher(problem, weigh)
-        reach = jnp.asarray(reach, wide)
-        out = sparse_average(problem.program, problem.floats, problem.others, reach)
-        return shaped(out).reshape(problem.shape).astype(problem.dtype)
-    out, lse = average(problem.program, problem.floats, problem.others)
-    if sink is not None:
-        level = per_head(sink, grid.heads, wide, "sink")
+    if grid.empty:
+        out = jnp.zeros(tiled.shape, tiled.dtype)
+        level = jnp.full(1, -jnp.inf, wide) if level is None else level.reshape(-1)
+        lse = jnp.broadcast_to(level, tiled.shape[:-1])
+        return (out, lse) if return_lse else out
+    if normalizer != "softmax":
+        weigh, reach = MAPS[normalizer] if isinstance(normalizer, str) else normalizer
+        tiled = with_weigher(tiled, weigh)
+        found = sparse_average(tiled.operands, tiled.constants, jnp.asarray(reach, wide))
+        return shaped(found).reshape(tiled.shape).astype(tiled.dtype)
+    out, lse = average(tiled.operands, tiled.constants)
+    if level is not None:
         out, lse = with_sink(out, lse, jnp.squeeze(level, 3)[None])
-    out = shaped(out).reshape(problem.shape).astype(problem.dtype)
-    return (out, shaped(lse).reshape(problem.shape[:-1])) if return_lse else out
-
-
-def _nothing(problem: Problem, sink: ArrayLike | None, return_lse: bool) -> Any:
-    """The result where there are no queries, or no keys to see."""
-    out = jnp.zeros(problem.shape, problem.dtype)
-    heads, dtype = problem.others.grid.heads, computing_dtype(problem.dtype)
-    lse = jnp.full(problem.shape[:-1], -jnp.inf, dtype)
-    if sink is not None:
-        level = per_head(sink, heads, dtype, "sink").reshape(-1)
-        lse = jnp.broadcast_to(level, (*(1,) * (lse.ndim - 1), level.size)).astype(dtype)
-        lse = jnp.broadcast_to(lse, problem.shape[:-1])
-    return (out, lse) if return_lse else out
+    out = shaped(out).reshape(tiled.shape).astype(tiled.dtype)
+    return (out, shaped(lse).reshape(tiled.shape[:-1])) if return_lse else out
 
 
 def with_sink(out: Array, lse: Array, sink: Array) -> tuple[Array, Array]:
     """Averages `[..., W]` after one more score, whose value is 0."""
-    # Of two that are -inf neither counts, and the average is 0.
+    # Where both are -inf, neither counts, and the average is 0.
     share = jax.nn.sigmoid(lse - jnp.where(sink == -jnp.inf, 0, sink))
     share = jnp.where((sink == -jnp.inf) & (lse > -jnp.inf), 1, share)
     return out * share[..., None], jnp.logaddexp(lse, sink)

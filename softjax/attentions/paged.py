@@ -1,7 +1,7 @@
 """Attention in parts: averages over sets of keys that merge, and keys that lie in pages.
 
-An average and its log-sum-exp are the whole online state of a set of keys. Sets that are
-attended to apart (splits of a long cache, a shared prefix, another device) merge exactly.
+An average and its log-sum-exp are the whole online state of a set of keys. Sets that
+are attended to apart (splits of a long cache, a shared prefix, another device) merge exactly.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from jax.typing import ArrayLike
 
 from softjax import _online, masks
 from softjax._api import api
-from softjax._closures import Captured
-from softjax._inputs import computing_dtype, to_float, to_integers
+from softjax._closures import jit_unless_asked
+from softjax._inputs import check_int, computing_dtype, to_float, to_integers
 from softjax._mesh import vary
 from softjax.attentions._inputs import per_head
-from softjax.attentions.attend import Argument, attention, held_by, with_sink
+from softjax.attentions.attend import attention, with_sink
 
 __all__ = ["merge_attention", "paged_attention"]
 
-AT_ONCE = 512  # keys that are gathered at once, about
+AT_ONCE = 512  # About so many keys are gathered at once.
 
 
 @api()
@@ -64,7 +64,7 @@ def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
         )
     dtype = jnp.promote_types(outs.dtype, lses.dtype)
     scores = jnp.moveaxis(lses.astype(dtype), 0, -1)
-    # The limit where some are infinite: they share the average equally.
+    # In the limit, infinite scores share the average equally.
     infinite = scores == jnp.inf
     some = jnp.any(infinite, -1)
     limits = jnp.where(infinite, 0, jnp.where(some[..., None], -jnp.inf, scores))
@@ -73,7 +73,14 @@ def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
     return out.astype(out_dtype), jnp.where(some, jnp.inf, lse)
 
 
+def _prepare_call(given: dict[str, Any]) -> bool:
+    check_int(given.get("num_splits", 1), name="num_splits", least=1)
+    given["mask"] = masks.as_mask(given.get("mask"))
+    return given.get("score") is not None or masks.asks(given["mask"])
+
+
 @api("num_splits", jit=False)
+@jit_unless_asked("num_splits", prepare_call=_prepare_call)
 def paged_attention(
     queries: ArrayLike,
     key_pages: ArrayLike,
@@ -98,13 +105,14 @@ def paged_attention(
             of which sees the keys up to its own position; differentiable.
         key_pages: K, `[num_pages, P, K, H]`, P keys a page; differentiable.
         value_pages: V, `[num_pages, P, K, W]`; differentiable.
-        page_table: which pages hold a sequence, in order, ints `[..., M]`. What stands behind
-            the length plays no part.
+        page_table: the pages of each sequence, in order, ints `[..., M]`. Entries behind the
+            length play no part.
         lengths: keys of each sequence, those of the queries included, ints `[...]`.
         mask: which of these a query may see, by positions (`masks.Window`, say).
-        score: as in `attention`; its index holds positions.
+        score: as in `attention`, with the same cost outside of `jit`; its index holds
+            positions.
         scale: as in `attention`; differentiable.
-        soft_cap: as in `attention`; differentiable.
+        soft_cap: as in `attention`, of the products alone; differentiable.
         sink: as in `attention`; differentiable.
         num_splits: into how many parts the pages of a sequence are split, which are visited
             side by side and merged (for accelerators that one query cannot fill).
@@ -131,48 +139,14 @@ def paged_attention(
         Kwon et al. (2023), Efficient memory management for large language model serving with
         PagedAttention; Dao et al. (2023), Flash-Decoding, for the splits.
     """
-    if num_splits < 1:
-        raise ValueError(f"`num_splits` must be at least 1, got {num_splits}.")
-    return _paged(
-        queries,
-        key_pages,
-        value_pages,
-        page_table,
-        lengths,
-        mask=mask,
-        held=held_by(mask, score),
-        score=None if score is None else Argument.of(score),
-        scale=scale,
-        soft_cap=soft_cap,
-        sink=sink,
-        num_splits=num_splits,
-        at_once=AT_ONCE,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("num_splits", "at_once", "held"))
-def _paged(
-    queries: ArrayLike,
-    key_pages: ArrayLike,
-    value_pages: ArrayLike,
-    page_table: ArrayLike,
-    lengths: ArrayLike,
-    *,
-    mask: masks.Mask | None,
-    sink: ArrayLike | None,
-    num_splits: int,
-    at_once: int,
-    held: Captured,
-    **options: Any,
-) -> Array:
-    del held
-    given = (queries, key_pages, value_pages, page_table, lengths, mask, sink, options)
-    queries, key_pages, value_pages, page_table, lengths, mask, sink, options = vary(given)
-    # (`attention` checks them; integers become the default float here.)
+    # `attention` checks the rest of the queries; here integers become the default float.
     _, dtype = to_float(queries, name="queries")
     queries = jnp.asarray(queries).astype(dtype)
     key_pages, value_pages = jnp.asarray(key_pages), jnp.asarray(value_pages)
-    table, lengths = _integers(page_table, "page_table"), _integers(lengths, "lengths")
+    table, lengths = (
+        to_integers(x, name=name).astype(jnp.int32)
+        for name, x in (("page_table", page_table), ("lengths", lengths))
+    )
     batch = queries.shape[:-3]
     if key_pages.ndim != 4 or value_pages.shape[:3] != key_pages.shape[:3]:
         raise ValueError(
@@ -185,10 +159,10 @@ def _paged(
             f" `queries`, got {table.shape} and {lengths.shape}."
         )
     num_pages, size, num_queries = table.shape[-1], key_pages.shape[1], queries.shape[-3]
-    at_once = max(1, min(at_once // max(1, size), -(-num_pages // num_splits)))
+    at_once = max(1, min(AT_ONCE // max(1, size), -(-num_pages // num_splits)))
     num_steps = max(1, -(-num_pages // (at_once * num_splits)))
     padding = num_steps * at_once * num_splits - num_pages
-    # Neither a negative number nor what fills up the table is a page.
+    # Negative numbers are no pages, and neither is the padding of the table.
     outside = key_pages.shape[0]
     table = jnp.where(table < 0, outside, table)
     padded = [(0, 0)] * len(batch) + [(0, padding)]
@@ -196,16 +170,24 @@ def _paged(
     table = jnp.moveaxis(table.reshape(*batch, num_splits, num_steps, at_once), -2, 0)
     last = jnp.arange(num_queries, 0, -1, dtype=jnp.int32)
     asked = lengths[..., None] - last.reshape(*(1,) * len(batch), -1)
-    seen = masks.Causal() & masks.Lengths(None, lengths)
+    seen = masks.Causal() & masks.Lengths(key_lengths=lengths)
     seen = seen if mask is None else seen & mask
 
-    def attend(keys: Array, values: Array, places: Array) -> _online.State:
+    def attend(keys: Array, values: Array, places: Array) -> _online.OnlineState:
         positions = asked, places
         out, lse = attention(
-            queries, keys, values, mask=seen, positions=positions, return_lse=True, **options
+            queries,
+            keys,
+            values,
+            mask=seen,
+            score=score,
+            scale=scale,
+            soft_cap=soft_cap,
+            positions=positions,
+            return_lse=True,
         )
         total = jnp.where(lse == -jnp.inf, 0, 1).astype(lse.dtype)
-        return _online.State(lse, total, out.astype(lse.dtype))
+        return _online.OnlineState(lse, total, out.astype(lse.dtype))
 
     shape, width = queries.shape[:-1], value_pages.shape[-1]
     start = _online.init(shape, width, computing_dtype(queries.dtype))
@@ -221,21 +203,21 @@ def _paged(
 
 
 def _walk(
-    attend: Callable[..., _online.State],
-    start: _online.State,
+    attend: Callable[..., _online.OnlineState],
+    start: _online.OnlineState,
     key_pages: Array,
     value_pages: Array,
     table: Array,
     first: Array,
 ) -> tuple[Array, Array]:
-    """Over pages `[steps, ..., pages]`, of which the first begins at the position `first`."""
+    """Visits pages `[steps, ..., pages]`, whose first key is at the position `first`."""
     num_keys = table.shape[-1] * key_pages.shape[1]
 
     def gather(pages: Array, some: Array) -> Array:
         found = jnp.take(pages, some, 0, mode="fill", fill_value=jnp.nan)
         return found.reshape(*some.shape[:-1], num_keys, *pages.shape[2:])
 
-    def visit(state: _online.State, step: Any) -> tuple[_online.State, None]:
+    def visit(state: _online.OnlineState, step: Any) -> tuple[_online.OnlineState, None]:
         number, some = step
         places = first + number * num_keys + jnp.arange(num_keys, dtype=jnp.int32)
         part = attend(gather(key_pages, some), gather(value_pages, some), places)
@@ -244,7 +226,3 @@ def _walk(
     numbers = jnp.arange(table.shape[0], dtype=jnp.int32)
     start = vary(start, key_pages)
     return _online.finish(lax.scan(visit, start, (numbers, table))[0])
-
-
-def _integers(x: ArrayLike, name: str) -> Array:
-    return to_integers(x, name=name).astype(jnp.int32)

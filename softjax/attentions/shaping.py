@@ -1,7 +1,7 @@
-"""Queries, keys and slopes made ready for attention: its logits shaped before they are formed.
+"""Queries, keys and slopes for attention: ways to shape its logits before they are formed.
 
-What changes a logit by factors of its query and of its key alone is cheapest applied to them;
-what depends on both of their places is a score function, of which ALiBi is the best known.
+A factor that belongs to a query or to a key is cheapest applied to it. A change that depends on
+the places of both is a score function; ALiBi is the best known.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, api
-from softjax._inputs import broadcast, to_float
+from softjax._inputs import broadcast, check_int, to_float
 
 __all__ = ["alibi_slopes", "qk_norm", "scalable_queries"]
 
@@ -31,7 +31,8 @@ def alibi_slopes(num_heads: int) -> Array:
         Slopes `[n]` in the default float type, for a score z - m |t - s|.
 
     Raises:
-        ValueError: `num_heads` is not a positive int.
+        TypeError: `num_heads` is not an int.
+        ValueError: it is not positive.
 
     Example:
         >>> slopes = alibi_slopes(4)
@@ -44,8 +45,7 @@ def alibi_slopes(num_heads: int) -> Array:
         Press, Smith and Lewis (2022), Train short, test long: attention with linear biases
         enables input length extrapolation.
     """
-    if not isinstance(num_heads, int) or num_heads < 1:
-        raise ValueError(f"`num_heads` must be a positive int, got {num_heads!r}.")
+    num_heads = check_int(num_heads, name="num_heads", least=1)
     power = 1 << (num_heads.bit_length() - 1)
     exponents = [8 * i / power for i in range(1, power + 1)]
     exponents += [4 * i / power for i in range(1, 2 * power, 2)][: num_heads - power]
@@ -68,14 +68,14 @@ def qk_norm(
     Args:
         queries: q, `[..., H]`, real; differentiable.
         keys: k, `[..., H]`, real; differentiable.
-        query_scale: g for the queries, broadcastable to them: one number, one a component
-            `[H]`, or one a head too `[N, H]`; differentiable.
+        query_scale: g for the queries, broadcastable to them: one number, one per component
+            `[H]`, or one per head too `[N, H]`; differentiable.
         key_scale: likewise for the keys; differentiable.
         epsilon: at least 0, one number; not differentiable. With 0, a vector of zeros stays.
 
     Returns:
-        Both normalised, each in its own shape and dtype. What held NaN or inf is NaN, with
-        derivative 0.
+        Both normalised, each in its own shape and dtype. A vector that holds NaN or inf is NaN,
+        with derivative 0.
 
     Raises:
         TypeError: an argument is not real.
@@ -128,7 +128,7 @@ def scalable_queries(queries: ArrayLike, counts: ArrayLike, scale: ArrayLike = 1
         queries: q, `[..., T, N, H]`, real; differentiable.
         counts: n, how many keys a query sees, one number or broadcastable to `[..., T]`; not
             differentiable. Below 1 as 1. Under a causal mask, 1, 2, ..., T.
-        scale: s, one number or one a head `[N]`; differentiable.
+        scale: s, one number or one per head `[N]`; differentiable.
 
     Returns:
         Queries `[..., T, N, H]` in their dtype, with which the logits of attention are those of

@@ -104,7 +104,7 @@ class _Seen(NamedTuple):
     """The state of some classes, from which that of more classes can be merged."""
 
     apart: Array  # the score that stands apart; -inf where it has not been seen
-    others: online.State  # all others; for the entropy with the average of their scores
+    others: online.OnlineState  # all others; for the entropy with the sum of their scores
     leader: _Leader | None
     uniform: _Uniform | None
 
@@ -181,10 +181,10 @@ def _merge(a: _Seen, b: _Seen) -> _Seen:
 
 
 def _finish(seen: _Seen) -> Found:
-    apart, (peak, total, average), leader, uniform = seen
+    apart, others, leader, uniform = seen
     top = seen.peak
     anchor, is_empty = where_finite(top), top == -jnp.inf
-    own, rest = jnp.exp(apart - anchor), total * jnp.exp(peak - anchor)
+    own, rest = jnp.exp(apart - anchor), others.total * jnp.exp(others.peak - anchor)
     # Where the score apart leads, own - 1 is 0, and `rest` is all that counts.
     log_total = jnp.where(is_empty, 0, log1p(rest + (own - 1)))
     chosen = apart if leader is None else leader.chosen
@@ -195,7 +195,8 @@ def _finish(seen: _Seen) -> Found:
         uniform_nll = (uniform.costs + uniform.mass * log_total) / num_kept
         found = found._replace(uniform_nll=uniform_nll, mass=uniform.mass, num_kept=num_kept)
     if leader is not None:
-        below = jnp.where(rest == 0, 0, rest * (anchor - average[:, 0]))
+        average = online.finish(others)[0][:, 0]
+        below = jnp.where(rest == 0, 0, rest * (anchor - average))
         below += jnp.where(own == 0, 0, own * (anchor - apart))
         entropy = log_total + below / jnp.where(is_empty, 1, own + rest)
         found = found._replace(entropy=entropy, argmax=leader.argmax)

@@ -189,8 +189,8 @@ class _Found(NamedTuple):
 class _Seen(NamedTuple):
     """Both online states, the teacher's with averages of how far the two are apart."""
 
-    teacher: online.State  # of x = t - s - anchor, and of e^-x - 1 + x where |x| < 1
-    student: online.State
+    teacher: online.OnlineState  # of x = t - s - anchor, and of e^-x - 1 + x where |x| < 1
+    student: online.OnlineState
     widest: Array  # max |x|; inf where only one of the two drops a class
     missing: Array  # 1 where the student drops what the teacher keeps
 
