@@ -1,4 +1,4 @@
-"""Floating-point operations that return their rounding errors, and sums that bound theirs."""
+"""Floating-point operations that return their rounding errors."""
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -12,7 +12,7 @@ def two_difference(a: Array, b: Array) -> tuple[Array, Array]:
 
 
 def two_quotient(a: Array, b: Array) -> tuple[Array, Array]:
-    """fl(a / b) and what is missing from it, to first order (finite, b not 0)."""
+    """fl(a / b) and its rounding error, to first order (finite arguments, b not 0)."""
     quotient = a / b
     return quotient, remainder(a, quotient, b) / b
 
@@ -39,10 +39,6 @@ def high_half(x: Array) -> Array:
     return lax.bitcast_convert_type(bits & jnp.array(mask, integer), x.dtype)
 
 
-def where_finite(row: Array, other: float = 0.0) -> Array:
-    """`row` where it is finite.
-
-    Applied to statistics of slices. (As a select it also ends XLA's fused reduction at the
-    size of the slices: without it the CPU backend writes the statistic out once an element.)
-    """
-    return jnp.where(jnp.isfinite(row), row, other)
+def where_finite(x: Array, other: float = 0.0) -> Array:
+    """X where it is finite, and `other` elsewhere."""
+    return jnp.where(jnp.isfinite(x), x, other)

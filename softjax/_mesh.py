@@ -1,8 +1,8 @@
 """Over which axes of a mesh values vary, inside of `shard_map`.
 
-There what goes around a loop, or leaves the branches of a condition, must vary over the same
-axes before and after, and what meets in an operation is made alike: for each operation anew,
-with a sum over the devices in its transpose. Arguments are made alike once, when they come in.
+There the state of a loop, and the results of the branches of a condition, must vary over the
+same axes before and after. JAX makes the operands of each operation vary alike, and sums over
+the devices in its transpose. The library makes its arguments vary alike once, at the door.
 """
 
 from typing import Any, TypeVar
@@ -29,9 +29,10 @@ def vary(tree: Tree, *others: Any) -> Tree:
 
 
 def is_sharded(tree: Any) -> bool:
-    """Whether an array's type says that it is spread over devices (on a mesh of explicit axes).
+    """Whether an array's type says that it is spread over devices .
 
-    Such an array is not cut into blocks: these would be spread over the devices again.
+    Only types on a mesh of explicit axes do. Such an array is not cut into blocks, because the
+    blocks would be spread over the devices again.
     """
     arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
     return any(axis is not None for x in arrays for axis in jax.typeof(x).sharding.spec)

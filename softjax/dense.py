@@ -37,7 +37,7 @@ def softmax(
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
-        temperature: T in [0, inf], one number or one a slice (broadcastable to `[*shape]`
+        temperature: T in [0, inf], one number or one per slice (broadcastable to `[*shape]`
             with size 1 along `axis`); differentiable, with derivative 0 at the limits. At 0
             the largest kept entries share the mass; at inf all kept entries do.
         sink: score s of an entry that takes weight and is not returned, one number or one
@@ -59,10 +59,10 @@ def softmax(
         [0.5 0.5 0. ]
 
     Note:
-        Within 4 units in the last place wherever the result is a normal number. O(n) time;
-        beside the result, which is also all that is kept for the derivative, at most about a
-        sixteenth of it as temporary memory where it is large. Any order of differentiation, in
-        both modes.
+        Within 4 units in the last place on CPUs, wherever the result is a normal number. O(n)
+        time; the result is all that is kept for the derivative. Temporary memory of a large
+        array: an eighth of it for the value, one array for the gradient. Both modes, any
+        order.
 
     Reference:
         Bridle (1990), Training stochastic model recognition algorithms as networks can lead
@@ -104,9 +104,12 @@ def log_softmax(
         [-1.9287499e-22 -5.0000000e+01]
 
     Note:
-        Within 4 units in the last place: the sum runs over all but the peak, which enters
-        through log1p. O(n) time and memory, as `softmax`; the result alone is kept for the
-        derivative, whose entry at a confident peak is the sum of the others, not 1 - p.
+        Within 4 units in the last place on CPUs: the sum runs over all but the peak, which
+        enters through log1p. There is one exception: weights below the smallest normal number
+        may be flushed to 0, so a log-probability closer to 0 than n times that number loses
+        them. O(n) time; the result alone is kept for the derivative, whose entry at a confident
+        peak is the sum of the others, not 1 - p. Temporary memory of a large array: an eighth
+        of it for the value, two arrays for the gradient. Both modes, any order.
 
     Reference:
         Blanchard, Higham and Higham (2021), Accurately computing the log-sum-exp and softmax

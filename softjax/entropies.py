@@ -40,7 +40,7 @@ def entropy(logits: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = Non
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
 
     Returns:
-        One number a slice, in [0, log n], in the dtype of `logits`; 0 for a slice that keeps
+        One number per slice, in [0, log n], in the dtype of `logits`; 0 for a slice that keeps
         nothing.
 
     Raises:
@@ -115,7 +115,7 @@ def kl_divergence(
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
 
     Returns:
-        One number a slice, at least 0, in the wider dtype of the two; inf (and
+        One number per slice, at least 0, in the wider dtype of the two; inf (and
         constant) where q drops what p keeps, 0 where p keeps nothing.
 
     Raises:
@@ -141,7 +141,7 @@ def kl_divergence(
 
 
 def divergence(p_problem: Problem, q_problem: Problem, *, name: str, target: str) -> Array:
-    """T^2 D(p || q), one number a slice, with the axes kept. The temperature is that of p."""
+    """T^2 D(p || q), one number per slice, with the axes kept. The temperature is that of p."""
     if p_problem.logits.shape != q_problem.logits.shape:
         raise ValueError(
             f"`{name}` of shape {q_problem.logits.shape} must have the shape"
@@ -162,7 +162,7 @@ def log_prob(
     axis: int = -1,
     where: ArrayLike | None = None,
 ) -> Array:
-    r"""Reads the log-probability of one label a slice.
+    r"""Reads the log-probability of one label per slice.
 
     .. math:: \log p_y = z_y - \log \sum_j m_j e^{z_j}
 
@@ -173,7 +173,7 @@ def log_prob(
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
 
     Returns:
-        One number a label, in the dtype of `logits`; -inf for a dropped label, NaN for a
+        One number per label, in the dtype of `logits`; -inf for a dropped label, NaN for a
         label outside [0, n), which is never taken for another class.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Reductions of logits: soft maxima and means, one number a slice.
+"""Reductions of logits: soft maxima and means, one number per slice.
 
 Dropped entries (masked by `where`, or equal to -inf) do not count, and have derivative
 exactly zero. A slice that keeps nothing gives -inf; a kept NaN gives NaN.
@@ -92,10 +92,9 @@ def logsumexp(
         0.6931472 -1.0
 
     Note:
-        O(n) time. Along the last axis of a large array a sixteenth of it as temporary memory,
-        or a number a slice of up to 31; else one array of exponentials. Where the peak and the
-        logarithm of the sum cancel, the error is that of the larger of the two. The derivative
-        is `softmax`; it is 0 for a slice that keeps nothing. Both modes, any order.
+        O(n) time; temporary memory of a large array: a quarter of it. The error is at most
+        2.25 units in the last place of the larger of the peak and the logarithm of the sum. The
+        derivative is `softmax`; it is 0 for a slice that keeps nothing. Both modes, any order.
 
         Infinite logits give inf, with the sign of their weights, and NaN where these have both
         signs, as in SciPy.
@@ -184,7 +183,7 @@ def logmeanexp(
         keepdims: whether the reduced axes stay, with size 1.
 
     Returns:
-        One number a slice, in the dtype of `logits`; -inf for a slice that keeps nothing.
+        One number per slice, in the dtype of `logits`; -inf for a slice that keeps nothing.
         Entries equal to -inf are dropped: they do not count in the mean either.
 
     Raises:
@@ -216,14 +215,14 @@ def mellowmax(
 
     Args:
         values: numbers x, `[*shape]`, real or -inf (dropped); differentiable.
-        omega: inverse scale, any real or infinite number, one or one a slice;
+        omega: inverse scale, any real or infinite number, one or one per slice;
             differentiable. It is the mean at 0, the maximum at inf, the minimum at -inf, and
             a soft minimum where negative.
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
 
     Returns:
-        One number a slice, in the dtype of `values`, between their minimum and their
+        One number per slice, in the dtype of `values`, between their minimum and their
         maximum; -inf for a slice that keeps nothing.
 
     Raises:

@@ -143,8 +143,8 @@ def entmax15(
 
     Note:
         No sort: Newton's method climbs to the threshold, and a quadratic ends it on the
-        support that is found. O(n) a pass; on CPU a few slices at a time, in cache. Both modes,
-        any order, also at saturated inputs.
+        support that is found. O(n) per pass; on CPU a few slices at a time, in cache. Both
+        modes, any order, also at saturated inputs.
 
     Reference:
         Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models.
@@ -277,7 +277,7 @@ def entmax(
 
     Args:
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
-        alpha: entropic index in [1, 10000], one number or one a slice; differentiable, with
+        alpha: entropic index in [1, 10000], one number or one per slice; differentiable, with
             the softmax limit at exactly 1. Outside, in an array, it gives NaN.
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
@@ -289,7 +289,7 @@ def entmax(
     Raises:
         TypeError: as `softmax`.
         ValueError: as `softmax`; also if `alpha` is a Python number outside of that or does not
-            broadcast to one a slice.
+            broadcast to one per slice.
 
     Example:
         >>> print(entmax(jnp.array([1.0, 0.0, -2.0]), 2.0))
@@ -297,7 +297,7 @@ def entmax(
 
     Note:
         No sort: Newton's method within a bracket, on a function whose slope is at most -1
-        for every alpha. Two exponentials and a logarithm an entry and pass, so `entmax15`
+        for every alpha. Two exponentials and a logarithm per entry and pass, so `entmax15`
         and `sparsemax` are faster where they apply. Within 8 units in the last place of the
         largest weight up to alpha 2; above, weights rise from the edge of the support with an
         infinite slope, and one eps of a score is worth eps^(1 / (alpha - 1)) there. Both

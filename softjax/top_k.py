@@ -51,7 +51,7 @@ def soft_top_k(
 
     Args:
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
-        k: total weight, in [0, number kept], real, one number or one a slice; differentiable.
+        k: total weight, in [0, number kept], real, one number or one per slice; differentiable.
             Outside of that the slice is NaN, but where it keeps nothing: there it is all 0.
         kind: the f that rises from 0 to 1: "capped" clips to [0, 1], the projection onto the
             capped simplex, sparse at both ends; "sigmoid"; or "laplace", the distribution

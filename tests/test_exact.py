@@ -126,16 +126,12 @@ def test_log1p_rounds_little_more_than_once(dtype, compiled):
     ).astype(dtype)
     points = points[points > -1]
     with jax.disable_jit(not compiled):
-        rounded, lost = map(np.asarray, _elementary.log1p_in_two(jnp.asarray(points)))
+        rounded = np.asarray(_elementary.log1p(jnp.asarray(points)))
     with mpmath.workdps(40):
-        for x, y, rest in zip(points, rounded, lost, strict=True):
+        for x, y in zip(points, rounded, strict=True):
             true = mpmath.log1p(mpmath.mpf(float(x)))
             unit = np.spacing(np.abs(y))
             assert abs(mpmath.mpf(float(y)) - true) <= 0.9 * unit
-            if compiled:
-                continue  # Kernels of their own may round the two apart, near a tie.
-            left = abs(mpmath.mpf(float(y)) + mpmath.mpf(float(rest)) - true)
-            assert left <= (0.35 if abs(x) > 16 * eps(dtype) else 0.6) * unit
 
 
 def test_log1p_at_its_ends():
@@ -144,37 +140,3 @@ def test_log1p_at_its_ends():
     np.testing.assert_array_equal(_elementary.log1p(points), exact)
     slope = jax.grad(lambda x: jnp.sum(_elementary.log1p(x)))(jnp.array([0.0, 1.0, 1e9, -0.75]))
     assert_close(slope, [1.0, 0.5, 1 / (1 + 1e9), 4.0], rtol=8 * eps("float64"))
-
-
-@every_wide_dtype
-def test_exp_of_sum_rounds_little_more_than_once(dtype):
-    lowest = float(np.log(np.finfo(dtype).tiny))
-    rng = np.random.default_rng(3)
-    near = np.concatenate(
-        [[0.0, -0.0], -rng.uniform(0, 1, 500), rng.uniform(lowest + 1, 0, 500)]
-    )
-    near = near.astype(dtype)
-    error = (rng.uniform(-0.5, 0.5, near.shape) * np.spacing(near)).astype(dtype)
-    out = np.asarray(jax.jit(_elementary.exp_of_sum)(jnp.asarray(near), jnp.asarray(error)))
-    assert out[0] == out[1] == 1
-    with mpmath.workdps(40):
-        for x, e, y in zip(near, error, out, strict=True):
-            true = mpmath.exp(mpmath.mpf(float(x)) + mpmath.mpf(float(e)))
-            # Half a unit for each of the reduced argument, the error that joins it, the
-            # series (all below 1/2, so half as large) and the last sum; weights below 1
-            # have units half as large as those of the sum.
-            assert abs(mpmath.mpf(float(y)) - true) <= 1.5 * np.spacing(y)
-    far = jnp.array([2 * lowest, -1000.0], dtype)
-    np.testing.assert_array_equal(_elementary.exp_of_sum(far, jnp.zeros_like(far)), 0)
-
-
-@pytest.mark.slow
-@every_wide_dtype
-def test_exp_of_sum_has_its_own_derivatives(dtype):
-    near = jnp.asarray(np.linspace(-20, 0, 41), dtype)
-    exp = lambda x: jnp.sum(_elementary.exp_of_sum(x, jnp.zeros_like(x)))
-    # The series lacks one term more in each derivative.
-    assert_close(jax.grad(exp)(near), np.exp(np.asarray(near)), rtol=4 * eps(dtype))
-    loose = {"float32": 4e-6, "float64": 1e-14}[dtype]
-    second = jax.grad(lambda x: jnp.sum(jax.grad(exp)(x)))(near)
-    assert_close(second, np.exp(np.asarray(near)), rtol=loose)
