@@ -1,8 +1,8 @@
 """The Kullback-Leibler divergence of two softmaxes, to a few roundings at every size.
 
-Bregman's form, the sum of p log(p/q) + q - p, has terms that are never negative, and does not
-change to first order by an error that the log(p/q) of a slice have in common. They are read
-from the logits themselves, and what is close is expanded in them.
+The divergence is summed in Bregman's form, p log(p/q) + q - p. Its terms are never negative,
+and an error that all log(p/q) of a slice share changes it only in second order. log(p/q) comes
+from the logits themselves, and terms where p and q are close from a series in it.
 """
 
 import functools
@@ -25,7 +25,7 @@ from softjax._threshold import solve
 def nats_between(
     axes: tuple[int, ...], x: Array, y: Array, temperature: Array | None
 ) -> tuple[Array, Array]:
-    """T^2 D(softmax(x / T) || softmax(y / T)), and what `_log_ratio` takes from differences."""
+    """T^2 D(softmax(x / T) || softmax(y / T)), and the shift that `_log_ratio` subtracts."""
     slices = AlongAxes(axes)
     of_p, of_q = (normalizer(slices, z, temperature) for z in (x, y))
     per_slice = (of_p.peak, of_q.peak, temperature, of_p.total, of_q.total)
@@ -37,8 +37,8 @@ def nats_between(
         ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
         return p, q, jnp.where(p == 0, 0, ratio)
 
-    # Rounded logarithms are too coarse for distributions that are closer. What they lack shows
-    # in the sum of q - p.
+    # The rounded logarithms are too coarse for close distributions. The sum of q - p, which
+    # must be 0, gives the correction.
     shift = of_p.log_total - of_q.log_total
     gain = slices.sum_of(lambda *args: _gain(*found(*args)), (x, y), *per_slice, shift)
     shift -= log1p(jnp.where(jnp.abs(gain) < 0.5, gain, 0))
@@ -50,7 +50,7 @@ def nats_between(
 
 @nats_between.defjvp
 def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
-    # Of D it is <p', log(p/q)> + <q - p, y'>, in either of which a shift is free.
+    # D' = <p', log(p/q)> + <q - p, y'>; a shift of either log(p/q) or y' changes nothing.
     slices = AlongAxes(axes)
     row, shift = nats_between(axes, *primals)
 
@@ -66,16 +66,17 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
         both, kept = varies & (p.probs != 0), varies & (q.margins != -jnp.inf)
         ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
         margins = [jnp.where(both & kept, z.margins, 0) for z in (p, q)]
-        # (What is known better than by subtraction is differentiated as that.)
+        # Values that are known more exactly than by subtraction, with the derivative of the
+        # subtraction.
         ratio = with_gradient_of(margins[0] - margins[1], jnp.where(both, ratio, 0))
         gain = with_gradient_of(q.probs - p.probs, _gain(p.probs, q.probs, ratio))
         y_dot = jnp.where(kept, y_dot, 0)
         if temperature is None:
             return slices.sum(p_dot * ratio + gain * y_dot)
         # With r = log(p/q), b = p r + q - p, and u the scores of p above their mean <p, .>,
-        # 2 D + T D' is the sum of 2 b + (q - p) r - u b: of third order in the logits, term
-        # by term, where D and D' are of second and cancel. (If p is 0, of 2 q - q v, with v
-        # the scores of q above the same.)
+        # 2 D + T D' is the sum of 2 b + (q - p) r - u b, whose terms are of third order in the
+        # logits, where D and D' are of second order and would cancel. A term where p is 0 is
+        # 2 q - q v, with v the scores of q above the same mean.
         terms = _nats(p.probs, q.probs, ratio)
         scores = [centre(z, peak, temperature).near for z, peak in ((x, x_peak), (y, y_peak))]
         mean = slices.sum(p.probs * scores[0])

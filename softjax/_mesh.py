@@ -29,7 +29,7 @@ def vary(tree: Tree, *others: Any) -> Tree:
 
 
 def is_sharded(tree: Any) -> bool:
-    """Whether an array's type says that it is spread over devices .
+    """Whether an array's type says that it is spread over devices.
 
     Only types on a mesh of explicit axes do. Such an array is not cut into blocks, because the
     blocks would be spread over the devices again.

@@ -80,7 +80,6 @@ def _solve_sparsemax(
 ) -> Solution:
     peak = slices.max(logits)
     scores = centre(logits, peak, temperature)
-    spread = slices.broadcast
 
     def step(tau: Array) -> tuple[Array, Array]:
         above = slices.sum_of(lambda x, tau: jnp.maximum(x - tau, 0), (scores.values,), tau)
@@ -88,22 +87,24 @@ def _solve_sparsemax(
         return above - 1, slices.sum_of(count, (scores.values,), tau)
 
     poison = slices.sum(scores.near * 0)  # NaN if the slice keeps a NaN.
-    tau = newton_from_left(step, jnp.full_like(peak, -1)) + poison
+    # The largest weight is at least 1 / n, which bounds tau where n - 1 rounds to n.
+    tau = newton_from_left(step, jnp.full_like(peak, -1))
+    tau = jnp.minimum(tau, -1 / _length(logits, peak)) + poison
     scores = centre(logits, peak + poison, temperature)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
         roots, lost = _roots(1, *args)
         return [roots], jnp.where(roots > 0, lost, 0)
 
-    rows = (peak, temperature, tau)
+    per_slice = (peak, temperature, tau)
     inside = lambda *args: (_roots(1, *args)[0] > 0).astype(logits.dtype)
-    count = slices.sum_of(inside, (logits,), *rows)
-    excess = _excess(slices, split, [1], logits, *rows)
+    count = slices.sum_of(inside, (logits,), *per_slice)
+    excess = _excess(slices, split, [1], logits, *per_slice)
     shift = jnp.where(peak == -jnp.inf, 0, excess / jnp.maximum(count, 1))
-    margins, lost = _margins(scores.near, scores.errors, spread(tau))
-    margins = (margins - spread(shift)) + lost
+    margins, lost = _margins(scores.near, scores.errors, slices.broadcast(tau))
+    margins = (margins - slices.broadcast(shift)) + lost
     probs = jnp.where(scores.dropped | (margins < _unseen(margins)), 0, margins)
-    return Solution(probs, scores.minus(spread(tau + shift)), tau + shift)
+    return Solution(probs, scores.minus(slices.broadcast(tau + shift)), tau + shift)
 
 
 SPARSEMAX = Family(
@@ -158,10 +159,10 @@ def _solve_entmax15(
 ) -> Solution:
     peak = slices.max(logits)
     scores = centre(logits, peak, temperature)
-    halves, spread = scores.values / 2, slices.broadcast
+    halves = scores.values / 2
 
     def step(tau: Array) -> tuple[Array, Array]:
-        # Of sqrt(sum) - 1, which is convex too, and straighter than the sum.
+        # The root of sqrt(sum) - 1, which is convex too, and closer to linear than the sum.
         above = lambda x, tau: jnp.maximum(x - tau, 0)
         square = slices.sum_of(lambda x, tau: above(x, tau) ** 2, (halves,), tau)
         return square - jnp.sqrt(square), slices.sum_of(above, (halves,), tau)
@@ -171,27 +172,27 @@ def _solve_entmax15(
     scores = centre(logits, peak + poison, temperature)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
-        # With a leading half, all products are exact but the smallest.
+        # All products with a leading half are exact; only the smallest is rounded.
         roots, lost = _roots(2, *args)
         lead = high_half(roots)
         rest = roots - lead
         return [lead * lead, 2 * lead * rest], rest * rest + 2 * roots * lost
 
-    rows, half = (peak, temperature, tau), float(jnp.finfo(logits.dtype).eps) ** 0.5
-    total = lambda term: slices.sum_of(term, (logits,), *rows)
+    per_slice, half = (peak, temperature, tau), float(jnp.finfo(logits.dtype).eps) ** 0.5
+    total = lambda term: slices.sum_of(term, (logits,), *per_slice)
     first = total(lambda *args: _roots(2, *args)[0])
     count = total(lambda *args: (_roots(2, *args)[0] > 0).astype(logits.dtype))
-    # On a known support the sum of squares is quadratic in tau, and is solved at once.
-    excess = _excess(slices, split, [1, 4 * half], logits, *rows)
+    # On a known support the sum of squares is a quadratic in tau, which has a closed solution.
+    excess = _excess(slices, split, [1, 4 * half], logits, *per_slice)
     bent = jnp.sqrt(jnp.maximum(first * first - count * excess, 0))
     shift = excess / jnp.where(peak == -jnp.inf, 1, first + bent)
-    roots, lost = _margins(scores.near / 2, scores.errors / 2, spread(tau))
-    roots = (roots - spread(shift)) + lost
-    # The excess is known to the rounding of its smallest part, in proportion to the count.
+    roots, lost = _margins(scores.near / 2, scores.errors / 2, slices.broadcast(tau))
+    roots = (roots - slices.broadcast(shift)) + lost
+    # The rounding error of the excess grows with the number of entries in the support.
     unseen = _unseen(roots) * jnp.maximum(1, count / jnp.maximum(first, 1))
-    probs = jnp.where(scores.dropped | (roots < spread(unseen)), 0, roots * roots)
+    probs = jnp.where(scores.dropped | (roots < slices.broadcast(unseen)), 0, roots * roots)
     threshold = 2 * (tau + shift)
-    return Solution(probs, scores.minus(spread(threshold)), threshold)
+    return Solution(probs, scores.minus(slices.broadcast(threshold)), threshold)
 
 
 def _roots(
@@ -209,15 +210,15 @@ def _excess(
     bounds: list[float],
     logits: Array,
     peak: Array,
-    *rows: Array | None,
+    *per_slice: Array | None,
 ) -> Array:
-    """By how much the weights of a slice sum to more than 1, which is by rounding alone.
+    """The rounding error by which the weights of a slice sum to more than 1.
 
-    `split` gives a weight in exact parts, the sums of which the bounds bound, and a rest. Each
-    part is cut into a multiple of a unit in which its sum needs no more digits than there
-    are, and what is left (Rump, Ogita and Oishi, 2008).
+    `split` gives a weight in exact parts, whose sums are within `bounds`, and a rest. Each part
+    is cut in two: a multiple of a unit, chosen so that the sum of multiples is exact, and the
+    remainder (Rump, Ogita and Oishi, 2008).
     """
-    # (A literal unit XLA would take away from itself.)
+    # Not a literal: XLA would fold (part + unit) - unit to part.
     one = jnp.where(peak == -jnp.inf, 2, jnp.ones_like(peak))
 
     def cut(*args: Any) -> tuple[list[Array], Array]:
@@ -228,17 +229,22 @@ def _excess(
             rest += part - lead
         return coarse, rest
 
-    total = lambda term: slices.sum_of(term, (logits,), peak, *rows, one)
+    total = lambda term: slices.sum_of(term, (logits,), peak, *per_slice, one)
     excess = jnp.full_like(peak, -1)
-    for i in range(len(bounds)):  # In this order nothing is rounded that cancels.
+    for i in range(len(bounds)):  # The large parts first, because they cancel exactly.
         excess += total(lambda *args, i=i: cut(*args)[0][i])
     return excess + total(lambda *args: cut(*args)[1])
 
 
 def _close(entries: Array, rows: Array) -> float:
-    """The step that may be the last: one of length d leaves at most size d^2, here eps."""
-    size = entries.size // max(1, rows.size) if isinstance(entries.size, int) else math.inf
-    return math.sqrt(float(jnp.finfo(entries.dtype).eps) / max(1, size))
+    """The length of a last step: one of length d leaves an error of at most n d^2, here eps."""
+    return math.sqrt(float(jnp.finfo(entries.dtype).eps) / _length(entries, rows))
+
+
+def _length(entries: Array, rows: Array) -> float:
+    """The number of entries per slice; infinite if it is open, as in an export."""
+    is_open = not isinstance(entries.size, int)
+    return math.inf if is_open else max(1, entries.size // max(1, rows.size))
 
 
 def _margins(near: Array, errors: Array, tau: Array) -> tuple[Array, Array]:
@@ -248,7 +254,7 @@ def _margins(near: Array, errors: Array, tau: Array) -> tuple[Array, Array]:
 
 
 def _unseen(margins: Array) -> float:
-    """The resolution of a threshold that is kept in two parts: what is below it meets it."""
+    """The resolution of a threshold in two parts: a smaller margin counts as 0."""
     return 4 * float(jnp.finfo(margins.dtype).eps) ** 2
 
 
@@ -322,23 +328,22 @@ def _solve_entmax(
     # p = r / sum(r) is accurate for every alpha.
     peak = slices.max(logits)
     scores = centre(logits, peak, temperature)
-    spread = slices.broadcast
     bend = jnp.where((alpha >= 1) & (alpha <= MAX_ALPHA), alpha - 1, jnp.nan)
     highest = jnp.log(jnp.finfo(logits.dtype).max) - 1
 
     def stretch(rise: Array) -> Array:
-        return spread(jnp.exp(jnp.minimum(bend * rise, highest)))
+        return slices.broadcast(jnp.exp(jnp.minimum(bend * rise, highest)))
 
     def log_ratios(rise: Array) -> tuple[Array, Array]:
         scaled = scores.near * stretch(rise)
-        reach = spread(bend) * scaled
+        reach = slices.broadcast(bend) * scaled
         inside = ~(scores.is_far | (reach <= -1))
         return jnp.where(inside, scaled * log1p_over(jnp.where(inside, reach, 0)), 0), inside
 
     def step(rise: Array) -> tuple[Array, Array]:
         logs, inside = log_ratios(rise)
         total = slices.sum(jnp.where(inside, jnp.exp(logs), 0))
-        slope = slices.sum(jnp.where(inside, jnp.exp((1 - spread(bend)) * logs), 0))
+        slope = slices.sum(jnp.where(inside, jnp.exp((1 - slices.broadcast(bend)) * logs), 0))
         total = jnp.where(total == 0, 1, total)
         return jnp.log(total) - rise, slope / total
 
@@ -347,20 +352,22 @@ def _solve_entmax(
     rise = bracketed_newton(step, low, high, low)
     logs, inside = log_ratios(rise)
     ratios = jnp.where(inside, jnp.exp(logs), 0)
-    slopes = jnp.where(inside, jnp.exp((1 - spread(bend)) * logs), 0)
-    # What the rise lacks in its last bit, and the scores in theirs, to first order.
+    slopes = jnp.where(inside, jnp.exp((1 - slices.broadcast(bend)) * logs), 0)
+    # First-order corrections for the rounding of the rise and of the scores.
     total, mass = slices.sum(ratios), slices.sum(slopes)
     empty = total == 0
     lacking = (jnp.log(jnp.where(empty, 1, total)) - rise) * total * reciprocal(mass)
-    ratios += spread(lacking) * (ratios - slopes) + slopes * stretch(rise) * scores.errors
+    ratios += (
+        slices.broadcast(lacking) * (ratios - slopes) + slopes * stretch(rise) * scores.errors
+    )
     ratios = jnp.maximum(ratios, 0)
-    # The sum is exp(rise). Where it is steep in the rise, that is the better known of them.
+    # The sum is exp(rise), which is more accurate where the sum is steep in the rise.
     steep = mass > 4 * total
     total = jnp.where(steep, jnp.exp(rise) * (1 + lacking), slices.sum(ratios))
     scores = centre(logits, peak + total * 0, temperature)  # NaN for all that is kept.
-    probs = jnp.where(scores.dropped, 0, ratios / spread(jnp.where(empty, 1, total)))
+    probs = jnp.where(scores.dropped, 0, ratios / slices.broadcast(jnp.where(empty, 1, total)))
     threshold = rise * expm1_over(-bend * rise)  # (1 - exp(-b rise)) / b
-    return Solution(probs, scores.minus(spread(threshold)), threshold)
+    return Solution(probs, scores.minus(slices.broadcast(threshold)), threshold)
 
 
 def _entmax_slope(probs: Array, alpha: Array) -> Array:

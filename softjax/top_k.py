@@ -106,7 +106,7 @@ def _budget_family(
         budget: Array,
         *__: None,
     ) -> Solution:
-        spread = slices.broadcast
+        broadcast = slices.broadcast
         kept = logits != -jnp.inf
         unknown = slices.sum(jnp.isnan(logits).astype(logits.dtype)) > 0
         if temperature is not None:
@@ -125,20 +125,22 @@ def _budget_family(
         lowest = -slices.max(jnp.where(kept, -near, -jnp.inf))
 
         def step(tau: Array) -> tuple[Array, Array]:
-            probs = jnp.where(kept, squash(near - spread(tau)), 0)
+            probs = jnp.where(kept, squash(near - broadcast(tau)), 0)
             return slices.sum(probs) - budget, slices.sum(slope(probs, None))
 
         level = quantile(share)
         low, high = lowest - level, highest - level
         low, high = (jnp.where(usual, bound, 0) for bound in (low, high))
         tau = bracketed_newton(step, low, high, jnp.clip(0, low, high))
-        margins = (near - spread(tau)) + errors
+        margins = (near - broadcast(tau)) + errors
         probs = jnp.where(kept, squash(margins), 0)
         slopes = slope(probs, None)
         shift = (slices.sum(probs) - budget) * reciprocal(slices.sum(slopes))
-        margins = jnp.where(kept, margins - spread(shift), -jnp.inf)
+        margins = jnp.where(kept, margins - broadcast(shift), -jnp.inf)
         limit = jnp.where(budget == num_kept, 1, jnp.where(budget == 0, 0, jnp.nan))
-        probs = jnp.where(spread(usual), squash(margins), spread(limit.astype(probs.dtype)))
+        probs = jnp.where(
+            broadcast(usual), squash(margins), broadcast(limit.astype(probs.dtype))
+        )
         probs = jnp.where(kept, probs, 0)
         return Solution(probs, margins, tau + shift)
 

@@ -265,3 +265,12 @@ def test_the_memory_of_a_gradient_is_that_of_the_value():
         pullback = jax.vjp(fn, logits)[1]
         kept = sum(a.nbytes for a in jax.tree.leaves(pullback) if a is not logits)
         assert kept <= 1.1 * logits.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
+def test_more_entries_than_float32_counts(name):
+    """Above 2^24 equal entries n - 1 rounds to n."""
+    size = 2**24 + 2**15
+    probs = getattr(sj, name)(jnp.zeros(size, jnp.float32))
+    assert_close(np.asarray(probs[:: 2**20]), np.full(17, 1 / size), rtol=1e-5)
