@@ -35,9 +35,11 @@ def can_cut(entries: Sequence[Array], axes: tuple[int, ...]) -> bool:
 
     Sharded axes stay whole, as does an axis whose size is open in an export.
     """
-    sizes = [max(x.shape[axis] for x in entries) for axis in axes if entries[0].ndim]
     is_open = not all(isinstance(size, int) for x in entries for size in x.shape)
-    return not is_open and max(sizes, default=0) > FEW and not is_sharded(entries)
+    if is_open or is_sharded(entries) or not axes:
+        return False
+    longest = max(x.shape[axis] for x in entries for axis in axes)
+    return longest > FEW or max(x.size for x in entries) >= LARGE
 
 
 def sum_in_pairs(x: Array, axes: tuple[int, ...], size: int | None = None) -> Array:
@@ -64,7 +66,7 @@ def sum_of_terms(
     """The sum of term(*entries, *per_slice), of which a large array stores an eighth."""
     shape = jnp.broadcast_shapes(*(x.shape for x in entries))
     size, longest = math.prod(shape), max(axes, key=lambda axis: shape[axis])
-    if size < LARGE or shape[longest] <= FEW:
+    if size < LARGE or size == 0:
         return sum_in_pairs(term(*entries, *per_slice), axes)
     # Each part forms its own terms, which one loop adds up. The barrier stops XLA from storing
     # terms that another pass forms too, the select from cutting that loop.
@@ -78,8 +80,9 @@ def sum_of_terms(
 def _cut(x: Array, axis: int) -> list[Array]:
     """Parts of equal length along the axis, and a shorter rest."""
     length = x.shape[axis]
-    size = max(1, length // PARTS)
-    stops = [*range(size, min(PARTS, length) * size + 1, size), length]
+    num = min(PARTS, length) if length > FEW else length
+    size = length // num
+    stops = [*range(size, num * size + 1, size), length]
     pairs = itertools.pairwise([0, *stops])
     return [lax.slice_in_dim(x, *ends, axis=axis) for ends in pairs if ends[0] < ends[1]]
 

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from softjax._api import api
 from softjax._autodiff import with_gradient_of
-from softjax._elementary import expm1_over, log1p_over
+from softjax._elementary import expm1_over, log1p, log1p_over
 from softjax._float import where_finite
 from softjax._inputs import Axis, broadcast, check_flag, per_slice, prepare, to_float
 from softjax._slices import AlongAxes
@@ -155,7 +155,7 @@ def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> tuple
     log_size = jnp.where(
         small,
         jnp.log(jnp.where(is_zero, 1, jnp.where(small, sign * total, 1))),
-        jnp.log1p(jnp.where(small, 0, beside_one)),
+        log1p(jnp.where(small, 0, beside_one)),
     )
     row = jnp.where(peak == jnp.inf, jnp.inf, anchor) + log_size
     # A difference of infinite terms is unknown.

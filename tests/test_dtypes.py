@@ -22,6 +22,7 @@ CLASSES = np.array([0.5, 1.0, 0.75])
 VALUES = {
     "adjustment": CLASSES,
     "alpha": 1.5,
+    ("sigmoid_focal_loss", "alpha"): 0.25,
     "class_weights": CLASSES,
     "penalty": 1.2,
     "head_bias": CLASSES,
@@ -32,9 +33,8 @@ VALUES = {
     ("sampled_cross_entropy", "bias"): CLASSES,
     ("score_function", "baseline"): np.array([[0.5], [0.1]]),
 }
-NOT_FLOATS = {"where", "mask", "labels", "positions", "normalizer"}
-LEFT_OUT = {("linear_cross_entropy", "z_loss")}  # Its float64 still reaches the result.
-OTHERS = {"num_samples": 2, "num_segments": 2, "dropout_key": KEY}
+NOT_FLOATS = {"where", "example_where", "mask", "labels", "positions", "normalizer"}
+OTHERS = {"ignore_index": -1, "num_samples": 2, "num_segments": 2, "dropout_key": KEY}
 
 
 def arguments(dtype):
@@ -56,6 +56,7 @@ def arguments(dtype):
         "gumbel_given_argmax": (KEY, z, LABELS),
         "gumbel_softmax": (KEY, z),
         "info_nce": (z, z),
+        "jensen_shannon_divergence": (z, z),
         "kl_divergence": (z, z),
         "linear_cross_entropy": (z, w, LABELS),
         "linear_distillation_loss": (z, w, z, w),
@@ -77,6 +78,7 @@ def arguments(dtype):
         "sampled_cross_entropy": (KEY, z, w, LABELS),
         "scalable_queries": (q, LABELS),
         "score_function": (z, z),
+        "segment_logsumexp": (z, LABELS),
         "segment_softmax": (z, LABELS),
         "select_action": (KEY, z),
         "siglip_loss": (z, z),
@@ -93,9 +95,7 @@ def options(name, given):
     return {
         p.name: p.default is p.empty
         for p in parameters
-        if "ArrayLike" in p.annotation
-        and p.name not in NOT_FLOATS
-        and (name, p.name) not in LEFT_OUT
+        if "ArrayLike" in p.annotation and p.name not in NOT_FLOATS
     }
 
 

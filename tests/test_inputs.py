@@ -174,7 +174,7 @@ def test_options_are_keywords():
 
 def test_what_is_no_argument():
     with pytest.raises(TypeError, match=r"cross_entropy\(\) got an unexpected"):
-        sj.cross_entropy(Z, jnp.zeros(len(Z), int), reduction="mean")
+        sj.cross_entropy(Z, jnp.zeros(len(Z), int), reduce="mean")
     with pytest.raises(TypeError, match="`values` must be an array or a number, got function"):
         sj.score_function(lambda x: x, Z)
     with pytest.raises(TypeError, match="`soft_cross_entropy`"):

@@ -201,6 +201,8 @@ def cases() -> list[Case]:
     add("soft_top_k", lambda z: sj.soft_top_k(z, 8), _logits)
     segments = functools.partial(sj.segment_softmax, num_segments=64)
     add("segment_softmax", segments, _long, _segments)
+    segments = functools.partial(sj.segment_logsumexp, num_segments=64)
+    add("segment_logsumexp", segments, _long, _segments)
     add(
         "entropy",
         sj.entropy,
@@ -209,6 +211,7 @@ def cases() -> list[Case]:
     )
     peer = of_distrax(lambda p, q: distrax.Categorical(p).kl_divergence(distrax.Categorical(q)))
     add("kl_divergence", sj.kl_divergence, _logits, _others, floats=2, peer=peer)
+    add("jensen_shannon_divergence", sj.jensen_shannon_divergence, _logits, _others, floats=2)
     peer = of_distrax(lambda z, y: distrax.Categorical(z).log_prob(y))
     add("log_prob", sj.log_prob, _logits, _labels, peer=peer)
 
@@ -221,6 +224,12 @@ def cases() -> list[Case]:
     peer = "definition", _distillation
     add("distillation_loss", distil, _logits, _others, floats=2, peer=peer)
     add("focal_loss", functools.partial(sj.focal_loss, gamma=2.0), _logits, _labels)
+    add(
+        "sigmoid_focal_loss",
+        lambda z, p: sj.sigmoid_focal_loss(z, p, gamma=2.0),
+        _logits,
+        _probs,
+    )
     add("sparsemax_loss", sj.sparsemax_loss, _logits, _labels)
     add("entmax_loss", sj.entmax_loss, _logits, _labels)
     add("mean_loss", lambda v, y: sj.mean_loss(v, y, ignore_index=0), _per_row, _labels)
@@ -254,6 +263,9 @@ def cases() -> list[Case]:
     add("top_p_filter", lambda z: sj.top_p_filter(z, 0.9), _logits, peer=sorted_p)
     add("top_k_filter", lambda z: sj.top_k_filter(z, 50), _logits, peer=sorted_k)
     add("min_p_filter", lambda z: sj.min_p_filter(z, 0.1), _logits)
+    add("top_n_sigma_filter", lambda z: sj.top_n_sigma_filter(z, 1.0), _logits)
+    add("epsilon_filter", lambda z: sj.epsilon_filter(z, 1e-3), _logits)
+    add("eta_filter", lambda z: sj.eta_filter(z, 1e-3), _logits)
     add("typical_filter", lambda z: sj.typical_filter(z, 0.9), _logits)
     add("repetition_penalty", lambda z, t: sj.repetition_penalty(z, t, 1.2), _logits, _tokens)
 

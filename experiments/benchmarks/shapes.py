@@ -130,8 +130,7 @@ def _cross_entropy(
     def ours(logits: Array, labels: Array) -> Array:
         index = -1 if ignored else None
         options: dict[str, Any] = {"label_smoothing": smoothing, "ignore_index": index}
-        losses = sj.cross_entropy(logits, labels, axis=axis, **options)
-        return sj.mean_loss(losses, labels, ignore_index=index)
+        return sj.cross_entropy(logits, labels, axis=axis, reduction="mean", **options)
 
     def theirs(logits: Array, labels: Array) -> Array:
         if smoothing:

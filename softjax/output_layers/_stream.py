@@ -27,6 +27,7 @@ ENTRIES = 2**20  # logits formed at once
 TOKENS = 4096  # at most so many tokens are taken at once
 DENSE = 2**22  # so many logits, or fewer, are kept for the derivative
 LEAST = 256  # classes of a block, at least
+SCALE = 2.0**-32  # With it the sum of 2^32 scores is at most the largest number.
 
 
 class Plan(NamedTuple):
@@ -104,7 +105,7 @@ class _Seen(NamedTuple):
     """The state of some classes, from which that of more classes can be merged."""
 
     apart: Array  # the score that stands apart; -inf where it has not been seen
-    others: online.OnlineState  # all others; for the entropy with the sum of their scores
+    others: online.OnlineState  # all others, with SCALE times their scores as values
     leader: _Leader | None
     uniform: _Uniform | None
 
@@ -145,7 +146,7 @@ def _observe(plan: Plan, start: Array, tokens: Tokens, head: Head, labels: Array
     if plan.entropy:
         place = jnp.argmax(raw, 1).astype(jnp.int32)
         leader = _Leader(pick(raw, place), place + start.astype(jnp.int32), apart)
-        apart, values = pick(scores, place), scores[..., None]
+        apart, values = pick(scores, place), (SCALE * scores)[..., None]
     is_apart = lax.broadcasted_iota(place.dtype, scores.shape, 1) == place[:, None]
     others = online.observe(jnp.where(is_apart, -jnp.inf, scores), values)
     seen = _Seen(apart, others, leader, uniform)
@@ -170,7 +171,8 @@ def _merge(a: _Seen, b: _Seen) -> _Seen:
         leader = jax.tree.map(choose, a.leader, b.leader)
         leader = leader._replace(chosen=jnp.maximum(a.leader.chosen, b.leader.chosen))
         apart, lesser = choose(a.apart, b.apart), choose(b.apart, a.apart)
-        others = online.merge(others, online.observe(lesser[:, None], lesser[:, None, None]))
+        values = (SCALE * lesser)[:, None, None]
+        others = online.merge(others, online.observe(lesser[:, None], values))
     seen = _Seen(apart, others, leader, uniform)
     if a.uniform is not None and b.uniform is not None:
         raised = lambda x, u: u.costs + jnp.where(u.mass == 0, 0, _gap(seen.peak, x)) * u.mass
@@ -195,7 +197,7 @@ def _finish(seen: _Seen) -> Found:
         uniform_nll = (uniform.costs + uniform.mass * log_total) / num_kept
         found = found._replace(uniform_nll=uniform_nll, mass=uniform.mass, num_kept=num_kept)
     if leader is not None:
-        average = online.finish(others)[0][:, 0]
+        average = online.finish(others)[0][:, 0] / SCALE
         below = jnp.where(rest == 0, 0, rest * (anchor - average))
         below += jnp.where(own == 0, 0, own * (anchor - apart))
         entropy = log_total + below / jnp.where(is_empty, 1, own + rest)
