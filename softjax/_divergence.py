@@ -61,7 +61,7 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
         probs = lambda x: solve(SOFTMAX, slices, x, temperature).probs
         p_dot = jax.jvp(probs, (x,), (x_dot,))[1]
         p, q = (solve(SOFTMAX, slices, z, temperature) for z in (x, y))
-        # An infinite divergence is constant, as is that of nothing.
+        # An infinite divergence is constant, and so is the divergence of an empty slice.
         varies = (row != jnp.inf) & (x_peak != -jnp.inf)
         both, kept = varies & (p.probs != 0), varies & (q.margins != -jnp.inf)
         ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)

@@ -44,7 +44,7 @@ def log1p(x: Array) -> Array:
     large = m > math.sqrt(2)
     half = jnp.where(large, jnp.array(0.5, x.dtype), 1)
     f = m * half - 1
-    # The select stops the compiler from fusing the product with one of the two differences.
+    # The select stops XLA from fusing the product with one of the two differences.
     s, half_square = f / (2 + f), jnp.where(usual, f * f / 2, 0)
     series = functools.reduce(
         lambda tail, i: (tail + 2 / (2 * i + 1)) * s * s,

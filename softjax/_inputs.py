@@ -83,7 +83,7 @@ def as_given(x: Any, *, name: str, functions: bool = False) -> Any:
 
     An object with `__jax_array__` (a parameter of a neural network library, for example) stands
     for its array. Integers that are wider than JAX's are refused if one does not fit, because
-    JAX would take it for another number. With `functions`, what is no array stays as it is.
+    JAX would take it for another number. With `functions`, anything but an array is unchanged.
     """
     if x is None:
         return x

@@ -20,8 +20,8 @@ from softjax._mesh import vary
 from softjax._scores import centre
 from softjax._uint64 import Wide
 
-FEW = 16  # Up to so many classes are added up one by one.
-LONGEST = 128  # A block has at most so many entries.
+FEW = 16  # Up to this many classes are added one by one.
+LONGEST = 128  # A block has at most this many entries.
 
 
 class Rows(NamedTuple):
@@ -133,7 +133,7 @@ def _draw_from_sums(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array:
     entries = jnp.take_along_axis(x, which[:, :, None], 1)  # [rows, draws, block]
     parts = scale.split(rows.weights(entries))
     prefix = _prefix(scale, parts)
-    # A block that is weighed again may weigh a rounding less; its last class takes the rest.
+    # The second sum of a block may be a rounding smaller; its last class takes the rest.
     weight = Wide(prefix.high[..., -1], prefix.low[..., -1])
     one = Wide(jnp.zeros_like(weight.high), jnp.ones_like(weight.low))
     rest = _uint64.smaller(rest, _uint64.subtract(weight, one))
@@ -146,7 +146,7 @@ def _draw_from_sums(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array:
 
 
 def _draw_from_prefixes(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array:
-    """Sums the weights of all classes in advance, which pays for many draws."""
+    """Sums the weights of all classes in advance, which pays off for many draws."""
     num_rows, _, block = x.shape
     parts = scale.split(rows.weights(x))
     prefixes = _prefix(scale, parts)
@@ -174,7 +174,7 @@ def _read(table: Wide, place: Array) -> Wide:
 
 
 def _prefix(scale: Scale, parts: Parts) -> Wide:
-    """Running sums of integer weights along the last axis, a block."""
+    """Running sums of integer weights along the last axis, which is one block."""
     high = parts.high.astype(jnp.int32)
     sums = Parts(*(jnp.cumsum(a, -1, dtype=jnp.int32) for a in (high, parts.low)))
     return scale.join(sums)

@@ -82,7 +82,7 @@ def largest_threshold(
     Without weights each entry counts as one. If all entries together weigh less than the
     amount, v is the key of -inf. Keys are `ordered` integers, and so is v.
     """
-    # The part below v is what is summed, because it keeps its digits where the amount is
+    # The search sums the part below v, because it keeps its digits where the amount is
     # nearly all.
     if weights is None:
         size = size_of_slice(slices, keys)

@@ -72,9 +72,9 @@ def _traced_once(family: Family, *args: Any) -> Solution:
 
 
 def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, Solution]:
-    # A rule, because the search for tau must not be differentiated, because a dropped entry has
-    # derivative 0 whatever stands there, and for memory: the tangents of the probabilities and
-    # of the margins each recompute what they need from that one array.
+    # A rule for three reasons: the search for tau must not be differentiated, a dropped entry
+    # has derivative 0 whatever stands there, and it saves memory, because the tangents of the
+    # probabilities and of the margins each recompute what they need from that one array.
     slices, _, temperature, alpha, _, _ = primals
     solution = solve(family, *primals)
     dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents[1:])
@@ -199,7 +199,7 @@ def _project(project: Callable[[Array], Array], slopes: Array, v: Array) -> Arra
 
 
 def _projected(is_even: bool, slices: Slices, slopes: Array, per_mass: Any, v: Array) -> Array:
-    # In two steps, as in `_tangents`. Values of v where w is 0 go no further.
+    # Subtract the mean twice, as in `_tangents`. Values of v where w is 0 go no further.
     def pull(w: Array, v: Array, *means: Array) -> Array:
         return jnp.where(w != 0, w * functools.reduce(jnp.subtract, means, v), 0)
 

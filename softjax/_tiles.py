@@ -1,6 +1,6 @@
 """Tiles: where blocks of queries meet blocks of keys.
 
-Attention forms its scores tile by tile, and never all of them. A `Grid` knows the tiles: how
+Attention forms its scores tile by tile, and never all of them. A `Grid` holds the tiles: how
 the tokens of either side are cut into blocks, and at which positions they stand, which need
 not be their order in memory.
 """

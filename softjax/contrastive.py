@@ -111,8 +111,8 @@ def siglip_loss(
         1.0064
 
     Note:
-        O(N^2 D) time; a block of keys at a time, which the derivative forms again: O(N D)
-        memory. Both modes, any order.
+        O(N^2 D) time and O(N D) memory: the loss takes a block of keys at a time, and the
+        derivative forms each block again. Both modes, any order.
 
     Reference:
         Zhai et al. (2023), Sigmoid loss for language image pre-training.

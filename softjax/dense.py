@@ -41,7 +41,7 @@ def softmax(
             with size 1 along `axis`); differentiable, with derivative 0 at the limits. At 0
             the largest kept entries share the mass; at inf all kept entries do.
         sink: score s of an entry that takes weight and is not returned, one number or one
-            a slice, divided by T like the others; differentiable.
+            per slice, divided by T like the others; differentiable.
 
     Returns:
         Probabilities `[*shape]` in the dtype of `logits` (half precision is computed in

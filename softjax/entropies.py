@@ -81,8 +81,9 @@ def softmax_entropy(axes: tuple[int, ...], x: Array, temperature: Array | None) 
 def _softmax_entropy_jvp(
     axes: tuple[int, ...], primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
-    # By -<p', s>, in which s may be shifted: <p, s'> + (log sum)' is 0, and would be the
-    # rounding errors of two large terms where the entropy is nearly constant.
+    # The derivative is -<p', s>, in which s may be shifted. The terms <p, s'> + (log sum)' are
+    # left out because they sum to 0: where the entropy is nearly constant, the rounding errors
+    # of these two large terms would be all that is left.
     slices = AlongAxes(axes)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -127,9 +128,9 @@ def kl_divergence(
         0.6931472
 
     Note:
-        O(n) time. Summed as p log(p/q) + q - p, whose terms are never negative, and log(p/q)
-        from the logits themselves: close distributions keep the digits of their small
-        divergence, and of its gradient, however far apart the logits are as a whole. Large
+        O(n) time. The terms p log(p/q) + q - p are never negative, and log(p/q) comes from the
+        logits themselves, so close distributions keep the digits of their small divergence,
+        and of its gradient, however far apart the logits are as a whole. Large
         arrays take a fifth of one as temporary memory, and one for the gradient, for which both
         logits are kept. Both modes, any order.
     """
@@ -272,7 +273,7 @@ def jensen_shannon_divergence(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _jensen_shannon(axes: tuple[int, ...], x: Array, y: Array, weight: Array) -> Array:
     to_p, to_q = _log_ratios_to_mixture(axes, x, y, weight)[2:]
-    # A weight of 0 counts an infinite divergence for nothing.
+    # An infinite divergence of weight 0 counts as nothing.
     return jnp.where(weight == 0, 0, weight * to_p) + jnp.where(
         weight == 1, 0, (1 - weight) * to_q
     )
@@ -305,8 +306,8 @@ def _log_ratios_to_mixture(
     apart = jnp.where(both, p.margins, 0) - jnp.where(both, q.margins, 0)
     ratio = with_gradient_of(apart, _log_ratio(slices, x, y, p, q, apart))
     ratio = jnp.where(both, ratio, jnp.where(kept_p, jnp.inf, -jnp.inf))
-    # Near 0 the logarithms are those of 1 and a small number, and further away those of sums
-    # without cancellation, whose exponential cannot overflow.
+    # Near 0 these are logarithms of 1 plus a small number. Further away they are logarithms of
+    # sums without cancellation, whose exponentials cannot overflow.
     near = jnp.clip(ratio, -1, 1)
     near_p = -log1p((1 - weight) * jnp.expm1(-near))
     near_q = -log1p(weight * jnp.expm1(near))
@@ -338,14 +339,14 @@ def _divergence_terms(p: Array, m: Array, log_ratio: Array) -> Array:
 def _log_ratio(
     slices: AlongAxes, x: Array, y: Array, p: Solution, q: Solution, apart: Array
 ) -> Array:
-    """log(p / q) from the logits, which tell more digits of it than rounded logarithms."""
+    """log(p / q) from the logits, because rounded logarithms have fewer of its digits."""
     finite = jnp.isfinite(x) & jnp.isfinite(y)
     high, low = two_difference(jnp.where(finite, x, 0), jnp.where(finite, y, 0))
     peaks = (where_finite(slices.max(z)) for z in (x, y))
     peak_high, peak_low = two_difference(*peaks)
     shift = slices.max(q.margins) - slices.max(p.margins)
     ratio = jnp.where(finite, ((high - peak_high) - shift) + (low - peak_low), apart)
-    # q sums to 1, which tells the error of the shift.
+    # The error of the shift follows from the sum of q, which must be 1.
     near = finite & (jnp.abs(ratio) < 1)
     gain = slices.sum(jnp.where(near, p.probs * jnp.expm1(-ratio), q.probs - p.probs))
     ratio = ratio + log1p(jnp.where(jnp.abs(gain) < 0.5, gain, 0))

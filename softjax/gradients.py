@@ -46,7 +46,7 @@ def straight_through(soft: ArrayLike, hard: ArrayLike) -> Array:
     Note:
         Gradient: that of f at the hard values, passed on to the soft ones. For a one-hot
         sample and its probabilities it is exact where f is linear, and biased by terms of
-        second order else. Both modes; its own derivative is that of `soft`.
+        second order elsewhere. Both modes; its own derivative is that of `soft`.
 
     Reference:
         Bengio, Leonard and Courville (2013), Estimating or propagating gradients through
@@ -143,7 +143,7 @@ def _mean(x: Array, axis: int) -> Array:
     """The mean along an axis, whose sum does not overflow."""
     num, highest = x.shape[axis], float(jnp.finfo(x.dtype).max)
     largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis, keepdims=True, initial=0)
-    # Divided first where the sum may overflow, and last elsewhere, because tiny quotients
+    # Divide first where the sum may overflow, and last elsewhere, because tiny quotients
     # would be flushed to 0.
     first = jnp.where(largest > highest / max(num, 1), num, 1).astype(x.dtype)
     return jnp.sum(x / first, axis) * (jnp.squeeze(first, axis) / num)
@@ -152,8 +152,8 @@ def _mean(x: Array, axis: int) -> Array:
 def _mean_of_others(x: Array, axis: int) -> Array:
     """The mean of all other entries along an axis.
 
-    Sums from both ends, because the sum of all less one's own loses the digits of the others,
-    and is NaN where one's own is infinite.
+    It sums from both ends, because subtracting an entry from the sum of all would lose the
+    digits of the others, and would give NaN for an infinite entry.
     """
     num, highest = x.shape[axis], float(jnp.finfo(x.dtype).max)
     largest = jnp.max(jnp.abs(x), axis, keepdims=True)
@@ -237,9 +237,9 @@ def clip_gradient(x: ArrayLike, max_norm: ArrayLike, *, axis: Axis = -1) -> Arra
         [0.6 0.8]
 
     Note:
-        Gradient: of the same direction, biased towards 0 where it is cut. Reverse mode alone,
-        as a tangent does not know its cotangent; the gradient may be differentiated again, in
-        reverse mode.
+        Gradient: it has the same direction, and is biased towards 0 where it is cut. Reverse
+        mode alone, because a tangent cannot depend on its cotangent; the gradient may be
+        differentiated again, in reverse mode.
 
     Reference:
         Pascanu, Mikolov and Bengio (2013), On the difficulty of training recurrent neural
@@ -264,7 +264,7 @@ def _clipped_fwd(axes: tuple[int, ...], x: Array, max_norm: Array) -> tuple[Arra
 def _clipped_bwd(axes: tuple[int, ...], max_norm: Array, bar: Array) -> tuple[Array, Array]:
     # The largest entry divides first, because squares may overflow.
     largest = jnp.max(jnp.abs(lax.stop_gradient(bar)), axes, keepdims=True, initial=0)
-    # XLA divides by multiplying with the inverse, and flushes that of a larger unit to 0.
+    # XLA multiplies by the inverse of the unit, and would flush that of a larger unit to 0.
     highest = float(jnp.finfo(bar.dtype).max) / 8
     unit = jnp.where((largest > 0) & (largest < jnp.inf), jnp.minimum(largest, highest), 1)
     scaled = bar / unit

@@ -221,8 +221,9 @@ class Segments(Mask):
 class Lengths(Mask):
     """Only positions below a length take part: one per sequence, `[...]`, or one for all.
 
-    `Lengths(n)` is the length of the sequence, for queries and keys alike, of which there must
-    be equally many. `Lengths(key_lengths=n)` hides keys alone; with both, each has its own.
+    `Lengths(n)` is the length of the sequence, for queries and keys alike; there must be as
+    many queries as keys. `Lengths(key_lengths=n)` hides keys alone; with both, each has its
+    own.
     """
 
     query_lengths: Any = None
@@ -450,7 +451,7 @@ def _comparable(part: Any) -> Any:
 
 
 def _shown(part: Any) -> str:
-    """A part of a mask in short: of a large array its dtype and shape."""
+    """A short text for a part of a mask; a large array shows its dtype and shape."""
     if callable(part):
         return str(getattr(part, "__qualname__", part))
     if isinstance(part, (np.ndarray, jax.Array)):

@@ -127,14 +127,14 @@ def log_sum(logits: Array, axes: tuple[int, ...]) -> Array:
 
 def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """The logarithm of the absolute value of the weighted sum, and the sign of the sum."""
-    # Plain differentiation serves: the sum is linear in the weights, also where they are 0.
+    # Plain differentiation is right, because the sum is linear in the weights, also at 0.
     weights, _ = to_float(weights, name="weights")
     weights = broadcast(weights.astype(logits.dtype), logits.shape, name="weights")
     slices = AlongAxes(axes)
     counted = jax.lax.stop_gradient(jnp.where(weights != 0, logits, -jnp.inf))
     peak = slices.max(counted)
     anchor = where_finite(peak)
-    # Beside infinite entries the finite ones add nothing, and neither does what has weight 0.
+    # Finite entries add nothing beside infinite ones, and entries of weight 0 add nothing.
     added = (logits != -jnp.inf) & ~((weights == 0) & ~jnp.isfinite(logits))
     added &= ~((peak == jnp.inf) & (logits < jnp.inf))
     is_peak = counted == peak
@@ -147,8 +147,8 @@ def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> tuple
     at_peak, rest = slices.sum(terms_at_peak), slices.sum(jnp.where(is_peak, 0, terms))
     total = at_peak + rest
     sign = jax.lax.stop_gradient(jnp.sign(total))
-    # log1p keeps the digits of what stands beside 1, as in a sum without weights. A small sum
-    # less 1 would lose its own.
+    # As in a sum without weights, log1p keeps the digits of the terms beside 1. A small sum
+    # takes another form, because subtracting 1 from it would lose its digits.
     small = jnp.abs(total) < 0.5
     beside_one = (sign * at_peak - 1) + sign * rest
     is_zero = total == 0
@@ -266,7 +266,7 @@ def mellowmax(
     row = jnp.where(above, log_sum(x, problem.axes), row)
     row = jnp.where((top == jnp.inf) & (rate == 0) & ~unlimited, jnp.inf, row)
     row = jnp.where(top == -jnp.inf, -jnp.inf, row)
-    row = jnp.where(jnp.isnan(mean), jnp.nan, row)  # A maximum may miss it.
+    row = jnp.where(jnp.isnan(mean), jnp.nan, row)  # A maximum may drop the NaN.
     return _finish(row, problem.axes, False, problem.dtype)
 
 

@@ -116,7 +116,7 @@ def segment_logsumexp(
 def _prepare(
     logits: ArrayLike, segment_ids: ArrayLike, num_segments: int, where: ArrayLike | None
 ) -> tuple[Problem, BySegment]:
-    """The logits, -inf where dropped, and their segments: one more holds what is outside."""
+    """The logits, -inf where dropped, and their segments; an extra one holds ids outside."""
     if not isinstance(num_segments, int) or num_segments < 0:
         raise ValueError(f"`num_segments` must be an int >= 0, got {num_segments!r}.")
     if to_array(logits, name="logits").ndim == 0:

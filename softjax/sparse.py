@@ -1,6 +1,6 @@
 """Sparse maps: from logits to probabilities of which many are exactly zero.
 
-All are threshold maps, p = f(z / T - tau). `entmax` bends from softmax (alpha = 1) over
+All are threshold maps, p = f(z / T - tau). `entmax` runs from softmax (alpha = 1) through
 `entmax15` to `sparsemax` (alpha = 2). Dropped entries (masked by `where`, or equal to -inf)
 have weight, and derivative, exactly zero; a slice that keeps nothing is all zeros; a kept NaN
 makes its slice NaN.
@@ -62,10 +62,10 @@ def sparsemax(
         [0.75 0.25 0.  ]
 
     Note:
-        No sort: Newton's method on the piecewise linear sum ends at the threshold after
-        finitely many passes, each O(n), mostly five to ten; on CPU a few slices at a time, in
-        cache. Both modes, any order; where an entry meets the threshold, the derivative is
-        that of one side.
+        Nothing is sorted. Newton's method on the piecewise linear sum ends at the threshold
+        after finitely many passes, mostly five to ten, each O(n). On CPU it takes a few slices
+        at a time, which stay in the cache. Both modes, any order; where an entry meets the
+        threshold, the derivative is that of one side.
 
     Reference:
         Martins and Astudillo (2016), From softmax to sparsemax. Michelot (1986) for the
@@ -143,9 +143,9 @@ def entmax15(
         [0.8307189 0.1692811 0.       ]
 
     Note:
-        No sort: Newton's method climbs to the threshold, and a quadratic ends it on the
-        support that is found. O(n) per pass; on CPU a few slices at a time, in cache. Both
-        modes, any order, also at saturated inputs.
+        Nothing is sorted. Newton's method rises to the threshold, and a quadratic on the
+        support that it finds ends the search. O(n) per pass; on CPU it takes a few slices at a
+        time, which stay in the cache. Both modes, any order, also at saturated inputs.
 
     Reference:
         Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models.
@@ -302,12 +302,12 @@ def entmax(
         [1. 0. 0.]
 
     Note:
-        No sort: Newton's method within a bracket, on a function whose slope is at most -1
-        for every alpha. Two exponentials and a logarithm per entry and pass, so `entmax15`
-        and `sparsemax` are faster where they apply. Within 8 units in the last place of the
-        largest weight up to alpha 2; above, weights rise from the edge of the support with an
-        infinite slope, and one eps of a score is worth eps^(1 / (alpha - 1)) there. Both
-        modes, any order.
+        Nothing is sorted. Newton's method runs within a bracket, on a function whose slope is
+        at most -1 for every alpha. A pass takes two exponentials and a logarithm per entry, so
+        `entmax15` and `sparsemax` are faster where they apply. The error is within 8 units in
+        the last place of the largest weight up to alpha 2. Above 2, weights rise from the edge
+        of the support with an infinite slope, so one eps of a score changes a weight there by
+        eps^(1 / (alpha - 1)). Both modes, any order.
 
     Reference:
         Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models; Correia,

@@ -125,7 +125,7 @@ def ranking_log_prob(
     Returns:
         The log-probability of each draw given those before it, of the shape of `indices`,
         float32 or wider; their sum along `axis` is that of the sequence. 0 for -1, -inf for
-        a class that is dropped or was drawn before, NaN for one that there is not.
+        a class that is dropped or was drawn before, NaN for one that does not exist.
 
     Raises:
         TypeError: `logits` is not real, `indices` not integer, `where` not bool, or `axis`

@@ -52,7 +52,7 @@ def soft_top_k(
     Args:
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
         k: total weight, in [0, number kept], real, one number or one per slice; differentiable.
-            Outside of that the slice is NaN, but where it keeps nothing: there it is all 0.
+            Outside of that range the slice is NaN; a slice that keeps nothing is all 0.
         kind: the f that rises from 0 to 1: "capped" clips to [0, 1], the projection onto the
             capped simplex, sparse at both ends; "sigmoid"; or "laplace", the distribution
             function of Laplace's law.
@@ -74,8 +74,8 @@ def soft_top_k(
         [1.   0.75 0.   0.25]
 
     Note:
-        No sort: the ceil(k)-th largest entry is found by bisection of bit patterns and tau,
-        close to it, by Newton's method in a bracket. Both modes, any order.
+        Nothing is sorted. Bisection of bit patterns finds the ceil(k)-th largest entry, and
+        Newton's method in a bracket finds tau, which lies close to it. Both modes, any order.
 
     Reference:
         Lou et al. (2024), Sparser is faster and less is more (SparseK), for "capped";

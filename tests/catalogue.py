@@ -27,14 +27,14 @@ class Entry:
     make: Callable
     variant: str = ""
     invariants: tuple[str, ...] = ()
-    wide: bool = False  # whether the result is float32 or wider, whatever came
+    wide: bool = False  # whether the result is float32 or wider for all arguments
 
     @property
     def title(self):
         return f"{self.name}-{self.variant}" if self.variant else self.name
 
     def dtype(self, dtype):
-        """That of the result for float arguments of a dtype."""
+        """The dtype of the result for float arguments of a dtype."""
         narrow = self.wide and dtype in ("bfloat16", "float16")
         return jnp.dtype("float32" if narrow else dtype)
 
@@ -159,7 +159,7 @@ KEY = jax.random.key(7)
 
 
 def _noise(logits):
-    """What is added to logits of a dtype: wider noise is other noise."""
+    """The noise for logits of a dtype; a wider dtype draws other noise."""
     wide = "float64" if logits.dtype == "float64" else "float32"
     return np.asarray(sj.gumbel(KEY, logits.shape, dtype=wide))
 
@@ -169,12 +169,12 @@ def _epsilon(rng):
 
 
 def _advantages(rng):
-    """Of both signs, and not small."""
+    """Numbers of both signs that are not small."""
     return np.array([1.0, -1.0]) * rng.uniform(0.5, 1.5, ROWS)
 
 
 def _drawn(values, temperature, epsilon, where):
-    """One action a row, and its log-probability."""
+    """One action per row, and its log-probability."""
     return sj.select_action(KEY, values, temperature=temperature, epsilon=epsilon, where=where)
 
 

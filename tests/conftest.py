@@ -1,8 +1,8 @@
 """Every test runs in 64-bit, with strict promotion of dtypes and ranks, on four CPU devices.
 
 Compilation takes most of the time of the tests, so XLA leaves out most optimizations, and
-takes the faster of its two emitters of code, but where a test is marked `optimized`: there it
-compiles what users have.
+takes the faster of its two emitters of code. A test that is marked `optimized` compiles what
+users have.
 """
 
 import functools
@@ -27,12 +27,12 @@ def is_known(option, value):
     return True
 
 
-# (The second emitter is gone from JAX 0.11.2 on.)
+# JAX 0.11.2 removed the second emitter.
 QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 QUICK = {option: value for option, value in QUICK.items() if is_known(option, value)}
 
-# JAX takes such options from a caller of `jit` alone. (Where it no longer has this function,
-# the tests are slower, and nothing else.)
+# JAX takes such options from a caller of `jit` alone. Where JAX no longer has this function,
+# the tests are slower, and nothing else changes.
 if get_compile_options := getattr(compiler, "get_compile_options", None):
 
     @functools.wraps(get_compile_options)
@@ -46,7 +46,7 @@ if get_compile_options := getattr(compiler, "get_compile_options", None):
 
 @pytest.fixture
 def on_cpu():
-    """For plans and programs that are XLA's CPU backend's, whatever else there is."""
+    """For plans and programs of XLA's CPU backend, whatever other devices there are."""
     with jax.default_device(jax.devices("cpu")[0]):
         yield
 
@@ -56,4 +56,4 @@ def optimizations(request):
     few = request.node.get_closest_marker("optimized") is None
     if jax.config.values[FEW] != few:
         jax.config.update(FEW, few)
-        jax.clear_caches()  # What they hold was compiled in the other way.
+        jax.clear_caches()  # Their programs were compiled the other way.

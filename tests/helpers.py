@@ -114,7 +114,7 @@ def _has_nan(value):
 
 
 def g_test(counts, probs):
-    """The p-value of counts under probabilities, of which those that are 0 must not occur.
+    """The p-value of counts under probabilities; a class of probability 0 must not occur.
 
     Classes are put together, in the order of their probability, until each group is expected
     100 times, where the distribution of G is that of chi-square.
@@ -126,7 +126,7 @@ def g_test(counts, probs):
     group = np.floor(np.cumsum(expected) / 100).astype(int)
     expected, observed = (np.bincount(group, w) for w in (expected, counts[order]))
     observed, expected = observed[expected > 0], expected[expected > 0]
-    if len(expected) == 1:  # One class alone, which all draws are.
+    if len(expected) == 1:  # All draws are of this class.
         return 1.0
     ratio = np.where(observed > 0, observed, 1) / expected
     return float(stats.chi2.sf(2 * np.sum(observed * np.log(ratio)), len(expected) - 1))

@@ -32,7 +32,7 @@ from softjax.masks import Inside, Mask
 # compile time.
 DENSE_SCORES = 2**23  # scores
 DENSE_SCORES_PER_HEAD = 2**19  # scores of one head of one sequence
-DENSE_KEYS = 128  # so few keys are dense whatever the rest, as their scores are small
+DENSE_KEYS = 128  # so few keys are always dense, because their scores are small
 TILE_SCORES = 2**19  # about so many scores make a tile
 MOST_QUERIES = 512  # at most so many queries make a block
 LEAST_KEYS = 32  # at least so many keys make a block

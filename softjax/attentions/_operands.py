@@ -205,7 +205,8 @@ def _products(queries: Array, keys: Array) -> tuple[Array, Array]:
 
 @functools.partial(_products.defjvp, symbolic_zeros=True)
 def _products_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    # A rule, because a bad token must not reach the tangents of who does not see it.
+    # This needs a rule, because a bad token must not reach the tangents of queries that do
+    # not see it.
     queries, keys = (jnp.where(jnp.isnan(x), 0, x) for x in primals)
     products, bad = _products(*primals)
     products_dot = jnp.zeros_like(products)

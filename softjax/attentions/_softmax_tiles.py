@@ -121,7 +121,7 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
         mean, sums = sum_over_keys(grid, i, term, start, kinds, parts, level)
         return sums - mean[..., None] * out, mean
 
-    # Tangents of half precision are widened, or else cotangents would be rounded in each block.
+    # Widen tangents of half precision, because cotangents would be rounded in each block.
     rows = tile_kinds(constants), out, lse
     parts = operands, widened(dots)
     return (out, lse), map_query_blocks(grid, block, parts, *rows, remember=False)

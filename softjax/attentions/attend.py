@@ -24,7 +24,7 @@ __all__ = ["attention"]
 
 
 def _prepare_call(given: dict[str, Any]) -> bool:
-    """Checks what `jit` would hide, and tells whether a user's function is asked."""
+    """Checks what `jit` would hide, and returns whether a user's function is passed."""
     return_lse = check_flag(given.get("return_lse", False), name="return_lse")
     check_flag(given.get("cap_bias", False), name="cap_bias")
     soft_cap, rate = given.get("soft_cap"), given.get("dropout_rate", 0.0)

@@ -131,9 +131,9 @@ def paged_attention(
         3.0
 
     Note:
-        Some 512 keys a sequence are gathered at once: O(T + P) memory beside the pages, and
-        time as `attention` over M P keys. A page number out of range gives NaN to who sees it.
-        Both modes, any order.
+        Some 512 keys per sequence are gathered at once: O(T + P) memory beside the pages, and
+        time as `attention` over M P keys. A page number out of range gives NaN to the queries
+        that see it. Both modes, any order.
 
     Reference:
         Kwon et al. (2023), Efficient memory management for large language model serving with

@@ -194,7 +194,7 @@ def _sparse_loss(
     guess = jnp.where(leads, others_sum, 0)
     args, guess, index = jax.lax.stop_gradient((args, guess, index))
     found = one_minus_p(slices, *args, guess, index)
-    # Form the exact probabilities entry by entry: XLA writes them where it would write the
+    # Form the exact probabilities entry by entry, because XLA then writes them in place of the
     # plain ones.
     exact = other_probs_at(slices, *args, index, found.root)
     other_probs = with_gradient_of(other_probs, jnp.where(leads, exact, other_probs))

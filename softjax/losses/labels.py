@@ -43,8 +43,8 @@ def check_labels(
         ValueError: `labels` must be in [0, 3), got 3 in row 1.
 
     Note:
-        For debugging: JAX calls a program with such a check by a slower path, about 0.1 ms a
-        call. The losses do without, and give NaN in the rows of such labels.
+        For debugging: JAX calls a program with such a check by a slower path, about 0.1 ms per
+        call. The losses have no such check, and give NaN in the rows of such labels.
     """
     given = to_array(labels, name="labels")
     labels = to_integers(given, name="labels")

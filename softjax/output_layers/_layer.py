@@ -145,7 +145,7 @@ def products(features: Array, weights: Array, narrow: DTypeLike | None = None) -
     narrow = features.dtype if narrow is None else narrow
     if features.dtype == weights.dtype == narrow:
         return product(features, weights)
-    # XLA drops the wide product, of which nothing but the derivative is used.
+    # XLA drops the wide product, because only its derivative is used.
     return with_gradient_of(
         product(features, weights), product(features.astype(narrow), weights.astype(narrow))
     )

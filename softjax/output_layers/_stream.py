@@ -66,7 +66,7 @@ def plan_for(tokens: Tokens, head: Head, block_size: int | None) -> Plan:
 def statistics(plan: Plan, tokens: Tokens, head: Head, labels: Array) -> Found:
     """The statistics of the logits of a layer that `plan` asks for, at labels in [0, V)."""
     if plan.dense:
-        # The derivative of few logits remembers their weights, and forms none again.
+        # For few logits the derivative keeps their weights, and forms no logits again.
         scores, _ = layer_scores(tokens, head)
         weights = class_row(head, scores.dtype) if plan.uniform else None
         found = row_statistics(1, scores, labels, weights)

@@ -146,7 +146,7 @@ def _in_clusters(
     order = jnp.argsort(index)
     dtype = computing_dtype(common_dtype(features, *jax.tree.leaves(clusters)))
 
-    # Checkpointed inside of the branch, because a branch not taken would cost memory otherwise.
+    # Checkpoint inside of the branch, because a branch not taken would cost memory otherwise.
     @jax.checkpoint
     def seen(
         features: Array, cluster: tuple[Array, Array], is_mine: Array, labels: Array

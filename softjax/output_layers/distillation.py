@@ -39,7 +39,7 @@ from softjax.output_layers._stream import (
 
 __all__ = ["linear_distillation_loss"]
 
-_FIRST = 8  # classes that tell about how far the logits are apart
+_FIRST = 8  # classes from which the distance of the logits is estimated
 
 
 @api("reduction", "block_size", temperature=POSITIVE)
@@ -138,7 +138,7 @@ def linear_distillation_loss(
     heads = teacher.head, student.head
     plan = plan_for(student.tokens, student.head, block_size)
     if plan.dense:
-        # The derivative of few logits remembers them, and forms none again.
+        # For few logits the derivative keeps them, and forms none again.
         scores = (x.astype(dtype) for x in map(_scores, tokens, heads))
         problems = [Problem(x, (1,), None, dtype) for x in scores]
         nats = divergence(*problems, name="features", target="teacher_features")[:, 0]

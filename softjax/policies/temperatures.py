@@ -200,7 +200,7 @@ def _missing_entropy(
     slices = AlongAxes(axes)
     scores, weights = _boltzmann(below, log_temperature)
     num_peaks, total = _count_peaks(below, slices), slices.sum(weights)
-    # As log(total), but with the digits of a total close to the number of peaks.
+    # This is log(total), and keeps the digits of a total close to the number of peaks.
     others = jax.lax.stop_gradient(slices.sum(jnp.where(below == 0, 0, weights)))
     others = (others + (total - jax.lax.stop_gradient(total))) / num_peaks
     mean = slices.sum(weights * -scores) / (num_peaks * (1 + others))
@@ -279,11 +279,13 @@ def _spare_value(
 
 def _below(problem: Problem, slices: AlongAxes) -> tuple[Array, Array]:
     """Values less the largest, over their spread, in [-1, 0] or -inf; and that spread."""
-    # A shift is free and the temperature goes with the scale: both are constants here.
+    # A shift changes nothing and the temperature is proportional to the scale, so both are
+    # constants here.
     x = problem.logits
     peak = jax.lax.stop_gradient(where_finite(slices.max(x)))
     legal = (x != -jnp.inf) & (x != jnp.inf)
-    # Eighths: the difference of huge values may overflow, and the inverse of it underflow.
+    # Take eighths, because the difference of huge values may overflow, and its inverse
+    # underflow.
     eighths = jnp.where(legal, x, slices.broadcast(peak)) / 8 - slices.broadcast(peak / 8)
     depth = jax.lax.stop_gradient(slices.max(-eighths))
     depth = jnp.where(depth > 0, depth, 0.125)
@@ -323,7 +325,7 @@ def _solve(excess: Excess, axes: tuple[int, ...], below: Array, goal: Array) -> 
 def _solve_jvp(
     excess: Excess, axes: tuple[int, ...], primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
-    # The search is not to be differentiated: the root moves as the implicit function.
+    # Do not differentiate the search, because the root moves as the implicit function.
     root = _solve(excess, axes, *primals)
     level = functools.partial(excess, axes, *primals)
     _, slope = jax.jvp(level, (root,), (jnp.ones_like(root),))
