@@ -91,7 +91,7 @@ def _jitted(function: Callable[..., Any], static: tuple[str, ...]) -> Callable[.
 def _refuse_call(
     function: Callable[..., Any], count: int, num_by_place: int, kwargs: dict[str, Any]
 ) -> NoReturn:
-    """Tells which arguments there are."""
+    """Raises an error that names the arguments of the function."""
     title, names = function.__name__, tuple(inspect.signature(function).parameters)
     if count > num_by_place:
         others = ", ".join(names[num_by_place:])

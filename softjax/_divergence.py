@@ -132,7 +132,7 @@ def _gain(p: Array, q: Array, ratio: Array) -> Array:
 
 @jax.jit
 def _expand(ratio: Array) -> tuple[Array, Array, Array]:
-    """Where r = log(p / q) is small, r, and q / p - 1 + r."""
+    """Whether r = log(p / q) is small, and r and q / p - 1 + r where it is, 0 elsewhere."""
     near = jnp.abs(ratio) < 1
     close = jnp.where(near, ratio, 0)
     return near, close, close * close * expm1_over_twice_near(-close)

@@ -133,7 +133,8 @@ def _draw_from_sums(x: Array, rows: Rows, scale: Scale, bits: Wide) -> Array:
     entries = jnp.take_along_axis(x, which[:, :, None], 1)  # [rows, draws, block]
     parts = scale.split(rows.weights(entries))
     prefix = _prefix(scale, parts)
-    # The second sum of a block may be a rounding smaller; its last class takes the rest.
+    # The weights of a block, formed again, may sum to a rounding less than before; the last
+    # class of the block takes the rest.
     weight = Wide(prefix.high[..., -1], prefix.low[..., -1])
     one = Wide(jnp.zeros_like(weight.high), jnp.ones_like(weight.low))
     rest = _uint64.smaller(rest, _uint64.subtract(weight, one))

@@ -97,7 +97,7 @@ def _count(tokens: Array, shape: tuple[int, ...]) -> Array:
             f"`tokens` of shape {tokens.shape} does not broadcast to {(*batch, length)}, the"
             f" slices of `logits` {shape}."
         ) from None
-    # A scatter drops places beyond the end, but takes negative ones to count from the end.
+    # A scatter drops places beyond the end, but counts negative places from the end.
     tokens = jnp.where(tokens < 0, size, tokens).reshape(math.prod(batch), length)
     count = jax.vmap(lambda row: jnp.zeros(size, jnp.int32).at[row].add(1, mode="drop"))
     return count(tokens).reshape(shape)

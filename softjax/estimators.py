@@ -102,10 +102,10 @@ def gumbel_softmax(
         2 [ True  True  True]
 
     Note:
-        Gradient: the true one of E f(y), without bias, which is that of E f(D) but for a bias
-        of order T; its variance grows as 1 / T. With `hard`, f is taken at D and its gradient
-        goes to y: the bias stays as T falls, unless f is linear. The noise is float32 or wider
-        for logits of any dtype. At a low T samples round to 0, and their logarithms do not.
+        Gradient: the true one of E f(y), without bias. It differs from that of E f(D) by a bias
+        of order T, and its variance grows as 1 / T. With `hard`, f is taken at D and its
+        gradient goes to y: the bias stays as T falls, unless f is linear. The noise is float32
+        or wider for logits of any dtype. At a low T samples round to 0, and their logarithms do not.
         Both modes, any order.
 
     Reference:
@@ -128,7 +128,7 @@ def gumbel_softmax(
 
 
 def _one_hot(labels: Array, logits: Array, axis: int) -> Array:
-    """1 at the label of each slice, if that is kept, and else 0; NaN if a logit is."""
+    """1 at the label of each slice if the label is kept, 0 elsewhere; NaN if a logit is NaN."""
     places = lax.broadcasted_iota(jnp.int32, logits.shape, axis)
     hard = (places == jnp.expand_dims(labels, axis)) & (logits != -jnp.inf)
     broken = jnp.any(jnp.isnan(logits), axis, keepdims=True)
@@ -247,8 +247,8 @@ def rao_blackwell_gumbel_softmax(
         [1. 1.]
 
     Note:
-        Gradient: it has the mean, and so the bias, of `gumbel_softmax` with `hard`, and less
-        variance, the less the larger K; f is evaluated once. O(K n) memory. Both modes.
+        Gradient: it has the mean, and so the bias, of `gumbel_softmax` with `hard`. Its
+        variance is smaller, and falls as K grows; f is evaluated once. O(K n) memory. Both modes.
 
     Reference:
         Paulus, Maddison and Krause (2021), Rao-Blackwellizing the straight-through
@@ -309,9 +309,10 @@ def reinmax(
         [1. 1.]
 
     Note:
-        Gradient at T = 1: without bias where f is quadratic, by Heun's rule for the
-        differences between classes; of third order in the size of f else, where straight
-        through is of second. Another T trades bias for variance. Both modes.
+        Gradient at T = 1: it has no bias where f is quadratic, by Heun's rule for the
+        differences between classes. Elsewhere the bias is of third order in the size of f,
+        where that of straight through is of second. Another T trades bias for variance. Both
+        modes.
 
     Reference:
         Liu et al. (2023), Bridging discrete and backpropagation: straight-through and beyond.

@@ -24,7 +24,7 @@ from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
 
-# From slices, entries and the option, one per slice: what is kept, and by which keys.
+# It takes slices, entries and the option per slice; it returns the kept entries and the keys.
 Rule = Callable[[AlongAxes, Array, Array], tuple[Array, Array]]
 
 __all__ = [
@@ -85,8 +85,8 @@ def top_k_filter(
         [  1.   1. -inf]
 
     Note:
-        No sort: 32 counting passes (64 in float64) halve the range of bit patterns. To find
-        the first of ties takes log2(n) more. Counts are integers, exact at every size.
+        Nothing is sorted: 32 counting passes (64 in float64) halve the range of bit patterns.
+        To find the first of ties takes log2(n) more. Counts are integers, exact at every size.
     """
     problem = prepare(logits, axis=axis)
     x, slices = problem.logits, AlongAxes(problem.axes)
@@ -105,7 +105,7 @@ def top_k_filter(
 
 
 def _count_per_slice(k: ArrayLike, x: Array, axes: tuple[int, ...]) -> Array:
-    """How many to keep, one per slice; integers stay, because float32 may not hold them."""
+    """How many to keep per slice; integers stay, because float32 may not hold them."""
     row = jax.lax.stop_gradient(per_slice(k, x, axes, name="k"))
     if not jnp.issubdtype(to_array(k, name="k").dtype, jnp.integer):
         return row
@@ -146,7 +146,7 @@ def top_p_filter(
         [-0.6931472 -1.2039728       -inf]
 
     Note:
-        No sort: 32 summing passes (64 in float64) halve the range of bit patterns.
+        Nothing is sorted: 32 summing passes (64 in float64) halve the range of bit patterns.
 
     Reference:
         Holtzman et al. (2020), The curious case of neural text degeneration.
@@ -189,7 +189,7 @@ def typical_filter(
         [      -inf -1.2039728       -inf]
 
     Note:
-        No sort: 32 summing passes (64 in float64) halve the range of bit patterns.
+        Nothing is sorted: 32 summing passes (64 in float64) halve the range of bit patterns.
 
     Reference:
         Meister et al. (2023), Locally typical sampling.
@@ -413,7 +413,7 @@ def _by_deviation(slices: AlongAxes, x: Array, n: Array) -> tuple[Array, Array]:
     mean = slices.sum(gap) / count
     moved = jnp.where(counted, gap - slices.broadcast(mean), 0)
     sigma = jnp.sqrt(slices.sum(moved * moved) / count)
-    # Beside an infinite logit no finite one lies within a finite distance.
+    # No finite logit lies within a finite distance of an infinite one.
     beyond = (x != slices.broadcast(peak)) & slices.broadcast((peak == jnp.inf) & (n < jnp.inf))
     return ~(gap > slices.broadcast(n * sigma)) & ~beyond, x
 
@@ -423,7 +423,7 @@ def _by_mass(rank: Callable[[AlongAxes, Array], tuple[Array, Array]]) -> Rule:
 
     def rule(slices: AlongAxes, x: Array, mass: Array) -> tuple[Array, Array]:
         keys, probs = rank(slices, x)
-        # All of a mass that adds up to 1 is everything, whatever the sum rounds to.
+        # A mass of 1 keeps every entry, whatever the sum rounds to.
         mass = jnp.where(mass >= 1, jnp.inf, mass)
         threshold = largest_threshold(slices, ordered(keys), probs, mass)
         return ordered(keys) >= slices.broadcast(threshold), keys
@@ -465,7 +465,7 @@ def _drop(logits: Array, kept: Array) -> Array:
 
 @_drop.defjvp
 def _drop_jvp(primals: tuple[Array, Array], tangents: Any) -> tuple[Array, Array]:
-    # A rule, for memory: the result tells what is kept, and no mask is remembered beside it.
+    # A rule to save memory: the result shows which entries are kept, so no mask is stored.
     filtered = _drop(*primals)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -158,7 +158,7 @@ def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> tuple
         log1p(jnp.where(small, 0, beside_one)),
     )
     row = jnp.where(peak == jnp.inf, jnp.inf, anchor) + log_size
-    # A difference of infinite terms is unknown.
+    # A difference of infinite terms has no value, so the result is NaN.
     unknown = (peak == jnp.inf) & (slices.sum(jnp.abs(terms_at_peak)) != jnp.abs(at_peak))
     row = jnp.where(unknown | jnp.isnan(total), jnp.nan, jnp.where(is_zero, -jnp.inf, row))
     return row, jnp.where(unknown, jnp.nan, sign)

@@ -256,11 +256,11 @@ def gumbel_given_argmax(
     noise = _random.gumbel(key, x.shape, x.dtype)
     is_label = (places == labels) & (x != -jnp.inf)
     found = jnp.any(is_label, axis, keepdims=True)
-    # The noise at the label becomes that of the maximum.
+    # The noise at the label becomes the noise of the maximum.
     spare = jnp.sum(jnp.where(is_label, noise, 0), axis, keepdims=True)
     total = log_sum(x, (axis,))
     unlimited = jnp.any(is_label & (x == jnp.inf), axis, keepdims=True)
-    # Beside an infinite logit no finite one is the largest.
+    # A finite logit beside an infinite one is never the largest.
     found &= unlimited | (total != jnp.inf)
     top = jnp.where(found, jnp.where(jnp.isinf(total), 0, total) + spare, jnp.nan)
     noisy = jnp.where(is_label, top, _cut_off(x, noise, top))

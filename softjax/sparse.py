@@ -198,7 +198,7 @@ def _solve_entmax15(
 def _roots(
     divisor: int, x: Array, peak: Array, temperature: Array | None, tau: Array
 ) -> tuple[Array, Array]:
-    """Scores over the divisor above tau, 0 where they are not, and what rounding took."""
+    """How far scores over the divisor are above tau, 0 if below, and the rounding errors."""
     scores = centre(x, peak, temperature)
     margins, lost = _margins(scores.near / divisor, scores.errors / divisor, tau)
     return jnp.where((margins > 0) & ~scores.is_far, margins, 0), lost
@@ -214,9 +214,9 @@ def _excess(
 ) -> Array:
     """The rounding error by which the weights of a slice sum to more than 1.
 
-    `split` gives a weight in exact parts, whose sums are within `bounds`, and a rest. Each part
-    is cut in two: a multiple of a unit, chosen so that the sum of multiples is exact, and the
-    remainder (Rump, Ogita and Oishi, 2008).
+    `split` returns a weight as exact parts, whose sums are within `bounds`, and a rest. It cuts
+    each part in two: a multiple of a unit, chosen so that the sum of multiples is exact, and
+    the remainder (Rump, Ogita and Oishi, 2008).
     """
     # Not a literal: XLA would fold (part + unit) - unit to part.
     one = jnp.where(peak == -jnp.inf, 2, jnp.ones_like(peak))
@@ -237,12 +237,12 @@ def _excess(
 
 
 def _close(entries: Array, rows: Array) -> float:
-    """The length of a last step: one of length d leaves an error of at most n d^2, here eps."""
+    """The length d of a last step, which leaves an error of at most n d^2 = eps."""
     return math.sqrt(float(jnp.finfo(entries.dtype).eps) / _length(entries, rows))
 
 
 def _length(entries: Array, rows: Array) -> float:
-    """The number of entries per slice; infinite if it is open, as in an export."""
+    """The number of entries per slice; infinite if the size is open, as in an export."""
     is_open = not isinstance(entries.size, int)
     return math.inf if is_open else max(1, entries.size // max(1, rows.size))
 

@@ -97,7 +97,8 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
         part, dot = only_tile((operands, dots))
         scores, scores_dot = push_scores(part, dot, constants, WHOLE)
         state, weights = _observe_tile(scores, part, constants, WHOLE)
-        # As `moves` of the scores, but nothing of their size must be kept beside the weights.
+        # This is `moves` of the scores, read from the weights, so that nothing else of their
+        # size must be kept.
         moved = (weights > 0) & ~(state.peak >= huge(weights.dtype))[..., None]
         weights /= jnp.where(state.total == 0, 1, state.total)[..., None]
         scores_dot = jnp.where(moved, scores_dot, 0)

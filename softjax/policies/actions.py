@@ -258,7 +258,7 @@ def policy_problem(
     problem = prepare(values, axis=axis, where=where, temperature=temperature, name=name)
     if where is None or problem.temperature is None:
         return problem
-    # A NaN here would reach the gradients of the whole array as NaN * 0.
+    # A NaN here would reach the gradients of the whole array, because NaN * 0 is NaN.
     kept = jnp.any(mask(where, problem.logits.shape), problem.axes, keepdims=True)
     return problem._replace(temperature=jnp.where(kept, problem.temperature, 1))
 
@@ -289,7 +289,7 @@ def mixture(problem: Problem, epsilon: ArrayLike, ties: Ties = "random") -> Mixt
         entropy = softmax_entropy(problem.axes, x, problem.temperature)
         return Mixture(solution.probs, solution.margins, entropy)
     legal = problem.logits != -jnp.inf
-    # Counted in integers, because float32 has no odd number above 2^24.
+    # Count in integers, because float32 has no odd number above 2^24.
     count = jnp.sum(legal, problem.axes, dtype=jnp.int32, keepdims=True).astype(x.dtype)
     epsilon = per_slice(epsilon, problem.logits, problem.axes, name="epsilon")
     epsilon = jnp.where((epsilon >= 0) & (epsilon <= 1), epsilon, jnp.nan)
@@ -305,7 +305,7 @@ def _is_first_peak(x: Array, axes: tuple[int, ...]) -> Array:
     broken = jnp.isnan(x)
     peak = jnp.max(jnp.where(broken, -jnp.inf, x), axes, keepdims=True, initial=-jnp.inf)
     first = x == peak
-    # Axis by axis, because a slice of many axes may hold more entries than int32 counts.
+    # Go axis by axis, because a slice of many axes may hold more entries than int32 counts.
     for axis in axes:
         others = tuple(a for a in axes if a != axis)
         found = jnp.any(first, others, keepdims=True)

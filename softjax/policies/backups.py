@@ -142,8 +142,8 @@ def expected_value(
         2.5
 
     Note:
-        O(n). The mean is taken of the distances to the maximum, so that a large common part of
-        the values costs no digits in the derivative. Both modes, any order.
+        O(n). The distances to the maximum are averaged, so that a large common part of the
+        values costs no digits in the derivative. Both modes, any order.
 
     Reference:
         van Seijen et al. (2009), A theoretical and empirical analysis of expected Sarsa.
@@ -234,7 +234,7 @@ def actor_critic_value(
     policy = mixture(problem, 0.0)
     possible = policy.probs != 0  # NaN is possible.
     some = jnp.any(scores != -jnp.inf, problem.axes, keepdims=True)
-    # A bonus of no entropy is 0 at any temperature, with a gradient of 0.
+    # Where no action is legal, the bonus is 0 at any temperature, with a gradient of 0.
     bonus = jnp.where(some, temperature, 0) * policy.entropy(slices)
     value = jnp.where(some, _mean(slices, policy.probs, x, possible) + bonus, 0)
     return jnp.squeeze(value, problem.axes).astype(out_dtype)

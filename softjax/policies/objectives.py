@@ -61,8 +61,8 @@ def policy_gradient_loss(
         One loss per step, `[...]`, float32 or wider; 0, with gradients of 0, in a step that is
         left out. An illegal action, or one that the policy never takes at temperature 0, has
         the loss A inf, and 0 where A is 0; the gradient of its step is that of the entropy
-        alone. So is the gradient for an action outside of [0, n), whose loss is NaN. (Where
-        nothing is legal, -1 counts as an illegal action.)
+        alone. So is the gradient for an action outside of [0, n), whose loss is NaN. Where
+        nothing is legal, -1 counts as an illegal action.
 
     Raises:
         TypeError: `logits` is not real, `actions` not integer, or `where` not bool.
@@ -238,9 +238,9 @@ def _weighed_ratio(
 
 @_weighed_ratio.defjvp
 def _weighed_ratio_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    # The ratio may overflow where its product with a tiny derivative does not, so that the
-    # factors are multiplied before anything else is. A gradient that would overflow still is
-    # finite: as inf it would meet a 0 on its way back and become NaN.
+    # The ratio may overflow where its product with a tiny derivative does not, so the factors
+    # are multiplied before anything else. A gradient that would still overflow stays finite,
+    # because inf would meet a 0 on its way back and become NaN.
     advantages, old_log_probs, logits, temperature, actions, probs, log_probs = primals
     advantages_dot, old_dot, logits_dot, temperature_dot = tangents[:4]
     # An action outside of [0, n) counts as illegal here, so that it changes no gradient.

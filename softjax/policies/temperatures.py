@@ -325,7 +325,7 @@ def _solve(excess: Excess, axes: tuple[int, ...], below: Array, goal: Array) -> 
 def _solve_jvp(
     excess: Excess, axes: tuple[int, ...], primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
-    # Do not differentiate the search, because the root moves as the implicit function.
+    # Do not differentiate the search: the implicit function gives the derivative of the root.
     root = _solve(excess, axes, *primals)
     level = functools.partial(excess, axes, *primals)
     _, slope = jax.jvp(level, (root,), (jnp.ones_like(root),))
