@@ -24,7 +24,7 @@ def jit_unless_asked(
 
     `jit` would remember a user's function by its identity alone, and answer with the values
     that it once held: the caller's program traces such a call. `prepare_call` checks the
-    keyword arguments, which it may replace, and tells whether a function is among them.
+    keyword arguments, which it may replace, and returns whether a function is among them.
     """
 
     def decorate(function: Function) -> Function:
@@ -48,7 +48,7 @@ def jit_unless_asked(
 def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:
     """A function of (captured, *args) alone, and the arrays that `function` has captured.
 
-    As arguments they have derivatives. The function is static.
+    The arrays have derivatives, because they are arguments. The function is static.
     """
     closed, out = jax.make_jaxpr(function, return_shape=True)(*args)
     structure = jax.tree.structure(out)

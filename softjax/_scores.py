@@ -70,15 +70,15 @@ def _divided(
     cold, flat = jnp.abs(temperature) < limits.tiny, jnp.isinf(temperature)
     temperature = jnp.where(cold, 0, jnp.where(temperature < 0, jnp.nan, temperature))
     divisor = jnp.where(cold | flat, 1, temperature)
-    # A NaN compares false, so that it is not dead.
+    # A NaN is not dead, because it compares false.
     dead = dropped | (x < jnp.maximum(peak - FAR * temperature, -highest))
     kept = jnp.where(dead | (x == jnp.inf), anchor, x)
-    # Halves, because their difference does not overflow before it is divided.
+    # Subtract halves, because their difference does not overflow before it is divided.
     values = (
         (jnp.where(dropped, anchor, jnp.minimum(x, highest)) / 2 - anchor / 2) / divisor * 2
     )
     values = jnp.where(cold | dropped, -jnp.inf, values)
-    # A unit in which no difference overflows and no rounding error is flushed to 0.
+    # In this unit no difference overflows, and no rounding error is flushed to 0.
     fine = 2.0 ** (2 * limits.nmant + 8)
     unit = jnp.where(
         divisor < 1 / fine, fine, jnp.where(temperature > highest / 2**12, 0.25, 1)

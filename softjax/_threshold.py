@@ -133,7 +133,7 @@ def _tangents(
     if logits_dot is not None:
         scores_dot = logits_dot if rate is None else logits_dot * broadcast(rate)
     if temperature_dot is not None:
-        # s' = -s T'/T, where the margins may stand for the scores because a shift is free.
+        # s' = -s T'/T; the margins may stand for the scores, because a shift changes nothing.
         scores_dot -= jnp.where(live, margins, 0) * broadcast(temperature_dot * rate)
     unmasked, scores_dot = scores_dot, jnp.where(live, scores_dot, 0)
     sink_score_dot: Any = None
@@ -199,7 +199,7 @@ def _project(project: Callable[[Array], Array], slopes: Array, v: Array) -> Arra
 
 
 def _projected(is_even: bool, slices: Slices, slopes: Array, per_mass: Any, v: Array) -> Array:
-    # Subtract the mean twice, as in `_tangents`. Values of v where w is 0 go no further.
+    # Subtract the mean twice, as in `_tangents`. Mask the values of v where w is 0.
     def pull(w: Array, v: Array, *means: Array) -> Array:
         return jnp.where(w != 0, w * functools.reduce(jnp.subtract, means, v), 0)
 

@@ -105,8 +105,8 @@ def gumbel_softmax(
         Gradient: the true one of E f(y), without bias. It differs from that of E f(D) by a bias
         of order T, and its variance grows as 1 / T. With `hard`, f is taken at D and its
         gradient goes to y: the bias stays as T falls, unless f is linear. The noise is float32
-        or wider for logits of any dtype. At a low T samples round to 0, and their logarithms do not.
-        Both modes, any order.
+        or wider for logits of any dtype. At a low T samples round to 0, and their logarithms
+        do not. Both modes, any order.
 
     Reference:
         Jang, Gu and Poole (2017), Categorical reparameterization with Gumbel-softmax;
@@ -248,7 +248,8 @@ def rao_blackwell_gumbel_softmax(
 
     Note:
         Gradient: it has the mean, and so the bias, of `gumbel_softmax` with `hard`. Its
-        variance is smaller, and falls as K grows; f is evaluated once. O(K n) memory. Both modes.
+        variance is smaller, and falls as K grows; f is evaluated once. O(K n) memory. Both
+        modes.
 
     Reference:
         Paulus, Maddison and Krause (2021), Rao-Blackwellizing the straight-through

@@ -246,7 +246,7 @@ def mellowmax(
     kept = x != -jnp.inf
     fixed = jax.lax.stop_gradient(x)
     top, bottom = slices.max(fixed), -slices.max(jnp.where(kept, -fixed, -jnp.inf))
-    # From the extreme that dominates, every exponent is at most 0. With phi(v) =
+    # Relative to the extreme that dominates, every exponent is at most 0. With phi(v) =
     # (e^v - 1)/v and psi(v) = log(1 + v)/v nothing is divided by omega, which may be 0.
     extreme = jnp.where(omega < 0, bottom, top)
     anchor = where_finite(extreme)

@@ -1,7 +1,7 @@
 """From what a caller passes to the operands of the tiles: shapes, dtypes, blocks.
 
-Queries and keys that hold NaN or inf become NaN, and so does the key of such a value: who sees
-one gets NaN, and nobody else is touched, in no derivative either.
+Queries and keys that hold NaN or inf become NaN, and so does the key of such a value. A query
+that sees one gets NaN. No other query is touched, and no derivative of it either.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ from softjax.masks import Inside, Mask
 DENSE_SCORES = 2**23  # scores
 DENSE_SCORES_PER_HEAD = 2**19  # scores of one head of one sequence
 DENSE_KEYS = 128  # so few keys are always dense, because their scores are small
-TILE_SCORES = 2**19  # about so many scores make a tile
-MOST_QUERIES = 512  # at most so many queries make a block
-LEAST_KEYS = 32  # at least so many keys make a block
+TILE_SCORES = 2**19  # scores of a tile, about
+MOST_QUERIES = 512  # queries of a block, at most
+LEAST_KEYS = 32  # keys of a block, at least
 
 
 class TiledAttention(NamedTuple):

@@ -81,13 +81,13 @@ class Constants:
     static: Static = dataclasses.field(metadata={"static": True})
     grid: Grid
     mask: Mask | None
-    captured: Any = None  # what else the score function captures
-    weigher: Any = None  # what else the function of a threshold map captures
+    captured: Any = None  # other arrays that the score function captures
+    weigher: Any = None  # other arrays that the function of a threshold map captures
     dropout: tuple[Array, Array] | None = None  # two words of random bits, and the rate
 
 
 class TileIndex(NamedTuple):
-    """The place of a tile, and what its bounds tell of it."""
+    """The place of a tile, and its kind, which its bounds decide."""
 
     i: Any
     j: Any

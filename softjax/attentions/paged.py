@@ -25,7 +25,7 @@ from softjax.attentions.attend import attention, with_sink
 
 __all__ = ["merge_attention", "paged_attention"]
 
-AT_ONCE = 512  # About so many keys are gathered at once.
+AT_ONCE = 512  # keys gathered at once, about
 
 
 @api()

@@ -42,7 +42,7 @@ def fenchel_young(
 def _fenchel_young_jvp(
     kind: FenchelYoung, axis: int, primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
-    # By the envelope theorem p need not be differentiated: the tangent is <p - e_y, z'>, plus
+    # By the envelope theorem, p is not differentiated: the tangent is <p - e_y, z'>, plus
     # the entropy's derivative in alpha at a fixed p. Where the label leads, p is as exact as
     # the loss.
     logits, labels, alpha = primals

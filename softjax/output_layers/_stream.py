@@ -24,8 +24,8 @@ from softjax.losses._softmax_stats import statistics as row_statistics
 from softjax.output_layers._layer import Head, Tokens, layer_scores, leaves_of, replaced
 
 ENTRIES = 2**20  # logits formed at once
-TOKENS = 4096  # at most so many tokens are taken at once
-DENSE = 2**22  # so many logits, or fewer, are kept for the derivative
+TOKENS = 4096  # tokens taken at once, at most
+DENSE = 2**22  # logits that are kept for the derivative, at most
 LEAST = 256  # classes of a block, at least
 SCALE = 2.0**-32  # With it the sum of 2^32 scores is at most the largest number.
 
@@ -211,7 +211,7 @@ def _highest(x: Array) -> float:
 
 def _clip(scores: Array) -> Array:
     """Infinite scores become the largest number, whose differences are no NaN."""
-    # In this order, because XLA's CPU backend lets a NaN through as the second operand.
+    # Keep this order, because XLA's CPU backend lets a NaN through as the second operand.
     return jnp.minimum(_highest(scores), scores)
 
 

@@ -161,10 +161,10 @@ def log_uniform_of_bits(random: Wide, num_classes: int) -> Array:
     read = lambda index: Wide(*(word[index] for word in starts))
     index = _inverse_cdf.bisect(read, BUCKETS, place) - 1
     bucket = (index + BUCKETS).astype(WORD)
-    # In units of 2^-75: how far t is into the bucket, times log 2.
+    # The distance of t from the start of its bucket, times log 2, in units of 2^-75.
     rest = _uint64.shift_left(_uint64.subtract(place, read(index)), 75 - POINT)
     x = _uint64.multiply_high(rest, _uint64.constant(int(math.log(2) * 2.0**64)))
-    # In units of 2^-62: f = bucket (e^x - 1), where x is at most 1 / BUCKETS.
+    # f = bucket (e^x - 1) in units of 2^-62, where x is at most 1 / BUCKETS.
     linear = _uint64.multiply_high(x, Wide(bucket << 19, jnp.zeros_like(bucket)))
     near = x.high.astype(jnp.float32) * 2.0**-43
     curve = bucket.astype(jnp.float32) * near * near * (1 + near / 3) / 2

@@ -100,7 +100,7 @@ def visit_count_temperature(
 
     Returns:
         Temperatures, of the shape of `values` with size 1 along `axis`, in its dtype; inf up to
-        the first visit, and else 0 where all values are equal or nothing is legal.
+        the first visit; after it, 0 where all values are equal or nothing is legal.
 
     Raises:
         TypeError: `values` or `counts` is not real, or `where` not bool.
@@ -228,7 +228,7 @@ def mellowmax_temperature(
 
     Returns:
         Temperatures, of the shape of `values` with size 1 along `axis`, in its dtype: inf where
-        omega is at most 0, and else 0 where it is inf, all values are equal, nothing is legal
+        omega is at most 0; otherwise 0 where it is inf, all values are equal, nothing is legal
         or a value is inf. The derivative is 0 there.
 
     Raises:
