@@ -214,9 +214,9 @@ def _excess(
 ) -> Array:
     """The rounding error by which the weights of a slice sum to more than 1.
 
-    `split` returns a weight as exact parts, whose sums are within `bounds`, and a rest. It cuts
-    each part in two: a multiple of a unit, chosen so that the sum of multiples is exact, and
-    the remainder (Rump, Ogita and Oishi, 2008).
+    `split` returns a weight as exact parts, whose sums are within `bounds`, and a rest. Each
+    part is then cut in two: a multiple of a unit, chosen so that the sum of multiples is exact,
+    and the remainder (Rump, Ogita and Oishi, 2008).
     """
     # Not a literal: XLA would fold (part + unit) - unit to part.
     one = jnp.where(peak == -jnp.inf, 2, jnp.ones_like(peak))

@@ -1,7 +1,7 @@
 """From what a caller passes to the operands of the tiles: shapes, dtypes, blocks.
 
 Queries and keys that hold NaN or inf become NaN, and so does the key of such a value. A query
-that sees one gets NaN. No other query is touched, and no derivative of it either.
+that sees one gets NaN. No other query is touched, in its value or in any derivative.
 """
 
 import dataclasses

@@ -73,7 +73,7 @@ def prepare_layer(
     prefix: str = "",
     features_name: str = "features",
 ) -> Layer:
-    """Checks the arguments of a linear layer, whose names begin with `prefix` in errors."""
+    """Checks the arguments of a linear layer; `prefix` begins the names of its parameters."""
     features, weights = match_dtypes(
         real_array(features, name=features_name), real_array(weights, name=f"{prefix}weights")
     )
