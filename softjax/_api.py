@@ -17,7 +17,7 @@ import numpy as np
 from softjax._inputs import as_given, fits, limits_of, widened
 from softjax._mesh import vary
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Callee = TypeVar("Callee", bound=Callable[..., Any])
 Check = Callable[[Any], Any]
 Range = tuple[float, float]
 NONNEGATIVE = (0.0, math.inf)
@@ -31,7 +31,7 @@ def api(
     jit: bool = True,
     refuse: Callable[[dict[str, Any]], None] | None = None,
     **ranges: Range,
-) -> Callable[[Function], Function]:
+) -> Callable[[Callee], Callee]:
     """Makes a function public: its arguments are checked by name, then it is jitted.
 
     The arguments that `static` names are ints, flags, names or tuples of them, which are known
@@ -44,7 +44,7 @@ def api(
     With `jit=False` the arguments are only checked, and functions may be among them.
     """
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: Callee) -> Callee:
         parameters = inspect.signature(function).parameters
         names = tuple(parameters)
         num_by_place = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters.values())
@@ -73,7 +73,7 @@ def api(
                 refuse(dict(zip(names, args, strict=False)) | kwargs)
             return run(*args, **kwargs)
 
-        return cast(Function, call)
+        return cast(Callee, call)
 
     return decorate
 

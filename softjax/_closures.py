@@ -14,12 +14,12 @@ import jax.numpy as jnp
 
 from softjax._mesh import vary
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Callee = TypeVar("Callee", bound=Callable[..., Any])
 
 
 def jit_unless_asked(
     *static: str, prepare_call: Callable[[dict[str, Any]], bool]
-) -> Callable[[Function], Function]:
+) -> Callable[[Callee], Callee]:
     """Jits a function, except for calls that pass a user's function.
 
     `jit` would remember a user's function by its identity alone, and answer with the values
@@ -27,7 +27,7 @@ def jit_unless_asked(
     keyword arguments, which it may replace, and returns whether a function is among them.
     """
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: Callee) -> Callee:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = vary((args, kwargs))
@@ -40,7 +40,7 @@ def jit_unless_asked(
             asks = prepare_call(kwargs)
             return (run if asks else jitted)(*args, **kwargs)
 
-        return cast(Function, call)
+        return cast(Callee, call)
 
     return decorate
 

@@ -68,7 +68,7 @@ def softmax(
         Bridle (1990), Training stochastic model recognition algorithms as networks can lead
         to maximum mutual information estimation of parameters.
     """
-    solution, dtype = _solve(logits, axis, where, temperature, sink)
+    solution, dtype = _solution(logits, axis, where, temperature, sink)
     return solution.probs.astype(dtype)
 
 
@@ -115,11 +115,11 @@ def log_softmax(
         Blanchard, Higham and Higham (2021), Accurately computing the log-sum-exp and softmax
         functions, algorithm 4.1.
     """
-    solution, dtype = _solve(logits, axis, where, temperature, sink)
+    solution, dtype = _solution(logits, axis, where, temperature, sink)
     return solution.margins.astype(dtype)
 
 
-def _solve(
+def _solution(
     logits: ArrayLike,
     axis: Axis,
     where: ArrayLike | None,
