@@ -61,8 +61,9 @@ def softmax(
     Note:
         Within 4 units in the last place on CPUs, wherever the result is a normal number. O(n)
         time; the result is all that is kept for the derivative. Temporary memory of a large
-        array: an eighth of it for the value, one array for the gradient. Both modes, any
-        order.
+        array with slices along its last axis: an eighth of it for the value, and one array for
+        the gradient; short slices, or another axis, take one array for the value. Both modes,
+        any order.
 
     Reference:
         Bridle (1990), Training stochastic model recognition algorithms as networks can lead
@@ -108,8 +109,8 @@ def log_softmax(
         enters through log1p. There is one exception: weights below the smallest normal number
         may be flushed to 0, so a log-probability closer to 0 than n times that number loses
         them. O(n) time; the result alone is kept for the derivative, whose entry at a confident
-        peak is the sum of the others, not 1 - p. Temporary memory of a large array: an eighth
-        of it for the value, two arrays for the gradient. Both modes, any order.
+        peak is the sum of the others, not 1 - p. Temporary memory as `softmax`, but two arrays
+        for the gradient. Both modes, any order.
 
     Reference:
         Blanchard, Higham and Higham (2021), Accurately computing the log-sum-exp and softmax

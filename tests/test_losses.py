@@ -1389,6 +1389,27 @@ def test_mean_loss_refuses_what_does_not_fit():
             sj.mean_loss(T3, Y, class_weights=weights)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_a_label_far_below_the_peak_is_pulled_up(dtype):
+    """Its weight underflows, and its derivative is -1 still."""
+    losses = {
+        "cross_entropy": lambda z: sj.cross_entropy(z, jnp.array(0)),
+        "focal_loss": lambda z: sj.focal_loss(z, jnp.array(0), gamma=2.0),
+        "log_prob": lambda z: -sj.log_prob(z, jnp.array(0)),
+        "linear_cross_entropy": lambda z: sj.linear_cross_entropy(
+            z[None], jnp.eye(3, dtype=z.dtype), jnp.array([0]), reduction="sum"
+        ),
+    }
+    for name, loss in losses.items():
+        for margin in (80.0, 88.0, 104.0, 120.0, 800.0, 1e9):
+            z = jnp.array([-margin, 1.0, -200.0]).astype(dtype)
+            gradient = np.asarray(jax.grad(lambda z: loss(z).sum())(z), np.float64)
+            assert_close(gradient, [-1.0, 1.0, 0.0], rtol=0, atol=1e-30)
+            dot = jnp.array([1.0, 0.0, 0.0]).astype(dtype)
+            slope = jax.jvp(lambda z: loss(z).sum(), (z,), (dot,))[1]
+            assert abs(float(slope) + 1) < 1e-6, (name, margin)
+
+
 # Memory.
 
 

@@ -88,7 +88,8 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
         if logits_dot is not None:
             entries = weights(logits, expand(found.peak), None)
             is_label = _classes(logits, labels, axis) == expand(labels)
-            logits_dot = jnp.where(kept & (entries != 0), logits_dot, 0)
+            # The label counts also where its weight underflows: its slope is the others' share.
+            logits_dot = jnp.where(kept & ((entries != 0) | is_label), logits_dot, 0)
             # An infinite loss is constant.
             certain = jnp.where(found.nll == jnp.inf, 0, inverse)
             slopes = jnp.where(is_label, -expand(found.rest), entries)

@@ -121,12 +121,13 @@ def cross_entropy(
         [6.9314718e-01 1.9287499e-22]
 
     Note:
-        O(n) time. For large logits the value takes a sixteenth of their memory (along the last
-        axis), the gradient one array with any options, and neither makes a one-hot array.
-        Computed as (max - z_y) + log1p(sum over the others), of relative error about 2e-7 in
-        float32 at every size of the loss; the label's derivative is minus the sum of the other
-        probabilities, not p - 1. Both modes, any order. An unknown label's loss
-        is a constant NaN, so its row has gradient 0.
+        O(n) time. Temporary memory of large logits with classes along the last axis: an eighth
+        of them for the value, less for the gradient; along another axis, two and one arrays;
+        for the gradient with smoothing, three. No one-hot array is made. Computed as
+        (max - z_y) + log1p(sum over the others), of relative error about 2e-7 in float32 at
+        every size of the loss; the label's derivative is minus the sum of the other
+        probabilities, not p - 1. Both modes, any order. An unknown label's loss is a constant
+        NaN, so its row has gradient 0.
 
     Reference:
         Szegedy et al. (2016), Rethinking the inception architecture, for the smoothing;
