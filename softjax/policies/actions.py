@@ -94,6 +94,7 @@ def select_action(
             `ties` is not one of its names.
 
     Example:
+        >>> import jax
         >>> key, values = jax.random.key(0), jnp.array([1.0, 2.0, -jnp.inf])
         >>> action, log_prob = select_action(key, values, temperature=0.0)
         >>> print(action, log_prob)
