@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +35,7 @@ METHODS = ("inverse", "gumbel")
 TIES = ("random", "first")
 
 
-def _check_sample(given: dict[str, Any]) -> None:
-    if given.get("method", "inverse") not in METHODS:
-        raise ValueError(f"`method` must be one of {METHODS}, got {given['method']!r}.")
-    if given.get("ties", "random") not in TIES:
-        raise ValueError(f"`ties` must be one of {TIES}, got {given['ties']!r}.")
-
-
-@api("shape", "axis", "method", "ties", refuse=_check_sample, temperature=NONNEGATIVE)
+@api("shape", "axis", "method", "ties", temperature=NONNEGATIVE)
 def sample(
     key: Array,
     logits: ArrayLike,
@@ -105,6 +98,8 @@ def sample(
     _random.check_key(key)
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
+    if ties not in TIES:
+        raise ValueError(f"`ties` must be one of {TIES}, got {ties!r}.")
     shape = _sizes(shape)
     problem = prepare(logits, axis=axis, where=where, temperature=temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
