@@ -60,20 +60,27 @@ def with_gradients(call, args, bar):
     return jax.tree.leaves((out, pullback(bar.astype(out.dtype))))
 
 
-def check(ours, theirs, args, *, factor):
-    """The errors of ours, at most so many times those of theirs in the same dtype."""
+def check(ours, theirs, args, *, factor, draws=4):
+    """The errors of ours, at most so many times those of theirs in the same dtype.
+
+    The derivative of a number has one error only, which can be small by luck. So the largest
+    errors of several cotangents are compared.
+    """
     dtype = args[0].dtype
-    (bar,) = draw(dtype, jax.eval_shape(ours, *args).shape, seed=1)
-    found = jax.jit(functools.partial(with_gradients, ours))(args, bar)
-    naive = with_gradients(theirs, args, bar)
+    bars = draw(dtype, *[jax.eval_shape(ours, *args).shape] * draws, seed=1)
     wide = jax.tree.map(lambda x: x.astype("float64"), args)
-    exact = with_gradients(theirs, wide, bar.astype("float64"))
-    for mine, other, truth in zip(found, naive, exact, strict=True):
-        assert mine.dtype == dtype
-        assert jnp.abs(truth).max() > 1e-3  # A flat point would prove nothing.
-        error = lambda x, truth=truth: float(jnp.abs(x.astype("float64") - truth).max())
-        unit = eps(dtype) * float(jnp.abs(truth).max())
-        assert error(mine) <= factor * error(other) + unit, (error(mine), error(other))
+    mine = jax.jit(functools.partial(with_gradients, ours))
+    errors = []
+    for bar in bars:
+        found, naive = mine(args, bar), with_gradients(theirs, args, bar)
+        exact = with_gradients(theirs, wide, bar.astype("float64"))
+        assert all(x.dtype == dtype for x in found)
+        error = lambda x, truth: float(jnp.abs(x.astype("float64") - truth).max())
+        size = [float(jnp.abs(truth).max()) for truth in exact]
+        errors.append([[*map(error, found, exact)], [*map(error, naive, exact)], size])
+    for largest, other, size in np.max(errors, 0).T:
+        assert size > 1e-3  # A flat point would prove nothing.
+        assert largest <= factor * other + eps(dtype) * size, (largest, other)
 
 
 # FlexAttention: masks and scores as functions of places.
@@ -135,7 +142,9 @@ MASKS = {
 
 # Arrays that are captured, by their shapes, and the function of (them, scores, index).
 SCORES = {
-    "relative": ([()], lambda p, z, at: z + p[0] * gap(at, z.dtype)),
+    # With a steep slope, the error is that of rounding the scores, which the derivative forms
+    # again and XLA does not always round alike.
+    "relative": ([()], lambda p, z, at: z + p[0] / 8 * gap(at, z.dtype)),
     "alibi": ([(N,)], lambda p, z, at: z - by_head(p[0] ** 2) * jnp.abs(gap(at, z.dtype))),
     "table of distances": (
         [(N, 9)],
