@@ -69,12 +69,14 @@ def sum_of_terms(
     if size < LARGE or size == 0:
         return sum_in_pairs(term(*entries, *per_slice), axes)
     # Each part forms its own terms, which one loop adds up. The barrier stops XLA from storing
-    # terms that another pass forms too, the select from cutting that loop.
+    # terms that another pass forms too, the first select from cutting that loop, the second
+    # from storing one sum per entry.
     per_slice = lax.optimization_barrier(tuple(per_slice))
     once = jax.jit(term)  # Traced once per length of a part.
     parts = zip(*(_cut(jnp.broadcast_to(x, shape), longest) for x in entries), strict=True)
     x = _join([once(*part, *per_slice) for part in parts], longest)
-    return sum_in_pairs(jnp.where(x == 0, 0, x), axes, size)
+    total = sum_in_pairs(jnp.where(x == 0, 0, x), axes, size)
+    return jnp.where(total == 0, 0, total)
 
 
 def _cut(x: Array, axis: int) -> list[Array]:

@@ -28,7 +28,7 @@ def nats_between(
     """T^2 D(softmax(x / T) || softmax(y / T)), and the shift that `_log_ratio` subtracts."""
     slices = AlongAxes(axes)
     of_p, of_q = (normalizer(slices, z, temperature) for z in (x, y))
-    per_slice = (of_p.peak, of_q.peak, temperature, of_p.total, of_q.total)
+    per_slice = (of_p.peak, of_q.peak, temperature, of_p.divisor, of_q.divisor)
 
     def found(x: Array, y: Array, *rows: Array) -> tuple[Array, Array, Array]:
         x_peak, y_peak, temperature, p_total, q_total, shift = rows
@@ -45,7 +45,7 @@ def nats_between(
     row = slices.sum_of(lambda *args: _nats(*found(*args)), (x, y), *per_slice, shift)
     if temperature is not None:
         row = row * temperature * temperature
-    return jnp.where(of_p.is_empty, 0, row), shift
+    return jnp.where(of_p.total == 0, 0, row), shift
 
 
 @nats_between.defjvp

@@ -18,15 +18,29 @@ from softjax._threshold import Family, Solution
 
 
 class Normalizer(NamedTuple):
-    """What normalises the weights of each slice; one number per slice each."""
+    """What normalises the weights of each slice; one number per slice each.
+
+    A peak has weight 1. The peaks are counted apart, so that a small sum of the other weights
+    keeps its digits.
+    """
 
     peak: Array  # -inf where nothing is kept
-    rest: Array  # the sum of all weights but that of one peak
-    is_empty: Array  # whether nothing is kept
+    num_peaks: Array  # 0 where nothing is kept, or where a NaN is
+    beside: Array  # the sum of all other weights
 
     @property
     def total(self) -> Array:
-        """The sum of all weights; 1 where nothing is kept."""
+        """The sum of all weights; 0 where nothing is kept."""
+        return self.num_peaks + self.beside
+
+    @property
+    def rest(self) -> Array:
+        """The sum of all weights but that of one peak."""
+        return jnp.maximum(self.num_peaks - 1, 0) + self.beside
+
+    @property
+    def divisor(self) -> Array:
+        """The total, or 1 where nothing is kept."""
         return 1 + self.rest
 
     @property
@@ -41,22 +55,17 @@ def normalizer(
     """Sums the weights of slices, and of a sink, which is one more score per slice."""
     # JAX before 0.12 drops custom rules when the reverse of a scan is differentiated again, so
     # this must also differentiate correctly by itself: the peak and the rounding errors are
-    # constants, and the weight left out is subtracted, which keeps its derivative.
+    # constants, and the weight of a peak is subtracted, which keeps its derivative.
     peak = lax.stop_gradient(slices.max(x))
     if sink is not None:
         peak = jnp.maximum(peak, lax.stop_gradient(sink))
     args = (peak, temperature)
     num_peaks = slices.sum_of(_is_peak, (x,), *args)
-    # Each of several peaks gives up its share of the one weight that is left out.
-    share = 1 / jnp.maximum(num_peaks, 1)
-    rest = slices.sum_of(_off_peak, (x,), *args, lax.stop_gradient(share))
-    is_empty = (num_peaks == 0) & (rest == 0)
-    # The sum shows a NaN that is kept; XLA's CPU backend may lose it in the maximum.
-    peak += 0 * lax.stop_gradient(rest)
+    beside = slices.sum_of(_beside_peak, (x,), *args)
     if sink is not None:
-        is_only_peak = (num_peaks == 0) & (_is_peak(sink, *args) > 0)
-        rest += weights(sink, *args) - jnp.where(is_only_peak, 1, 0)
-    return Normalizer(peak, rest, is_empty)
+        num_peaks += _is_peak(sink, *args)
+        beside += _beside_peak(sink, *args)
+    return Normalizer(peak, num_peaks, beside)
 
 
 def weights(x: Array, peak: Array, temperature: Array | None) -> Array:
@@ -68,9 +77,10 @@ def _is_peak(x: Array, peak: Array, temperature: Array | None) -> Array:
     return centre(x, peak, temperature).is_peak.astype(x.dtype)
 
 
-def _off_peak(x: Array, peak: Array, temperature: Array | None, share: Array) -> Array:
+def _beside_peak(x: Array, peak: Array, temperature: Array | None) -> Array:
+    """The weights, but 0 for a peak."""
     scores = centre(x, peak, temperature)
-    return scores.exp() - jnp.where(scores.is_peak, share, 0)
+    return scores.exp() - scores.is_peak.astype(x.dtype)
 
 
 def _solve(
@@ -83,17 +93,22 @@ def _solve(
 ) -> Solution:
     del alpha, k
     found = normalizer(slices, logits, temperature, sink)
+    peak = found.peak
     wide = None if temperature is None else slices.broadcast(temperature)
-    scores = centre(logits, slices.broadcast(found.peak), wide)
+    scores = centre(logits, slices.broadcast(peak), wide)
+    # A NaN shows in the sums, because XLA's CPU backend may lose it in the maximum. So an entry
+    # that has no weight beside an infinite peak must meet the sums too.
+    dropped = logits == -jnp.inf
+    margins = scores.values - slices.broadcast(found.log_total)
     # One divisor per entry: XLA would multiply by the rounded reciprocal of one per slice.
-    divisor = jnp.where(scores.dropped, 1, slices.broadcast(found.total))
-    probs = jnp.where(scores.dropped, 0, scores.exp() / divisor)
-    margins = scores.minus(slices.broadcast(found.log_total))
-    sink_prob = None
-    if sink is not None:
-        sink_prob = weights(sink, found.peak, temperature) / found.total
-    complement = found.rest / found.total
-    return Solution(probs, margins, found.log_total, complement, sink_prob)
+    divisor = jnp.where(dropped, 1, slices.broadcast(found.total))
+    return Solution(
+        probs=jnp.where(dropped, 0, scores.exp() / divisor),
+        margins=jnp.where(dropped, -jnp.inf, margins),
+        threshold=found.log_total,
+        complement=found.rest / found.divisor,
+        sink_prob=None if sink is None else weights(sink, peak, temperature) / found.divisor,
+    )
 
 
 SOFTMAX = Family(_solve)

@@ -61,8 +61,8 @@ def softmax(
     Note:
         Within 4 units in the last place on CPUs, wherever the result is a normal number. O(n)
         time; the result is all that is kept for the derivative. Temporary memory of a large
-        array with slices along its last axis: an eighth of it for the value, and one array for
-        the gradient; short slices, or another axis, take one array for the value. Both modes,
+        array with slices along its last axis: an eighth of it for the value and the gradient;
+        short slices, or another axis, take one array. Both modes,
         any order.
 
     Reference:

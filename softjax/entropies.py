@@ -68,12 +68,12 @@ def softmax_entropy(axes: tuple[int, ...], x: Array, temperature: Array | None) 
     """
     slices = AlongAxes(axes)
 
-    def moment(x: Array, peak: Array, temperature: Array | None) -> Array:
+    def moment(x: Array, peak: Array, temperature: Array | None, divisor: Array) -> Array:
         scores = centre(x, peak, temperature)
-        return -scores.near * scores.exp()
+        return -scores.near * (scores.exp() / divisor)
 
     found = normalizer(slices, x, temperature)
-    mean = slices.sum_of(moment, (x,), found.peak, temperature) / found.total
+    mean = slices.sum_of(moment, (x,), found.peak, temperature, found.divisor)
     return found.log_total + mean
 
 

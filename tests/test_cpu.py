@@ -223,19 +223,19 @@ def test_terms_are_not_written_out(shape):
 @pytest.mark.optimized
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 def test_a_gradient_stores_what_it_remembers(name):
-    """The probabilities; of log_softmax the margins too."""
+    """No array for softmax, whose result is remembered; of log_softmax two."""
     z = jnp.zeros((4096, 1024), jnp.float32)
     pull = lambda z, bar: jax.vjp(getattr(sj, name), z)[1](bar)
     plan = jax.jit(pull).lower(z, z).compile().memory_analysis()
-    assert plan.temp_size_in_bytes <= (1.2 if name == "softmax" else 2.1) * z.nbytes
+    assert plan.temp_size_in_bytes <= (0.2 if name == "softmax" else 2.1) * z.nbytes
 
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.optimized
 def test_passes_share_nothing_that_is_written_out():
-    """Each forms its terms anew: a divergence takes a fraction of an array, a gradient one."""
+    """Each forms its terms anew: a divergence stores four sums of an eighth, a gradient one array."""
     z = jnp.zeros((4096, 1024), jnp.float32)
     loss = lambda p, q: jnp.sum(sj.kl_divergence(p, q))
-    for fn, arrays in ((sj.kl_divergence, 0.3), (jax.grad(loss, (0, 1)), 1.25)):
+    for fn, arrays in ((sj.kl_divergence, 0.6), (jax.grad(loss, (0, 1)), 1.25)):
         plan = jax.jit(fn).lower(z, z).compile().memory_analysis()
         assert plan.temp_size_in_bytes <= arrays * z.nbytes

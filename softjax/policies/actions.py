@@ -111,7 +111,13 @@ def select_action(
     problem = policy_problem(values, axis, where, temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     log_probs = mixture(problem, epsilon, ties).log_probs
-    actions = sample(key, lax.stop_gradient(log_probs), axis=axis)
+    if is_zero(epsilon):
+        # Not from the log-probabilities, which XLA would form anew in each pass of `sample`.
+        x, temperature = lax.stop_gradient((problem.logits, problem.temperature))
+        temperature = 1.0 if temperature is None else temperature
+        actions = sample(key, x, axis=axis, temperature=temperature, ties=ties)
+    else:
+        actions = sample(key, lax.stop_gradient(log_probs), axis=axis)
     return actions, chosen(log_probs, actions, axis)
 
 

@@ -85,7 +85,7 @@ def _soft_maximum(axes: tuple[int, ...], x: Array, temperature: Array | None) ->
         unlimited = jnp.isinf(temperature)
         peak = jnp.where(unlimited & (extra > 0), jnp.inf, peak)
         extra *= jnp.where(unlimited, 0, temperature)
-    return jnp.where(jnp.isfinite(peak), peak + extra, peak)
+    return peak + extra
 
 
 @_soft_maximum.defjvp
