@@ -61,9 +61,8 @@ def softmax(
     Note:
         Within 4 units in the last place on CPUs, wherever the result is a normal number. O(n)
         time; the result is all that is kept for the derivative. Temporary memory of a large
-        array with slices along its last axis: an eighth of it for the value and the gradient;
-        short slices, or another axis, take one array. Both modes,
-        any order.
+        array with slices along its last axis: an eighth of it; short slices, or another axis,
+        take one array for the value and two for the gradient. Both modes, any order.
 
     Reference:
         Bridle (1990), Training stochastic model recognition algorithms as networks can lead
