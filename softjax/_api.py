@@ -58,14 +58,19 @@ def api(
         known = checks.keys()
         run = _jitted(function, static) if jit else function
         label_place = names.index("labels") if "labels" in known else 0
+        # An option that is given as its default costs nothing, because it is left out: `jit`
+        # would make an array of it, whose value is not known while tracing.
+        numbers = {n: p.default for n, p in parameters.items() if type(p.default) is float}
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             if len(args) > num_by_place or not kwargs.keys() <= known:
                 _refuse_call(function, len(args), num_by_place, kwargs)
             args = tuple([check(x) for check, x in zip(by_place, args, strict=False)])
-            for name, value in kwargs.items():
+            for name, value in tuple(kwargs.items()):
                 kwargs[name] = checks[name](value)
+                if name in numbers and type(value) in (int, float) and value == numbers[name]:
+                    del kwargs[name]
             if "ignore_index" in kwargs:
                 labels = args[label_place] if len(args) > label_place else kwargs.get("labels")
                 _check_ignored(kwargs["ignore_index"], labels)

@@ -72,7 +72,7 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
         gain = with_gradient_of(q.probs - p.probs, _gain(p.probs, q.probs, ratio))
         y_dot = jnp.where(kept, y_dot, 0)
         if temperature is None:
-            return slices.sum(p_dot * ratio + gain * y_dot)
+            return slices.sum_of_tangents(p_dot * ratio + gain * y_dot)
         # With r = log(p/q), b = p r + q - p, and u the scores of p above their mean <p, .>,
         # 2 D + T D' is the sum of 2 b + (q - p) r - u b, whose terms are of third order in the
         # logits, where D and D' are of second order and would cancel. A term where p is 0 is
@@ -88,7 +88,7 @@ def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any
         near &= p.probs != 0
         left = jnp.where(near, p.probs * _third_order(close) - above * terms, far)
         left = slices.sum(jnp.where(varies & (both | kept), left, 0))
-        scaled = slices.sum(p_dot * ratio * temperature + gain * y_dot)
+        scaled = slices.sum_of_tangents(p_dot * ratio * temperature + gain * y_dot)
         return temperature * (scaled + left * temperature_dot)
 
     return (row, shift), (tangent(primals, tangents, row, shift), jnp.zeros_like(shift))

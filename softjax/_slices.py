@@ -6,8 +6,10 @@ entries again. All the mathematics is written in these words.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +28,11 @@ class AlongAxes:
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     def sum(self, x: Array) -> Array:
-        whole = lambda x: jnp.sum(x, self.axes, keepdims=True)
-        if not _cpu.can_cut((x,), self.axes):
-            return whole(x)
-        in_pairs = lambda x: _cpu.sum_in_pairs(x, self.axes)
-        return lax.platform_dependent(x, cpu=in_pairs, default=whole)
+        return _sum(self.axes, x)
+
+    def sum_of_tangents(self, x: Array) -> Array:
+        """A sum whose transpose is one broadcast, where that of `sum` would pad each part."""
+        return jnp.sum(x, self.axes, keepdims=True)
 
     def sum_of(self, term: Term, entries: tuple[Array, ...], *per_slice: Array | None) -> Array:
         """The sum of term(*entries, *per_slice); the terms of a large array are not stored."""
@@ -49,6 +51,20 @@ class AlongAxes:
         return per_slice  # It broadcasts by itself.
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _sum(axes: tuple[int, ...], x: Array) -> Array:
+    whole = lambda x: jnp.sum(x, axes, keepdims=True)
+    if not _cpu.can_cut((x,), axes):
+        return whole(x)
+    in_pairs = lambda x: _cpu.sum_in_pairs(x, axes)
+    return lax.platform_dependent(x, cpu=in_pairs, default=whole)
+
+
+@_sum.defjvp
+def _sum_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array, Array]:
+    return _sum(axes, *primals), AlongAxes(axes).sum_of_tangents(*tangents)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BySegment:
@@ -63,6 +79,8 @@ class BySegment:
         lane_ids = self.ids * lanes + jnp.arange(x.shape[0], dtype=self.ids.dtype) % lanes
         sums = jax.ops.segment_sum(x, lane_ids, self.num * lanes)
         return jnp.sum(sums.reshape(self.num, lanes, *x.shape[1:]), 1)
+
+    sum_of_tangents = sum
 
     def max(self, x: Array) -> Array:
         return jax.ops.segment_max(x, self.ids, self.num)

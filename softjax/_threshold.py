@@ -149,17 +149,17 @@ def _tangents(
     # Subtract the mean twice: the second pass removes the first's rounding error. Uniform
     # weights need one pass.
     pulled = q * scores_dot
-    mean = jnp.zeros_like(per_mass) if family.is_even else slices.sum(pulled)
+    mean = jnp.zeros_like(per_mass) if family.is_even else slices.sum_of_tangents(pulled)
     if sink_prob is not None:
         mean += sink_prob * sink_score_dot
     moved = scores_dot - broadcast(mean)
-    step = slices.sum(slopes * moved) * per_mass
+    step = slices.sum_of_tangents(slopes * moved) * per_mass
     if sink_prob is not None:
         step += sink_prob * (sink_score_dot - mean)
     df, pressed = None, jnp.zeros_like(step)
     if alpha_dot is not None and family.df_dalpha is not None:
         df = family.df_dalpha(probs, alpha) * broadcast(alpha_dot)
-        pressed += slices.sum(df) * per_mass
+        pressed += slices.sum_of_tangents(df) * per_mass
     if k_dot is not None:
         pressed -= k_dot * per_mass
     step += pressed

@@ -91,7 +91,7 @@ def _softmax_entropy_jvp(
         peak = lax.stop_gradient(slices.max(primals[0]))
         probs = lambda *args: solve(SOFTMAX, slices, *args).probs
         scores = centre(primals[0], peak, primals[1])
-        return -slices.sum(jax.jvp(probs, primals, tangents)[1] * scores.near)
+        return -slices.sum_of_tangents(jax.jvp(probs, primals, tangents)[1] * scores.near)
 
     return softmax_entropy(axes, *primals), tangent(primals, tangents)
 
@@ -291,7 +291,8 @@ def _jensen_shannon_jvp(
     p_dot, q_dot = jax.jvp(probs, (x,), (x_dot,))[1], jax.jvp(probs, (y,), (y_dot,))[1]
     log_p, log_q, to_p, to_q = _log_ratios_to_mixture(axes, x, y, weight)
     finite = lambda log: jnp.where(jnp.isinf(log), 0, log)
-    slope = slices.sum(weight * p_dot * finite(log_p) + (1 - weight) * q_dot * finite(log_q))
+    slope = weight * p_dot * finite(log_p) + (1 - weight) * q_dot * finite(log_q)
+    slope = slices.sum_of_tangents(slope)
     return _jensen_shannon(axes, *primals), slope + weight_dot * (to_p - to_q)
 
 

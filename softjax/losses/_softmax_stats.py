@@ -73,7 +73,7 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
     dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents)
     found = statistics(axis, *primals)
     expand = functools.partial(jnp.expand_dims, axis=axis)
-    total_of = lambda x: jnp.squeeze(AlongAxes((axis,)).sum(x), axis)
+    total_of = lambda x: jnp.squeeze(AlongAxes((axis,)).sum_of_tangents(x), axis)
     zero = jnp.zeros_like(found.nll)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)

@@ -98,7 +98,8 @@ def _soft_maximum_jvp(
     x_dot, temperature_dot = tangents
     slices, value = AlongAxes(axes), _soft_maximum(axes, x, temperature)
     solution = solve(SOFTMAX, slices, x, temperature)
-    value_dot = slices.sum(solution.probs * jnp.where(solution.probs != 0, x_dot, 0))
+    value_dot = solution.probs * jnp.where(solution.probs != 0, x_dot, 0)
+    value_dot = slices.sum_of_tangents(value_dot)
     if temperature is not None:
         logs = jnp.where(solution.probs != 0, solution.margins, 0)
         value_dot += slices.sum(solution.probs * -logs) * temperature_dot
