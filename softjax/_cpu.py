@@ -90,8 +90,15 @@ def _cut(x: Array, axis: int) -> list[Array]:
 
 
 def _join(parts: list[Array], axis: int) -> Array:
-    """The sum of the parts of equal length, and the entries of the rest behind it."""
+    """The sum of the parts of equal length, and the entries of the rest behind it.
+
+    Parts of one entry give two entries, so that a reduction comes last: XLA would form a sum
+    that is not one anew for each entry that reads it.
+    """
     num = sum(part.shape == parts[0].shape for part in parts)
+    if parts[0].shape[axis] == 1 and num > 1:
+        half = num // 2
+        return jnp.concatenate([_add_in_pairs(parts[:half]), _add_in_pairs(parts[half:])], axis)
     total = _add_in_pairs(parts[:num])
     return total if num == len(parts) else jnp.concatenate([total, parts[-1]], axis)
 
