@@ -20,6 +20,7 @@ Every public function is an attribute of this package, and masks of attention ar
     gradients      functions that change a gradient and no value
     estimators     relaxed samples, and estimators of gradients
     policies       action values and policies in reinforcement learning
+    calibration    whether probabilities are frequencies, and what to do where they are not
     masks          which query sees which key
     attentions     attention, dense and streamed, of whole sequences and of pages
 
@@ -42,6 +43,16 @@ from softjax.attentions import (
     paged_attention,
     qk_norm,
     scalable_queries,
+)
+from softjax.calibration import (
+    brier_score,
+    conformal_threshold,
+    energy_score,
+    ensemble_log_probs,
+    expected_calibration_error,
+    fit_temperature,
+    prediction_sets,
+    reliability,
 )
 from softjax.contrastive import info_nce, siglip_loss
 from softjax.decoding import repetition_penalty
@@ -122,20 +133,26 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "bellman_target",
+    "brier_score",
     "check_labels",
     "class_balanced_weights",
     "clip_gradient",
     "clipped_surrogate_loss",
+    "conformal_threshold",
     "cross_entropy",
     "distillation_loss",
+    "energy_score",
+    "ensemble_log_probs",
     "entmax",
     "entmax15",
     "entmax_loss",
     "entropy",
     "epsilon_filter",
     "eta_filter",
+    "expected_calibration_error",
     "expected_value",
     "exponential_temperature",
+    "fit_temperature",
     "focal_loss",
     "gumbel",
     "gumbel_given_argmax",
@@ -161,11 +178,13 @@ __all__ = [
     "policy_gradient_loss",
     "policy_log_prob",
     "policy_probs",
+    "prediction_sets",
     "qk_norm",
     "ranking_log_prob",
     "rao_blackwell_gumbel_softmax",
     "reinmax",
     "relaxed_log_density",
+    "reliability",
     "repetition_penalty",
     "reverse_gradient",
     "sample",

@@ -36,7 +36,9 @@ class Normalizer(NamedTuple):
     @property
     def rest(self) -> Array:
         """The sum of all weights but that of one peak."""
-        return jnp.maximum(self.num_peaks - 1, 0) + self.beside
+        # If XLA forms the logits anew for the maximum, it may round them otherwise, and no
+        # entry equals the peak. One entry within a rounding of it is then among the others.
+        return jnp.where(self.total == 0, 0, (self.num_peaks - 1) + self.beside)
 
     @property
     def divisor(self) -> Array:

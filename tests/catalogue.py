@@ -144,6 +144,19 @@ def _labels(rng):
     return rng.integers(0, SIZE, ROWS)
 
 
+def _probs(rng):
+    return rng.dirichlet(np.full(SIZE, 4.0), ROWS)
+
+
+def _with_fitting_labels(rng):
+    """Labels that are likelier than chance, and not all at the peak of their slice."""
+    logits, mask = _logits(rng), np.ones((ROWS, SIZE), bool)
+    order = np.argsort(logits, -1)
+    labels = np.array([order[0, -1], order[1, -2]])
+    mask[0, order[0, 1]] = False
+    return [logits], [labels, mask]
+
+
 def _pairs(rng):
     return rng.standard_normal((4, 3))
 
@@ -381,6 +394,64 @@ CATALOGUE = (
             others=(),
         ),
         wide=True,
+    ),
+    Entry(
+        name="fit_temperature",
+        call=lambda z, y, w: sj.fit_temperature(z, y, where=w),
+        oracle=lambda z, y, w: oracles.fit_temperature(z, y, where=w),
+        make=_with_fitting_labels,
+        wide=True,
+    ),
+    Entry(
+        name="reliability",
+        call=lambda p, y: jnp.stack(sj.reliability(p, y, num_bins=3, bins="mass")),
+        oracle=lambda p, y: oracles.reliability(p, y, 3, "mass"),
+        make=_make(_probs, others=(_labels,)),
+        wide=True,
+    ),
+    *(
+        _both(
+            "expected_calibration_error",
+            lambda m, p, y, bins=bins: m.expected_calibration_error(
+                p, y, num_bins=3, bins=bins
+            ),
+            make=_make(_probs, others=(_labels,)),
+            variant=bins,
+            wide=True,
+        )
+        for bins in ("width", "mass")
+    ),
+    _both(
+        "brier_score",
+        lambda m, p, y: m.brier_score(p, y),
+        make=_make(_probs, others=(_labels,)),
+        wide=True,
+    ),
+    *(
+        _both(
+            "ensemble_log_probs",
+            lambda m, z, w, space=space: m.ensemble_log_probs(z, where=w, space=space),
+            make=_make(lambda rng: rng.standard_normal((2, ROWS, SIZE))),
+            variant=space,
+        )
+        for space in ("probability", "logit")
+    ),
+    *(
+        _both(
+            "conformal_threshold",
+            lambda m, z, c, y, options=options: m.conformal_threshold(
+                z, y, level=0.3, penalty=c, **options
+            ),
+            make=_make(_logits, lambda rng: rng.uniform(0.1, 0.2), others=(_labels,)),
+            variant=options["kind"],
+            wide=True,
+        )
+        for options in ({"kind": "raps", "num_free": 0},)
+    ),
+    _both(
+        "energy_score",
+        lambda m, z, t, w: m.energy_score(z, where=w, temperature=t),
+        make=_make(_logits, _temperature),
     ),
     _both(
         "soft_cap",

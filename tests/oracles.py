@@ -10,6 +10,7 @@ Values come back as `numpy.longdouble`, so that an error of a hundredth of a flo
 is still seen.
 """
 
+import fractions
 import functools
 import math
 
@@ -1379,3 +1380,121 @@ def paged_attention(queries, key_pages, value_pages, page_table, lengths, **opti
         keep = np.tri(len(q), length, length - len(q), dtype=bool)
         outs.append(attention(q, k, v, keep=keep, **options)[0])
     return np.stack(outs)
+
+
+# Calibration.
+
+
+def _examples(scores, labels, axis, ignore_index):
+    """Rows of entries, with the label of each, without those that are ignored."""
+    scores = np.moveaxis(np.asarray(scores), axis, -1)
+    rows = scores.reshape(-1, scores.shape[-1])
+    labels = np.asarray(labels).reshape(-1)
+    kept = labels != (-1 - abs(labels).max(initial=0) if ignore_index is None else ignore_index)
+    return rows[kept], labels[kept]
+
+
+def fit_temperature(logits, labels, *, axis=-1, where=None, ignore_index=None):
+    """The root of sum(z_y - <p, z>) in 1 / T, by bisection; for a root that there is."""
+    logits = np.asarray(logits).astype(np.float64)
+    if where is not None:
+        logits = np.where(np.broadcast_to(np.asarray(where), logits.shape), logits, -INF)
+    rows, labels = _examples(logits, labels, axis, ignore_index)
+    rows = [[mp.mpf(float(z)) if z != -INF else None for z in row] for row in rows]
+
+    def excess(inverse):
+        total = mp.mpf(0)
+        for row, label in zip(rows, labels, strict=True):
+            peak = max(z for z in row if z is not None)
+            weights = [0 if z is None else mp.exp(inverse * (z - peak)) for z in row]
+            mean = mp.fsum(w * z for w, z in zip(weights, row, strict=True) if w)
+            total += row[label] - mean / mp.fsum(weights)
+        return total
+
+    low, high = mp.mpf(2) ** -60, mp.mpf(2) ** 60
+    assert excess(low) > 0 > excess(high), "no temperature between the limits is best"
+    for _ in range(200):
+        middle = mp.sqrt(low * high)
+        low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+    return to_longdouble(1 / low)
+
+
+def reliability(probs, labels, num_bins, bins="width", *, axis=-1, ignore_index=None):
+    """Sums over the bins, divided by their counts: `[3, num_bins]`."""
+    rows, labels = _examples(np.asarray(probs).astype(np.float64), labels, axis, ignore_index)
+    found = sorted(
+        (float(max(row)), int(np.argmax(row) == label))
+        for row, label in zip(rows, labels, strict=True)
+    )
+    if bins == "mass":
+        groups = [list(g) for g in np.array_split(np.arange(len(found)), num_bins)]
+    else:
+        place = [max(0, math.ceil(num_bins * confidence) - 1) for confidence, _ in found]
+        groups = [[i for i, b in enumerate(place) if b == bin_] for bin_ in range(num_bins)]
+    columns = []
+    for group in groups:
+        count = len(group)
+        sums = [math.fsum(found[i][j] for i in group) for j in range(2)]
+        columns.append([np.longdouble(s) / max(count, 1) for s in sums] + [count])
+    return np.array(columns, np.longdouble).T
+
+
+def expected_calibration_error(probs, labels, *, num_bins=15, bins="width", **options):
+    confidence, accuracy, count = reliability(probs, labels, num_bins, bins, **options)
+    return (count * abs(accuracy - confidence)).sum() / max(count.sum(), 1)
+
+
+def brier_score(probs, labels, *, axis=-1):
+    p = np.moveaxis(np.asarray(probs).astype(np.longdouble), axis, -1)
+    targets = np.arange(p.shape[-1]) == np.asarray(labels)[..., None]
+    return ((p - targets) ** 2).sum(-1)
+
+
+def ensemble_log_probs(logits, *, member_axis=0, where=None, space="probability"):
+    """Member by member, in 60 digits; the classes lie along the last axis."""
+    logits = np.asarray(logits).astype(np.float64)
+    if where is not None:
+        logits = np.where(np.broadcast_to(np.asarray(where), logits.shape), logits, -INF)
+    members = np.moveaxis(logits, member_axis, 0)
+    if space == "logit":
+        dropped = (members == -INF).any(0)
+        means = np.where(dropped, 0, members).astype(np.longdouble).sum(0) / len(members)
+        means = np.where(dropped, -INF, means.astype(np.float64))
+        return log_softmax(means)
+    out = np.empty(members.shape[1:], np.longdouble)
+    for index in np.ndindex(out.shape[:-1]):
+        rows = [list(map(float, m[index])) for m in members]
+        rows = [row for row in rows if max(row) != -INF]
+        logs = [_log_softmax_row([mp.mpf(v) for v in row], 1.0, -INF) for row in rows]
+        for i in range(out.shape[-1]):
+            total = mp.fsum(mp.exp(row[i]) for row in logs if row[i] != -INF)
+            out[index][i] = to_longdouble(mp.log(total / len(rows))) if total else -INF
+    return out
+
+
+def conformity(logits, kind, penalty=0.0, num_free=0):
+    """The score of every class, along the last axis."""
+    logs = log_softmax(np.asarray(logits).astype(np.float64))
+    if kind == "threshold":
+        return -logs
+    out = np.empty_like(logs)
+    for index in np.ndindex(logs.shape[:-1]):
+        total = np.longdouble(0)
+        for place, i in enumerate(np.argsort(-logs[index], kind="stable"), start=1):
+            total += np.exp(logs[index][i])
+            extra = float(penalty) * max(0, place - num_free) if kind == "raps" else 0
+            out[index][i] = total + extra
+    return out
+
+
+def conformal_threshold(logits, labels, *, level, kind, penalty=0.0, num_free=0):
+    """The label's scores in order, and the one whose place is wanted."""
+    scores = conformity(logits, kind, penalty, num_free)
+    labels = np.asarray(labels)
+    own = sorted(scores[index][labels[index]] for index in np.ndindex(labels.shape))
+    place = math.ceil(fractions.Fraction(str(level)) * (len(own) + 1))
+    return own[place - 1] if place <= len(own) else np.longdouble(INF)
+
+
+def energy_score(logits, *, where=None, temperature=1.0):
+    return -soft_value(logits, where=where, temperature=temperature)

@@ -233,7 +233,7 @@ def test_a_gradient_stores_what_it_remembers(name):
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.optimized
 def test_passes_share_nothing_that_is_written_out():
-    """Each forms its terms anew: a divergence stores four sums of an eighth, a gradient one array."""
+    """Each forms its terms anew: four sums store an eighth each, a gradient one array."""
     z = jnp.zeros((4096, 1024), jnp.float32)
     loss = lambda p, q: jnp.sum(sj.kl_divergence(p, q))
     for fn, arrays in ((sj.kl_divergence, 0.6), (jax.grad(loss, (0, 1)), 1.25)):

@@ -15,7 +15,7 @@ LABELS = jnp.array([0, 1])
 PUBLIC = sorted(sj.__all__)
 
 # They take no float array, or give no float.
-NO_FLOATS = {"alibi_slopes", "check_labels", "gumbel", "sample"}
+NO_FLOATS = {"alibi_slopes", "check_labels", "gumbel", "prediction_sets", "sample"}
 
 # Values of options; all others are 0.5.
 CLASSES = np.array([0.5, 1.0, 0.75])
@@ -33,7 +33,7 @@ VALUES = {
     ("sampled_cross_entropy", "bias"): CLASSES,
     ("score_function", "baseline"): np.array([[0.5], [0.1]]),
 }
-NOT_FLOATS = {"where", "example_where", "mask", "labels", "positions", "normalizer"}
+NOT_FLOATS = {"where", "example_where", "mask", "labels", "positions", "normalizer", "groups"}
 OTHERS = {"ignore_index": -1, "num_samples": 2, "num_segments": 2, "dropout_key": KEY}
 
 
@@ -49,6 +49,9 @@ def arguments(dtype):
         "bellman_target": (z, z, z),
         "class_balanced_weights": (z[0] + 2,),
         "clipped_surrogate_loss": (z, LABELS),
+        **dict.fromkeys(("brier_score", "expected_calibration_error"), (jnp.abs(z), LABELS)),
+        **dict.fromkeys(("fit_temperature", "conformal_threshold"), (z, LABELS)),
+        "reliability": (jnp.abs(z), LABELS),
         "cross_entropy": (z, LABELS),
         "distillation_loss": (z, z),
         "entmax_loss": (z, LABELS),
@@ -111,6 +114,8 @@ def dtypes(name, args, **given):
     fn = getattr(sj, name)
     names = inspect.signature(fn).parameters
     others = {key: value for key, value in OTHERS.items() if key in names}
+    if name == "conformal_threshold":
+        others["kind"] = "raps"  # The others refuse a penalty.
     out = jax.eval_shape(lambda: fn(*args, **others, **given))
     return [x.dtype for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
 

@@ -57,6 +57,7 @@ APART = {
     ),
     "alibi_slopes": "of no array: test_attention_shaping",
     "check_labels": "an error, and no value of its own: test_losses",
+    "prediction_sets": "of bools: test_calibration",
     "gumbel": "random, of no array: test_sampling",
     "sample": "random integers: test_sampling",
     "weighted_subset": "its derivative is an estimator's: test_subsets",

@@ -294,3 +294,23 @@ def test_derivatives_of_weights_where_nothing_is_kept():
     with jax.debug_nans(True):
         for grad in jax.grad(fn, argnums=(0, 1))(jnp.array([1.0, 2.0]), jnp.array([1.0, 0.0])):
             assert_close(grad, [0.0, 0.0], rtol=0)
+
+
+def test_logits_that_are_rounded_anew_for_the_maximum():
+    """As a compiler may do that forms them in two loops: then no entry equals the peak."""
+    z = jnp.array(
+        [
+            [
+                [0.345703125, -jnp.inf, 0.330078125, -1.3046875, 0.90625],
+                [0.447265625, -0.53515625, 0.58203125, 0.365234375, 0.294921875],
+            ],
+            [
+                [0.0284423828125, -jnp.inf, -0.73828125, -0.1630859375, -0.482421875],
+                [0.59765625, 0.039794921875, -0.29296875, -0.78125, -0.2578125],
+            ],
+        ],
+        jnp.float32,
+    )
+    total = jax.jit(lambda z: sj.logsumexp(sj.log_softmax(z), axis=0))
+    wanted = oracles.logsumexp(oracles.log_softmax(z), axis=0)
+    assert_close(total(z), wanted, rtol=1e-5, atol=1e-6)

@@ -113,9 +113,9 @@ def select_action(
     log_probs = mixture(problem, epsilon, ties).log_probs
     if is_zero(epsilon):
         # Not from the log-probabilities, which XLA would form anew in each pass of `sample`.
-        x, temperature = lax.stop_gradient((problem.logits, problem.temperature))
-        temperature = 1.0 if temperature is None else temperature
-        actions = sample(key, x, axis=axis, temperature=temperature, ties=ties)
+        given: ArrayLike = 1.0 if problem.temperature is None else problem.temperature
+        x, given = lax.stop_gradient((problem.logits, given))
+        actions = sample(key, x, axis=axis, temperature=given, ties=ties)
     else:
         actions = sample(key, lax.stop_gradient(log_probs), axis=axis)
     return actions, chosen(log_probs, actions, axis)
