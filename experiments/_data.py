@@ -9,7 +9,6 @@ file is an error.
 
 import gzip
 import struct
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -67,7 +66,11 @@ class _Source(NamedTuple):
 
 
 def load(data_dir: Path | None = None) -> Dataset:
-    """The first data set that is complete in the folder; the digits when there is none."""
+    """The first data set that is complete in the folder; the digits where none is named.
+
+    Raises:
+        ValueError: the folder holds no complete data set; the message says what was wanted.
+    """
     if data_dir is None:
         return digits()
     for source in _SOURCES:
@@ -75,8 +78,7 @@ def load(data_dir: Path | None = None) -> Dataset:
         if all(path is not None for path in paths):
             return source.read(*paths)
     wanted = "; ".join(f"{source.name}: {', '.join(source.files)}" for source in _SOURCES)
-    print(f"Using scikit-learn's digits: {data_dir} lacks {wanted}.", file=sys.stderr)
-    return digits()
+    raise ValueError(f"{data_dir}: no complete data set, which is one of: {wanted}.")
 
 
 def digits() -> Dataset:
@@ -87,14 +89,17 @@ def digits() -> Dataset:
 
 
 def load_text(data_dir: Path | None = None) -> Text:
-    """The first file *.txt in the folder; Python's reference when there is none."""
+    """The first file *.txt in the folder; Python's reference where none is named.
+
+    Raises:
+        ValueError: the folder holds no such file.
+    """
     if data_dir is None:
         return reference()
     path = _find(data_dir, "*.txt")
-    if path is not None:
-        return Text(path.name, read_text(path))
-    print(f"Using {REFERENCE}: {data_dir} lacks a file *.txt.", file=sys.stderr)
-    return reference()
+    if path is None:
+        raise ValueError(f"{data_dir}: no file *.txt.")
+    return Text(path.name, read_text(path))
 
 
 def reference() -> Text:

@@ -124,7 +124,7 @@ from softjax.sparse import entmax, entmax15, sparsemax
 from softjax.subsets import ranking_log_prob, sample_without_replacement, weighted_subset
 from softjax.top_k import soft_top_k
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "actor_critic_value",

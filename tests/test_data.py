@@ -245,13 +245,13 @@ def test_digits(capsys):
 
 
 @pytest.mark.parametrize("left_over", [None, MNIST[0], "data_batch_1.bin"])
-def test_fallback_says_what_was_looked_for(tmp_path, capsys, left_over):
+def test_a_folder_without_a_data_set_is_refused(tmp_path, left_over):
     if left_over is not None:
         (tmp_path / left_over).write_bytes(b"one file does not make a data set")
-    assert _data.load(tmp_path).name == "digits"
-    (line,) = capsys.readouterr().err.splitlines()
-    for part in ("digits", str(tmp_path), *MNIST, *MNIST_TEST, *CIFAR10, "train.bin", "*.npz"):
-        assert part in line
+    with pytest.raises(ValueError, match="no complete data set") as caught:
+        _data.load(tmp_path)
+    for part in (str(tmp_path), *MNIST, *MNIST_TEST, *CIFAR10, "train.bin", "*.npz"):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -292,14 +292,13 @@ def test_reference(capsys):
 
 
 @pytest.mark.parametrize("folder", [".", "nowhere"])
-def test_fallback_to_the_reference(tmp_path, capsys, folder):
+def test_a_folder_without_a_text_is_refused(tmp_path, folder):
     (tmp_path / "text.md").write_bytes(b"of another kind")
-    assert _data.load_text(tmp_path / folder).name == _data.REFERENCE
-    (line,) = capsys.readouterr().err.splitlines()
-    for part in (_data.REFERENCE, str(tmp_path / folder), "*.txt"):
-        assert part in line
+    with pytest.raises(ValueError, match=r"no file \*\.txt") as caught:
+        _data.load_text(tmp_path / folder)
+    assert str(tmp_path / folder) in str(caught.value)
 
 
-def test_fallback_when_there_is_no_folder(tmp_path, capsys):
-    assert _data.load(tmp_path / "nowhere").name == "digits"
-    assert "nowhere" in capsys.readouterr().err
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no complete data set"):
+        _data.load(tmp_path / "nowhere")

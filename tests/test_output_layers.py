@@ -1,5 +1,6 @@
 """The fused output layer against the plain definition over logits that are formed."""
 
+import functools
 import itertools
 
 import chex
@@ -73,6 +74,21 @@ def close(actual, desired, rtol=1e-12, atol=1e-12):
 
 
 SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("reduction", [None, "mean", "sum"])
+def test_the_z_loss_apart(reduction):
+    call = functools.partial(sj.linear_cross_entropy, *draw(), reduction=reduction)
+    given = {"z_loss": 0.1, "label_smoothing": 0.2, "ignore_index": int(draw()[2][0])}
+    loss, z_loss = call(return_z_loss=True, **given)
+    close(loss, call(**given))
+    close(loss - z_loss, call(**given | {"z_loss": 0.0}))
+    assert not np.any(call(return_z_loss=True)[1])
+
+
+def test_the_z_loss_apart_needs_the_gradient_of_two_numbers():
+    with pytest.raises(ValueError, match="`return_z_loss`"):
+        sj.linear_cross_entropy(*draw(), return_z_loss=True, forward_gradient=True)
 
 
 @pytest.mark.slow

@@ -17,12 +17,12 @@ from softjax.output_layers._layer import Head, Tokens, common_dtype, leaves_of, 
 from softjax.output_layers._stream import ENTRIES, Plan, statistics
 
 
-def token_losses(plan: Plan, tokens: Tokens, head: Head, rows: Classes) -> Array:
-    """The loss of each token, `[N]`, without its share."""
+def token_losses(plan: Plan, tokens: Tokens, head: Head, rows: Classes) -> tuple[Array, Array]:
+    """The loss of each token, `[N]`, without its share, and the z-loss in it."""
     smoothing, weights = tokens.label_smoothing, head.class_weights
     plan = plan._replace(uniform=smoothing is not None)
     found = statistics(plan, tokens, head, rows.labels)
-    terms = cross_entropy_terms(
+    loss, *z_terms = cross_entropy_terms(
         found.nll,
         found.logsumexp,
         found.uniform_nll,
@@ -30,7 +30,9 @@ def token_losses(plan: Plan, tokens: Tokens, head: Head, rows: Classes) -> Array
         smoothing=smoothing,
         z_loss=tokens.z_loss,
     )
-    return rows.finish(constant_where_infinite(functools.reduce(jnp.add, terms)))
+    total = functools.reduce(jnp.add, z_terms, loss)
+    z_term = z_terms[0] if z_terms else jnp.zeros_like(loss)
+    return rows.finish(constant_where_infinite(total)), rows.finish(z_term)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -88,7 +90,7 @@ def _over_tokens(
 
         def total_of(moved: dict[int, Array]) -> Array:
             tokens, head = replaced(at, moved)
-            loss = token_losses(Plan(num_classes, dense=True), tokens, head, rows)
+            loss, _ = token_losses(Plan(num_classes, dense=True), tokens, head, rows)
             return sum_of_counted(loss, tokens.shares)
 
         parts = leaves_of(at)

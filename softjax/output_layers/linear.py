@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,54 @@ class Statistics(NamedTuple):
     log_prob: Array | None
 
 
+@overload
+def linear_cross_entropy(
+    features: ArrayLike,
+    weights: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    ignore_index: int | None = None,
+    class_weights: ArrayLike | None = None,
+    example_weights: ArrayLike | None = None,
+    reduction: str | None = "mean",
+    block_size: int | None = None,
+    forward_gradient: bool = False,
+    return_z_loss: Literal[False] = False,
+) -> Array: ...
+
+
+@overload
+def linear_cross_entropy(
+    features: ArrayLike,
+    weights: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    ignore_index: int | None = None,
+    class_weights: ArrayLike | None = None,
+    example_weights: ArrayLike | None = None,
+    reduction: str | None = "mean",
+    block_size: int | None = None,
+    forward_gradient: bool = False,
+    return_z_loss: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
 @api(
     "ignore_index",
     "reduction",
     "block_size",
     "forward_gradient",
+    "return_z_loss",
     temperature=POSITIVE,
     soft_cap=POSITIVE,
     z_loss=NONNEGATIVE,
@@ -57,7 +100,8 @@ def linear_cross_entropy(
     reduction: str | None = "mean",
     block_size: int | None = None,
     forward_gradient: bool = False,
-) -> Array:
+    return_z_loss: bool = False,
+) -> Array | tuple[Array, Array]:
     r"""Measures `cross_entropy` of a linear layer whose logits are never stored.
 
     .. math:: z = x W^\top + b, \qquad s = c \tanh(z / c) / T, \qquad
@@ -90,14 +134,17 @@ def linear_cross_entropy(
             the same logits: three matrix products in place of four. It gives up forward mode
             (JAX raises a TypeError; gradients can be differentiated in both modes) and
             `reduction=None`; `block_size` is then that of the tokens taken at once.
+        return_z_loss: whether to return the part of the z-loss too, for a log.
 
     Returns:
-        One number, or one loss per token with `reduction=None`; float32 or wider.
+        One number, or one loss per token with `reduction=None`; float32 or wider. With
+        `return_z_loss`, the pair (loss, z-loss), both reduced alike, of which the first
+        contains the second.
 
     Raises:
         TypeError: an argument is not real, `labels` not integer, or `bias` bool.
         ValueError: shapes do not fit, `reduction` or `block_size` is none of the above, or
-            `forward_gradient` meets `reduction=None`.
+            `forward_gradient` meets `reduction=None` or `return_z_loss`.
 
     Example:
         >>> print(linear_cross_entropy(jnp.ones((2, 3)), jnp.zeros((4, 3)), jnp.array([0, 1])))
@@ -124,6 +171,11 @@ def linear_cross_entropy(
         raise ValueError(
             '`reduction` must be "mean" or "sum" with `forward_gradient`, which knows the'
             " gradient of one number alone, got None."
+        )
+    if check_flag(return_z_loss, name="return_z_loss") and forward_gradient:
+        raise ValueError(
+            "`return_z_loss` must be False with `forward_gradient`, which knows the gradient of"
+            " one number alone."
         )
     layer = prepare_layer(features, weights, bias, temperature, soft_cap)
     head, rows = layer.head, token_labels(layer, labels, ignore_index)
@@ -153,8 +205,11 @@ def linear_cross_entropy(
         total = total_with_gradient(block_size, (tokens, head), rows)
         return over_mass(total, masses) if reduction == "mean" else total
 
-    loss = token_losses(plan, tokens, head, rows).reshape(layer.shape)
-    return reduce(loss, shares, masses, reduction)
+    loss, z_term = (
+        reduce(x.reshape(layer.shape), shares, masses, reduction)
+        for x in token_losses(plan, tokens, head, rows)
+    )
+    return (loss, z_term) if return_z_loss else loss
 
 
 @api("block_size", temperature=POSITIVE, soft_cap=POSITIVE)
