@@ -1,5 +1,13 @@
 """Masks of attention: which query may see which key.
 
+    Causal(offset=0)          keys up to the query's own position
+    Window(left, right=0)     keys around the query's position
+    Prefix(length)            keys below a length
+    Lengths(lengths)          queries and keys below the length of their sequence
+    Segments(ids)             keys of the query's own document
+    Dense(keep)               a bool array
+    Function(keep)            a function of the positions
+
 A mask is an object, not an array. It answers for one tile of scores at a time, and says from
 the bounds of a tile alone whether the tile is empty, partial or full, so that empty tiles can
 be skipped and full ones need no masking, although nothing of the size queries x keys is ever
