@@ -178,7 +178,9 @@ def launch(experiment: Experiment[ConfigT], args: Sequence[str] | None = None) -
     _save_json(folder / "environment.json", {**_environment(command), "seconds": seconds})
     _save_lines(folder / "metrics.jsonl", [*_steps(arrays), *(m.record() for m in measures)])
     np.savez_compressed(folder / "arrays.npz", allow_pickle=False, **arrays)
-    for name, figure in experiment.draw(arrays).items():
+    figures = experiment.draw(arrays)
+    _save_json(folder / "pictures.json", {name: _in_words(f) for name, f in figures.items()})
+    for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png")
 
     console = Console(width=None if sys.stdout.isatty() else 100)
@@ -250,6 +252,17 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def _in_words(figure: Figure) -> str:
+    """What the panels of a figure show, for readers who cannot see it."""
+    panels = []
+    for axes in figure.axes:
+        _, labels = axes.get_legend_handles_labels()
+        shown = " over ".join(filter(None, (axes.get_ylabel(), axes.get_xlabel())))
+        arms = ", ".join(label for label in labels if not label.startswith("_"))
+        panels.append(": ".join(filter(None, (axes.get_title(), shown, arms))))
+    return "; ".join(filter(None, panels)).replace("\n", " ")
 
 
 def _save_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -192,8 +192,10 @@ def per_score(x: Array, grid: Grid, name: str) -> Array:
     if len(full) != len(shape) or any(
         n not in (1, m) for n, m in zip(full, shape, strict=True)
     ):
+        per_key = x.ndim > 1 and x.shape == (*grid.batch, grid.keys.size)
+        hint = f" (One entry per key is `{name}[..., None, None, :]`.)" if per_key else ""
         raise ValueError(
-            f"`{name}` of shape {x.shape} does not broadcast to [..., N, T, S], {shape}."
+            f"`{name}` of shape {x.shape} does not broadcast to [..., N, T, S], {shape}.{hint}"
         )
     if x.ndim == 3 and x.shape[0] == grid.heads > 1 and grid.heads in grid.batch:
         raise ValueError(

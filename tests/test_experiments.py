@@ -1,6 +1,7 @@
 """The experiments: every script runs, writes what it promises, and judges itself."""
 
 import dataclasses
+import html.parser
 import importlib
 import io
 import json
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import __main__ as command_line
-from experiments import _plots, _run, blobs, classification, language_model, toy
+from experiments import _gallery, _plots, _run, blobs, classification, language_model, toy
 from experiments._networks import Layer, cnn, mlp
 
 NAMES = tuple(command_line.questions())
@@ -496,3 +497,69 @@ def test_legend_names_each_arm_once():
         )
         == 2
     )
+
+
+# All experiments, and the report.
+
+
+class Page(html.parser.HTMLParser):
+    """The tags of a page with their attributes, and whether all of them are closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, tag, name):
+        return [attributes.get(name) for found, attributes in self.tags if found == tag]
+
+
+def test_all_and_report(tmp_path, capsys):
+    """In processes of their own; the page needs nothing that it does not hold."""
+    flags = ["--quick", "--check", "--out", str(tmp_path)]
+    assert _gallery.main(["toy"], flags) == 0
+    assert command_line.main(["report", "--out", str(tmp_path)]) == 0
+    assert "1 of" in capsys.readouterr().out.splitlines()[-1]
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert not page.open
+    assert page.all("a", "href") == ["#toy"]
+    assert page.all("section", "id") == ["toy"]
+    pictures = page.all("img", "src")
+    assert len(pictures) == len(list(tmp_path.glob("*/*/*.png")))
+    assert all(source.startswith("data:image/png;base64,") for source in pictures)
+    assert all(page.all("img", "alt"))
+    assert "http" not in text
+    assert command_line.questions()["toy"] in text
+    assert "targets were reached" in text
+
+    # A target that is missed is named.
+    (path,) = tmp_path.glob("toy/*/metrics.jsonl")
+    records = read_lines(path)
+    judged = [record for record in records if record.get("passed") is not None]
+    judged[0]["passed"] = False
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    assert command_line.main(["report", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"1 of {len(judged)} targets were missed: {judged[0]['measure']}" in text
+    assert "<strong>NO</strong>" in text
+
+
+def test_report_of_no_run(tmp_path, capsys):
+    assert command_line.main(["report", "--out", str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_all_fails_with_one_that_fails(tmp_path, capsys):
+    assert _gallery.main(["no_such_script"], ["--quick", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed
+    assert "There is no experiment 'no_such_script'" in printed
