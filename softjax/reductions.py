@@ -93,7 +93,7 @@ def logsumexp(
 
     Note:
         O(n) time; temporary memory of a large array: a quarter of it along the last axis,
-        else one array. The error is at most 2.25 units in the last place of the larger of the
+        else one array. The error is at most 2.5 units in the last place of the larger of the
         peak and the logarithm of the sum. The derivative is `softmax`; it is 0 for a slice that
         keeps nothing. Both modes, any order.
 
