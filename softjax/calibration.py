@@ -7,6 +7,7 @@ class.
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, POSITIVE, api
+from softjax._elementary import log1p
 from softjax._inputs import (
     Axis,
     broadcast,
@@ -27,6 +29,7 @@ from softjax._inputs import (
     to_float,
     to_integers,
 )
+from softjax._mesh import vary
 from softjax._rootfinding import bracketed_newton
 from softjax._slices import AlongAxes, BySegment
 from softjax._softmax import SOFTMAX
@@ -82,8 +85,9 @@ def fit_temperature(
     Returns:
         One number, or `[num_groups]` with `groups`, float32 or wider. 0 where every label is at
         a peak of its slice, inf where the labels are no more likely than by chance, 1 where no
-        temperature is better than another. A dropped label, whose likelihood is always 0, does
-        not count. NaN where a label that counts is unknown or beside a kept NaN.
+        temperature is better than another. A row with a dropped label or a kept +inf does not
+        count, because its likelihood is the same at all temperatures. NaN where a label that
+        counts is unknown or beside a kept NaN.
 
     Raises:
         TypeError: `logits` is not real, `labels` or `groups` not integer, `where` not bool, or
@@ -134,8 +138,14 @@ def _fit(slices: BySegment, x: Array, labels: Array, known: Array) -> Array:
     # Gaps of at most 0 below the peak; 0 in place of what is dropped, or in a row that does not
     # count, so that no product is NaN.
     dropped = (x == -jnp.inf) | ~counts[:, None]
-    gaps = jnp.where(dropped, 0, x - jnp.where(jnp.isfinite(peak), peak, 0))
-    gap = jnp.where(counts, at_label - jnp.where(jnp.isfinite(peak), peak, 0)[:, 0], 0)
+    anchor = jnp.where(jnp.isfinite(peak), peak, 0) / 2  # Half of a number does not overflow.
+    gaps = jnp.where(dropped, 0, x / 2 - anchor)
+    gap = jnp.where(counts, at_label / 2 - anchor[:, 0], 0)
+    # The largest gap of each group is the unit, so that no square of one overflows.
+    unit = slices.max(-jnp.min(lax.stop_gradient(gaps), -1, initial=0))
+    unit = jnp.where(unit > 0, unit, 1)
+    of_rows = slices.broadcast(unit)
+    gaps, gap = gaps / of_rows[:, None], gap / of_rows
     rows = AlongAxes((1,))
 
     def step(inverse: Array) -> tuple[Array, Array]:
@@ -165,14 +175,14 @@ def _fit(slices: BySegment, x: Array, labels: Array, known: Array) -> Array:
         short = lambda high: of_unsettled(high)[0] > 0
         grow = lambda state: (jnp.where(short(state[0]), 4 * state[0], state[0]), state[1] + 1)
         growing = lambda state: jnp.any(short(state[0])) & (state[1] < 60)
-        high, _ = lax.while_loop(growing, grow, (start, 0))
+        high, _ = lax.while_loop(growing, grow, vary((start, jnp.array(0)), x))
         return bracketed_newton(of_unsettled, zero, high, start)
 
     along = lambda linear, y: y / linear(jnp.ones_like(y))
     inverse = lax.custom_root(
         lambda inverse: of_unsettled(inverse)[0], jnp.ones_like(zero), search, along
     )
-    temperature = 1 / inverse
+    temperature = 2 * unit / inverse
     temperature = jnp.where(is_chance, jnp.inf, temperature)
     temperature = jnp.where(is_certain, 0, temperature)
     temperature = jnp.where(is_flat, 1, temperature)
@@ -429,8 +439,8 @@ def ensemble_log_probs(
         [0.70000005 0.3       ]
 
     Note:
-        O(n). The mixture is a log-sum-exp of log-probabilities, so that a class that is
-        unlikely for all members keeps its digits. Both modes, any order.
+        O(n). The mixture is formed from log-probabilities, so that a class that is unlikely for
+        all members, or nearly certain for all, keeps its digits. Both modes, any order.
 
     Reference:
         Lakshminarayanan et al. (2017), Simple and scalable predictive uncertainty estimation
@@ -446,14 +456,19 @@ def ensemble_log_probs(
         raise ValueError(f"`axis` and `member_axis` must differ, got {axis} for both.")
     if space == "logit":
         kept = jnp.all(x != -jnp.inf, members, keepdims=True)
-        mean = jnp.mean(jnp.where(kept, x, 0), members, keepdims=True)
+        # The logits are divided before they are added, so that no sum overflows.
+        mean = jnp.sum(jnp.where(kept, x, 0) / x.shape[members], members, keepdims=True)
         mixed = log_softmax(jnp.where(kept, mean, -jnp.inf), axis=axis)
         return jnp.squeeze(mixed, members).astype(problem.dtype)
     log_probs = log_softmax(x, axis=axis)
     present = jnp.any(x != -jnp.inf, axis, keepdims=True)
-    num = jnp.maximum(jnp.sum(present, members, dtype=jnp.int32), 1)
-    total = logsumexp(log_probs, axis=members)
-    return (total - jnp.log(num.astype(x.dtype))).astype(problem.dtype)
+    num = jnp.maximum(jnp.sum(present, members, dtype=jnp.int32), 1).astype(x.dtype)
+    # Where the mean is close to 1, what it lacks of 1 keeps the digits.
+    lacks = jnp.sum(jnp.where(present, jnp.expm1(log_probs), 0), members) / num
+    is_likely = lacks > -0.5
+    likely = log1p(jnp.where(is_likely, lacks, 0))
+    mixed = jnp.where(is_likely, likely, logsumexp(log_probs, axis=members) - jnp.log(num))
+    return mixed.astype(problem.dtype)
 
 
 @api("axis", "level", "kind", "ignore_index", "num_free", penalty=NONNEGATIVE)
@@ -478,7 +493,8 @@ def conformal_threshold(
         logits: scores z of N examples that the model was not trained on, `[*shape]`, real or
             -inf (dropped); differentiable.
         labels: classes y, int, of the shape of `logits` without `axis`.
-        level: the wanted share of sets that hold their label, a Python number in (0, 1).
+        level: the wanted share of sets that hold their label, a Python number in (0, 1), taken
+            as a fraction whose denominator is at most 46340.
         kind: the score s of a class. "threshold": -log p. "aps": the sum of its probability and
             of all larger ones. "raps": the same, with `penalty` for each class beyond
             `num_free`.
@@ -486,7 +502,7 @@ def conformal_threshold(
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
         ignore_index: a label whose rows do not count, whatever they hold.
         penalty: for "raps", what is added per place of a class in the order of probabilities,
-            one number, at least 0.
+            one number, at least 0 (NaN otherwise).
         num_free: for "raps", how many places are free of it.
 
     Returns:
@@ -530,9 +546,13 @@ def conformal_threshold(
     broken = jnp.any(counts & jnp.isnan(scores))
     ordered = jnp.sort(jnp.where(counts, scores, jnp.inf), axis=None)
     size = jnp.sum(counts, dtype=jnp.int32)
-    # Rounding must not turn a whole number into the next one.
-    exact = (size + 1).astype(scores.dtype) * level
-    place = jnp.ceil(exact * (1 - 4 * jnp.finfo(scores.dtype).eps)).astype(jnp.int32)
+    # In integers, because a rounded product may be just above a whole number. The denominator
+    # is so small that no product leaves int32.
+    share = Fraction(repr(float(level))).limit_denominator(46340)
+    whole, part = jnp.divmod(size + 1, share.denominator)
+    place = whole * share.numerator
+    place += (part * share.numerator + (share.denominator - 1)) // share.denominator
+    place = jnp.maximum(place, 1)
     ordered = jnp.concatenate([ordered, jnp.full(1, jnp.inf, scores.dtype)])
     found = jnp.where(place <= size, ordered[jnp.clip(place - 1, 0, scores.size)], jnp.inf)
     return jnp.where(broken, jnp.nan, found)
@@ -564,8 +584,9 @@ def prediction_sets(
         num_free: as in `conformal_threshold`.
 
     Returns:
-        Bools `[*shape]`: whether a class belongs to the set of its slice, which may be empty. A
-        dropped class never does; no class does in a slice with a kept NaN, or where the
+        Bools `[*shape]`: whether a class belongs to the set of its slice. The set is empty where
+        even the likeliest class has a score above the threshold, which under "aps" are the most
+        confident slices. A dropped class never does; no class does in a slice with a kept NaN, or where the
         threshold is NaN.
 
     Raises:
@@ -603,13 +624,14 @@ def _scores(x: Array, axis: int, kind: str, penalty: ArrayLike, num_free: int) -
         return -log_probs
     order = jnp.argsort(-log_probs, axis, stable=True)
     descending = jnp.exp(jnp.take_along_axis(log_probs, order, axis))
-    sums = jnp.cumsum(descending, axis)
+    sums = jnp.minimum(jnp.cumsum(descending, axis), 1)
     if kind == "raps":
-        place = lax.broadcasted_iota(x.dtype, x.shape, axis) + 1
         factor = one_number(penalty, name="penalty").astype(x.dtype)
-        sums += factor * jnp.maximum(place - num_free, 0)
+        factor = jnp.where(factor >= 0, factor, jnp.nan)
+        beyond = lax.broadcasted_iota(x.dtype, x.shape, axis) + 1 - float(num_free)
+        sums += jnp.where(beyond > 0, factor * beyond, 0)
     places = jnp.argsort(order, axis)
-    return jnp.take_along_axis(sums, places, axis)
+    return jnp.where(x == -jnp.inf, jnp.inf, jnp.take_along_axis(sums, places, axis))
 
 
 @api("axis", temperature=POSITIVE)

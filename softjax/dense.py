@@ -59,7 +59,7 @@ def softmax(
         [0.5 0.5 0. ]
 
     Note:
-        Within 4 units in the last place on CPUs, wherever the result is a normal number. O(n)
+        Within 4.2 units in the last place on CPUs, wherever the result is a normal number. O(n)
         time; the result is all that is kept for the derivative. Temporary memory of a large
         array with slices along its last axis: an eighth of it; short slices, or another axis,
         take one array for the value and two for the gradient. Both modes, any order.

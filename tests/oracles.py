@@ -1411,7 +1411,7 @@ def fit_temperature(logits, labels, *, axis=-1, where=None, ignore_index=None):
             total += row[label] - mean / mp.fsum(weights)
         return total
 
-    low, high = mp.mpf(2) ** -60, mp.mpf(2) ** 60
+    low, high = mp.mpf(2) ** -140, mp.mpf(2) ** 140
     assert excess(low) > 0 > excess(high), "no temperature between the limits is best"
     for _ in range(200):
         middle = mp.sqrt(low * high)
@@ -1483,7 +1483,7 @@ def conformity(logits, kind, penalty=0.0, num_free=0):
         for place, i in enumerate(np.argsort(-logs[index], kind="stable"), start=1):
             total += np.exp(logs[index][i])
             extra = float(penalty) * max(0, place - num_free) if kind == "raps" else 0
-            out[index][i] = total + extra
+            out[index][i] = total + extra if logs[index][i] != -INF else INF
     return out
 
 

@@ -26,7 +26,7 @@ def examples(seed, num=40, classes=5, scale=1.5, right=0.6, dtype="float64"):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("scale", [1e-8, 1.5, 1e8])
+@pytest.mark.parametrize("scale", [1e-30, 1e-8, 1.5, 1e8, 1e30, 1e37])
 def test_temperature_is_where_labels_are_likeliest(dtype, scale):
     logits, labels = examples(0, scale=scale, dtype=dtype)
     found = sj.fit_temperature(jnp.asarray(logits), jnp.asarray(labels))
@@ -95,6 +95,18 @@ def test_temperature_has_the_derivative_of_the_minimum():
     fit = lambda z: sj.fit_temperature(z, labels, groups=groups, num_groups=2)
     check_grads(fit, (jnp.asarray(logits),), order=2, modes=["fwd", "rev"])
     assert np.abs(jax.jacobian(fit)(jnp.asarray(logits))).max() > 1e-2
+
+
+def test_temperature_of_each_device():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    logits, labels = examples(11)
+    fit = lambda z, y: sj.fit_temperature(z, y)[None]
+    spec = jax.sharding.PartitionSpec("d")
+    with jax.set_mesh(mesh):
+        each = jax.shard_map(fit, in_specs=(spec, spec), out_specs=spec)
+        found = jax.jit(each)(jax.device_put(logits, spec), jax.device_put(labels, spec))
+    wanted = [fit(logits[i : i + 10], labels[i : i + 10])[0] for i in range(0, 40, 10)]
+    np.testing.assert_allclose(found, wanted, rtol=1e-13)
 
 
 # Bins.
@@ -175,10 +187,19 @@ def test_ensembles(space):
     np.testing.assert_allclose(found, sj.ensemble_log_probs(logits, space=space), rtol=1e-14)
 
 
-def test_an_unlikely_class_keeps_its_digits():
+def test_likely_and_unlikely_classes_keep_their_digits():
     logits = jnp.array([[0.0, -800.0], [0.0, -900.0]])
     found = sj.ensemble_log_probs(logits)
     np.testing.assert_allclose(found[1], -800 - np.log(2), rtol=1e-15)
+    logits = np.array([[20.0, 0.0], [21.0, 0.0]])
+    wanted = oracles.ensemble_log_probs(logits)
+    assert_close(sj.ensemble_log_probs(logits), wanted, rtol=8 * eps("float64"))
+
+
+def test_huge_logits_have_a_mean():
+    logits = jnp.array([[3e38, 3.2e38]] * 2, "float32")
+    found = sj.ensemble_log_probs(logits, space="logit")
+    np.testing.assert_allclose(found, [-2e37, 0], rtol=1e-5)
 
 
 # Sets.
@@ -233,6 +254,28 @@ def test_what_sets_never_hold():
         assert not sj.prediction_sets(logits, NAN, kind=kind).any()
 
 
+def test_sets_of_the_highest_threshold_hold_all():
+    logits = jax.random.normal(jax.random.key(0), (1000, 50), "float32")
+    assert sj.prediction_sets(logits, 1.0, kind="aps").all()
+
+
+def test_a_penalty_of_infinity_leaves_the_free_places():
+    logits = 2 * jax.random.normal(jax.random.key(0), (30, 10))
+    given = {"kind": "raps", "penalty": INF, "num_free": 2}
+    assert (sj.prediction_sets(logits, 2.0, **given).sum(-1) == 2).all()
+    assert sj.conformal_threshold(logits, jnp.argmax(logits, -1), **given) <= 1
+    assert np.isnan(
+        sj.conformal_threshold(logits, jnp.zeros(30, int), kind="raps", penalty=jnp.array(-1.0))
+    )
+
+
+def test_a_dropped_label_is_in_no_set():
+    logits = jnp.array([[0.0, 1.0, -INF]] * 9)
+    for kind, options in KINDS:
+        found = sj.conformal_threshold(logits, jnp.full(9, 2), level=0.5, kind=kind, **options)
+        assert found == INF
+
+
 def test_rows_that_do_not_count_reach_no_threshold():
     logits, labels = examples(9, num=9)
     wanted = sj.conformal_threshold(logits, labels, level=0.7)
@@ -245,14 +288,16 @@ def test_rows_that_do_not_count_reach_no_threshold():
 
 def test_the_place_of_the_threshold_is_exact():
     """Whatever the rounding of (N + 1) times the level is."""
-    for num, percent in itertools.product((9, 19, 49, 99, 199), range(1, 100)):
-        logits = jnp.stack([jnp.arange(num, dtype="float32"), jnp.zeros(num, "float32")], -1)
+    cases = [*itertools.product((9, 19, 49, 99, 199), range(10, 1000, 10)), (100979, 999)]
+    for num, mille in cases:
+        ladder = jnp.linspace(-9, 9, num, dtype="float32")
+        logits = jnp.stack([ladder, jnp.zeros(num, "float32")], -1)
         labels = jnp.zeros(num, jnp.int32)
-        found = sj.conformal_threshold(logits, labels, level=percent / 100)
+        found = sj.conformal_threshold(logits, labels, level=mille / 1000)
         scores = np.sort(-sj.log_softmax(logits)[:, 0])
-        place = -(-percent * (num + 1) // 100)
+        place = -(-mille * (num + 1) // 1000)
         wanted = scores[place - 1] if place <= num else INF
-        assert found == wanted, (num, percent)
+        assert found == wanted, (num, mille)
 
 
 # The energy.
