@@ -584,10 +584,10 @@ def prediction_sets(
         num_free: as in `conformal_threshold`.
 
     Returns:
-        Bools `[*shape]`: whether a class belongs to the set of its slice. The set is empty where
-        even the likeliest class has a score above the threshold, which under "aps" are the most
-        confident slices. A dropped class never does; no class does in a slice with a kept NaN, or where the
-        threshold is NaN.
+        Bools `[*shape]`: whether a class belongs to the set of its slice. The set is empty
+        where even the likeliest class has a score above the threshold; under "aps" these are
+        the most confident slices. A dropped class is in no set; a slice with a kept NaN, or
+        with the threshold NaN, has an empty one.
 
     Raises:
         TypeError: `logits` is not real, `where` not bool, or `axis` not one int.
