@@ -239,6 +239,17 @@ def cases() -> list[Case]:
     contrast = functools.partial(sj.siglip_loss, temperature=0.5, bias=-1.0)
     add("siglip_loss", contrast, _logits, _others, floats=2, shapes=FEATURES)
 
+    # Calibration.
+    for name in ("fit_temperature", "conformal_threshold"):
+        add(name, getattr(sj, name), _logits, _labels)
+    for name in ("brier_score", "expected_calibration_error"):
+        add(name, getattr(sj, name), _probs, _labels)
+    add("reliability", lambda p, y: jnp.stack(sj.reliability(p, y)), _probs, _labels)
+    mixture = lambda *members: sj.ensemble_log_probs(jnp.stack(members))
+    add("ensemble_log_probs", mixture, _logits, _others, floats=2)
+    add("prediction_sets", lambda z: sj.prediction_sets(z, 2.0), _logits, floats=0)
+    add("energy_score", sj.energy_score, _logits)
+
     # Output layers.
     layer = functools.partial(add, floats=2, shapes=FEATURES)
     peer = "optax", _plain_layer
