@@ -435,8 +435,8 @@ def ensemble_log_probs(
 
     Example:
         >>> logits = jnp.log(jnp.array([[0.5, 0.5], [0.9, 0.1]]))
-        >>> print(jnp.exp(ensemble_log_probs(logits)))
-        [0.70000005 0.3       ]
+        >>> print([round(float(p), 4) for p in jnp.exp(ensemble_log_probs(logits))])
+        [0.7, 0.3]
 
     Note:
         O(n). The mixture is formed from log-probabilities, so that a class that is unlikely for
