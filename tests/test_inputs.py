@@ -505,3 +505,16 @@ def test_narrow_integers_are_integers(dtype):
     assert_same(sj.cross_entropy(F, labels, ignore_index=1), expected)
     with pytest.raises(ValueError, match=f"`ignore_index` must be .* {dtype}"):
         sj.cross_entropy(F, labels, ignore_index=99)
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, np.float64(0), np.float32(0), np.int64(0)])
+def test_an_option_that_is_given_as_its_default_costs_nothing(zero):
+    logits, labels = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32)
+    plain = jax.make_jaxpr(sj.cross_entropy)(logits, labels)
+    options = {"label_smoothing": zero, "z_loss": zero}
+    given = jax.make_jaxpr(lambda z, y: sj.cross_entropy(z, y, **options))(logits, labels)
+    assert str(given) == str(plain)
+    one = zero + 1
+    plain = jax.make_jaxpr(sj.softmax)(logits)
+    given = jax.make_jaxpr(lambda z: sj.softmax(z, temperature=one))(logits)
+    assert str(given) == str(plain)
