@@ -124,7 +124,7 @@ def fit_temperature(
     if ignored is not None:
         ids = jnp.where(ignored, -1, ids)
     ids = jnp.where((ids >= 0) & (ids < count), ids, count)  # The last group does not count.
-    slices = BySegment(ids.reshape(-1).astype(jnp.int32), count + 1)
+    slices = BySegment(vary(ids.reshape(-1).astype(jnp.int32), x), count + 1)
     temperature = _fit(slices, x, rows.labels.reshape(-1), kept.reshape(-1))[:count]
     return temperature[0] if num_groups is None else temperature
 
@@ -159,7 +159,7 @@ def _fit(slices: BySegment, x: Array, labels: Array, known: Array) -> Array:
             slices.sum(jnp.where(counts, variance, 0)),
         )
 
-    zero = jnp.zeros(slices.num, x.dtype)
+    zero = vary(jnp.zeros(slices.num, x.dtype), x)
     at_zero, spread = step(zero)
     is_flat = spread == 0
     is_certain = slices.sum(gap) == 0
@@ -175,7 +175,7 @@ def _fit(slices: BySegment, x: Array, labels: Array, known: Array) -> Array:
         short = lambda high: of_unsettled(high)[0] > 0
         grow = lambda state: (jnp.where(short(state[0]), 4 * state[0], state[0]), state[1] + 1)
         growing = lambda state: jnp.any(short(state[0])) & (state[1] < 60)
-        high, _ = lax.while_loop(growing, grow, vary((start, jnp.array(0)), x))
+        high, _ = lax.while_loop(growing, grow, (start, vary(jnp.array(0), start)))
         return bracketed_newton(of_unsettled, zero, high, start)
 
     along = lambda linear, y: y / linear(jnp.ones_like(y))
