@@ -3,13 +3,12 @@
 `all` runs every script, and `report` gathers the newest run of each into one HTML page.
 """
 
-import ast
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import _gallery, _report
-from experiments._choice import choose, questions_in
+from experiments._choice import choose, docstrings_in, questions_in
 
 __all__ = ["main", "questions"]
 
@@ -21,20 +20,13 @@ def questions() -> dict[str, str]:
     return questions_in(FOLDER)
 
 
-def docstrings() -> dict[str, str]:
-    """The docstring of each script, by name, without importing it."""
-    scripts = {name: FOLDER / f"{name}.py" for name in questions()}
-    parsed = {name: ast.parse(path.read_text("utf-8")) for name, path in scripts.items()}
-    return {name: ast.get_docstring(tree) or "" for name, tree in parsed.items()}
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Lists the scripts, or runs the one that is named, or all; returns the exit code."""
     args = sys.argv[1:] if args is None else list(args)
     if args[:1] == ["all"]:
         return _gallery.main(list(questions()), args[1:])
     if args[:1] == ["report"]:
-        return _report.main(docstrings(), args[1:])
+        return _report.main(docstrings_in(FOLDER), args[1:])
     usage = """python -m experiments NAME [options]; options: python -m experiments NAME --help
 python -m experiments all [--quick] [--check] [--out DIR] runs every script
 python -m experiments report [--out DIR] makes a page of the newest run of each"""

@@ -6,13 +6,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["choose", "questions_in"]
+__all__ = ["choose", "docstrings_in", "questions_in"]
 
 
 def questions_in(folder: Path) -> dict[str, str]:
     """The question that each script asks: the first line of its docstring, by name."""
+    return {name: text.partition("\n")[0] for name, text in docstrings_in(folder).items()}
+
+
+def docstrings_in(folder: Path) -> dict[str, str]:
+    """The docstring of each script, by name."""
+    # Parsed, not imported: a list should not wait for JAX to load.
     scripts = sorted(folder.glob("[!_]*.py"))
-    return {script.stem: _first_line(script) for script in scripts}
+    parsed = {script.stem: ast.parse(script.read_text(encoding="utf-8")) for script in scripts}
+    return {name: ast.get_docstring(tree) or "" for name, tree in parsed.items()}
 
 
 def choose(
@@ -32,9 +39,3 @@ def choose(
         return 2
     exit_code: int = importlib.import_module(f"{package}.{name}").main(options)
     return exit_code
-
-
-def _first_line(script: Path) -> str:
-    # Parsed, not imported: a list should not wait for JAX to load.
-    docstring = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
-    return docstring.partition("\n")[0]

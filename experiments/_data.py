@@ -69,7 +69,7 @@ def load(data_dir: Path | None = None) -> Dataset:
     """The first data set that is complete in the folder; the digits where none is named.
 
     Raises:
-        ValueError: the folder holds no complete data set; the message says what was wanted.
+        ValueError: the folder holds no complete data set; the message lists the files of each.
     """
     if data_dir is None:
         return digits()

@@ -69,7 +69,7 @@ def api(
             args = tuple([check(x) for check, x in zip(by_place, args, strict=False)])
             for name, value in tuple(kwargs.items()):
                 kwargs[name] = checks[name](value)
-                if name in numbers and _is_number(value, numbers[name]):
+                if name in numbers and _is_default(value, numbers[name]):
                     del kwargs[name]
             if "ignore_index" in kwargs:
                 labels = args[label_place] if len(args) > label_place else kwargs.get("labels")
@@ -83,9 +83,9 @@ def api(
     return decorate
 
 
-def _is_number(value: Any, number: float) -> bool:
+def _is_default(value: Any, default: float) -> bool:
     kinds = (int, float, np.integer, np.floating)
-    return isinstance(value, kinds) and type(value) is not bool and value == number
+    return isinstance(value, kinds) and type(value) is not bool and value == default
 
 
 def _jitted(function: Callable[..., Any], static: tuple[str, ...]) -> Callable[..., Any]:

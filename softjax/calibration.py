@@ -135,8 +135,8 @@ def _fit(slices: BySegment, x: Array, labels: Array, known: Array) -> Array:
     at_label = jnp.where(known, pick(x, labels, -1), jnp.nan)
     broken = jnp.any(jnp.isnan(x), -1) | jnp.isnan(at_label)
     counts = ~broken & jnp.isfinite(peak[:, 0]) & (at_label != -jnp.inf)
-    # Gaps of at most 0 below the peak; 0 in place of what is dropped, or in a row that does not
-    # count, so that no product is NaN.
+    # Gaps to the peak, at most 0. A dropped entry, or one in a row that does not count, has the
+    # gap 0, so that no product is NaN.
     dropped = (x == -jnp.inf) | ~counts[:, None]
     anchor = jnp.where(jnp.isfinite(peak), peak, 0) / 2  # Half of a number does not overflow.
     gaps = jnp.where(dropped, 0, x / 2 - anchor)
@@ -463,7 +463,7 @@ def ensemble_log_probs(
     log_probs = log_softmax(x, axis=axis)
     present = jnp.any(x != -jnp.inf, axis, keepdims=True)
     num = jnp.maximum(jnp.sum(present, members, dtype=jnp.int32), 1).astype(x.dtype)
-    # Where the mean is close to 1, what it lacks of 1 keeps the digits.
+    # Close to 1, the mean less 1 keeps the digits.
     lacks = jnp.sum(jnp.where(present, jnp.expm1(log_probs), 0), members) / num
     is_likely = lacks > -0.5
     likely = log1p(jnp.where(is_likely, lacks, 0))
@@ -501,8 +501,8 @@ def conformal_threshold(
         axis: the one axis of the classes.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
         ignore_index: a label whose rows do not count, whatever they hold.
-        penalty: for "raps", what is added per place of a class in the order of probabilities,
-            one number, at least 0 (NaN otherwise).
+        penalty: for "raps", a number that is added per place of a class in the order of
+            probabilities, at least 0 (NaN otherwise).
         num_free: for "raps", how many places are free of it.
 
     Returns:
