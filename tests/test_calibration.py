@@ -1,6 +1,7 @@
 """Temperatures, bins, averages of models and sets of classes against their definitions."""
 
 import itertools
+import math
 
 import chex
 import jax
@@ -287,15 +288,18 @@ def test_rows_that_do_not_count_reach_no_threshold():
 
 
 def test_the_place_of_the_threshold_is_exact():
-    """Whatever the rounding of (N + 1) times the level is."""
+    """Also where the rounding of (N + 1) times the level moves it."""
+    exact = lambda num, mille: -(-mille * (num + 1) // 1000)
     cases = [*itertools.product((9, 19, 49, 99, 199), range(10, 1000, 10)), (100979, 999)]
-    for num, mille in cases:
+    moved = [(n, m) for n, m in cases if math.ceil((n + 1) * (m / 1000)) != exact(n, m)]
+    assert len(moved) > 10
+    for num, mille in [*moved, *cases[::50]]:
         ladder = jnp.linspace(-9, 9, num, dtype="float32")
         logits = jnp.stack([ladder, jnp.zeros(num, "float32")], -1)
         labels = jnp.zeros(num, jnp.int32)
         found = sj.conformal_threshold(logits, labels, level=mille / 1000)
         scores = np.sort(-sj.log_softmax(logits)[:, 0])
-        place = -(-mille * (num + 1) // 1000)
+        place = exact(num, mille)
         wanted = scores[place - 1] if place <= num else INF
         assert found == wanted, (num, mille)
 

@@ -173,8 +173,10 @@ def test_derivatives(name, shape):
     z, keep = draw(2, shape)
     z[..., 1] = z.max()  # Ties in other parts too, at which nothing is kinked.
     z[..., -1] = z.max()
-    fn = lambda z, t: jnp.where(
-        keep, getattr(sj, name)(z, axis=axes_of(shape), where=keep, temperature=t), 0
+    fn = jax.jit(
+        lambda z, t: jnp.where(
+            keep, getattr(sj, name)(z, axis=axes_of(shape), where=keep, temperature=t), 0
+        )
     )
     args = jnp.asarray(z), jnp.asarray(0.7)
     check_grads(fn, args, order=2, modes=["fwd", "rev"], atol=1e-6, rtol=1e-6)
