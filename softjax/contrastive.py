@@ -7,6 +7,7 @@ memory grows with N D and not with N^2.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,13 @@ from jax.typing import ArrayLike
 
 from softjax._api import POSITIVE, api
 from softjax._autodiff import with_gradient_of
-from softjax._inputs import check_flag, computing_dtype, nan_unless_positive, one_number
+from softjax._inputs import (
+    check_flag,
+    computing_dtype,
+    mask,
+    nan_unless_positive,
+    one_number,
+)
 from softjax._mesh import vary
 from softjax._scan import scan_blocks
 from softjax.output_layers import linear_cross_entropy
@@ -33,7 +40,12 @@ __all__ = ["info_nce", "siglip_loss"]
 
 @api("symmetric", temperature=POSITIVE)
 def info_nce(
-    queries: ArrayLike, keys: ArrayLike, *, temperature: ArrayLike, symmetric: bool = True
+    queries: ArrayLike,
+    keys: ArrayLike,
+    *,
+    temperature: ArrayLike,
+    symmetric: bool = True,
+    where: ArrayLike | None = None,
 ) -> Array:
     r"""Measures the surprise at each query's own key among all keys, and the other way round.
 
@@ -47,14 +59,16 @@ def info_nce(
             bfloat16, but not their gradient, for bfloat16 queries.
         temperature: T > 0, one number; differentiable.
         symmetric: whether to average with the same among all queries for each key (CLIP).
+        where: mask of the pairs, bool, broadcastable to `[N]`. False leaves out a query and its
+            key, whatever they hold: the loss is that of the other pairs alone.
 
     Returns:
-        One number, float32 or wider, at least 0.
+        One number, float32 or wider, at least 0; 0 where no pair is left.
 
     Raises:
-        TypeError: `queries` or `keys` is not real.
-        ValueError: the shapes are not `[N, D]` alike, or `temperature` is not one number or a
-            negative Python number.
+        TypeError: `queries` or `keys` is not real, or `where` not bool.
+        ValueError: the shapes are not `[N, D]` alike, `where` does not broadcast, or
+            `temperature` is not one number or a negative Python number.
 
     Example:
         >>> print(info_nce(jnp.eye(2), jnp.eye(2), temperature=0.05))
@@ -69,14 +83,18 @@ def info_nce(
         van den Oord, Li and Vinyals (2018), Representation learning with contrastive predictive
         coding; Radford et al. (2021), Learning transferable visual models, for the two sides.
     """
-    queries, keys = _pairs(queries, keys)
+    queries, keys, kept = _pairs(queries, keys, where)
     temperature = one_number(temperature, name="temperature")
     check_flag(symmetric, name="symmetric")
     if queries.shape[0] == 0:
         return jnp.zeros((), computing_dtype(queries.dtype))
     labels = jnp.arange(queries.shape[0])
+    masked: dict[str, Any] = {}
+    if kept is not None:
+        labels = jnp.where(kept, labels, -1)
+        masked = {"ignore_index": -1, "bias": jnp.where(kept, 0.0, -jnp.inf)}
     loss = functools.partial(
-        linear_cross_entropy, labels=labels, temperature=temperature, reduction="mean"
+        linear_cross_entropy, labels=labels, temperature=temperature, reduction="mean", **masked
     )
     if not symmetric:
         return loss(queries, keys)
@@ -85,7 +103,12 @@ def info_nce(
 
 @api(temperature=POSITIVE)
 def siglip_loss(
-    queries: ArrayLike, keys: ArrayLike, *, temperature: ArrayLike, bias: ArrayLike
+    queries: ArrayLike,
+    keys: ArrayLike,
+    *,
+    temperature: ArrayLike,
+    bias: ArrayLike,
+    where: ArrayLike | None = None,
 ) -> Array:
     r"""Measures the surprise at each pair's being a match or none, each on its own.
 
@@ -98,9 +121,10 @@ def siglip_loss(
             and else -1.
         temperature: T > 0, one number, the inverse of the paper's t; differentiable.
         bias: b, one number; differentiable.
+        where: mask of the pairs, as in `info_nce`; N is then the number of those that are left.
 
     Returns:
-        One number, float32 or wider, at least 0.
+        One number, float32 or wider, at least 0; 0 where no pair is left.
 
     Raises:
         TypeError: as `info_nce`; also if `bias` is bool.
@@ -117,7 +141,7 @@ def siglip_loss(
     Reference:
         Zhai et al. (2023), Sigmoid loss for language image pre-training.
     """
-    queries, keys = _pairs(queries, keys)
+    queries, keys, kept = _pairs(queries, keys, where)
     dtype = computing_dtype(queries.dtype)
     rate = 1 / nan_unless_positive(one_number(temperature, name="temperature").astype(dtype))
     refuse_bool(bias, name="bias")
@@ -128,26 +152,45 @@ def siglip_loss(
     block = max(1, min(num_pairs, ENTRIES // num_pairs))
 
     @jax.checkpoint
-    def part(first: Array, some: Array, queries: Array, rate: Array, bias: Array) -> Array:
-        scores = rate * products(queries, some) + bias
-        own = jnp.arange(num_pairs)[:, None] == first + jnp.arange(some.shape[0])[None]
-        return jnp.sum(jax.nn.softplus(jnp.where(own, -scores, scores)))
+    def part(
+        first: Array, some: Any, queries: Array, kept: Array | None, rate: Array, bias: Array
+    ) -> Array:
+        keys, kept_keys = some
+        scores = rate * products(queries, keys) + bias
+        own = jnp.arange(num_pairs)[:, None] == first + jnp.arange(keys.shape[0])[None]
+        terms = jax.nn.softplus(jnp.where(own, -scores, scores))
+        if kept is not None:
+            terms = jnp.where(kept[:, None] & kept_keys[None], terms, 0)
+        return jnp.sum(terms)
 
-    def visit(total: Array, first: Array, some: Array) -> tuple[Array, None]:
-        return total + part(first, some, queries, rate, bias), None
+    def visit(total: Array, first: Array, some: Any) -> tuple[Array, None]:
+        return total + part(first, some, queries, kept, rate, bias), None
 
-    return scan_blocks(visit, vary(jnp.zeros((), dtype), keys), keys, block)[0] / num_pairs
+    start = vary(jnp.zeros((), dtype), (keys, kept))
+    total, _ = scan_blocks(visit, start, (keys, kept), block)
+    if kept is None:
+        return total / num_pairs
+    return total / jnp.maximum(jnp.sum(kept, dtype=dtype), 1)
 
 
-def _pairs(queries: ArrayLike, keys: ArrayLike) -> tuple[Array, Array]:
-    """Both in one dtype, because the two directions must see the same similarities."""
+def _pairs(
+    queries: ArrayLike, keys: ArrayLike, where: ArrayLike | None
+) -> tuple[Array, Array, Array | None]:
+    """Both in one dtype, because the two directions must see the same similarities.
+
+    With them comes the mask of the pairs; a pair that it leaves out is replaced by zeros.
+    """
     queries, keys = real_array(queries, name="queries"), real_array(keys, name="keys")
     if queries.ndim != 2 or keys.shape != queries.shape:
         raise ValueError(
             f"`queries` and `keys` must be [N, D] alike, got {queries.shape} and {keys.shape}."
         )
+    kept = None
+    if where is not None:
+        kept = mask(where, queries.shape[:1], name="pairs")
+        queries, keys = (jnp.where(kept[:, None], x, 0) for x in (queries, keys))
     if is_master(queries, keys):
         # Products of numbers that bfloat16 holds are the same in float32.
         keys = with_gradient_of(keys, lax.reduce_precision(keys, 8, 7))
     dtype = common_dtype(queries, keys)
-    return queries.astype(dtype), keys.astype(dtype)
+    return queries.astype(dtype), keys.astype(dtype), kept

@@ -1,5 +1,7 @@
 """Contrastive losses against the similarities written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ from jax.test_util import check_grads
 
 import softjax as sj
 from softjax import contrastive
-from tests.helpers import eps
+from tests import oracles
+from tests.helpers import INF, NAN, eps
 
 PAIRS, WIDTH = 7, 3
 
@@ -164,3 +167,62 @@ def test_a_bool_is_no_bias():
     queries, keys = draw()
     with pytest.raises(TypeError, match="`bias` must hold numbers"):
         sj.siglip_loss(queries, keys, temperature=1.0, bias=jnp.array(True))
+
+
+LOSSES = {
+    "info_nce": (
+        sj.info_nce,
+        lambda q, k, temperature: oracles.info_nce(q, k, temperature=temperature),
+        {"temperature": 0.7},
+    ),
+    "info_nce of one side": (
+        functools.partial(sj.info_nce, symmetric=False),
+        lambda q, k, temperature: oracles.info_nce(
+            q, k, temperature=temperature, symmetric=False
+        ),
+        {"temperature": 0.7},
+    ),
+    "siglip_loss": (
+        sj.siglip_loss,
+        lambda q, k, temperature, bias: oracles.siglip_loss(
+            q, k, temperature=temperature, bias=bias
+        ),
+        {"temperature": 0.7, "bias": -0.3},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("poison", [NAN, INF, -INF])
+def test_a_pair_that_is_left_out_reaches_nothing(kind, poison):
+    """The loss is that of the other pairs alone, and so are all gradients."""
+    loss, oracle, options = LOSSES[kind]
+    keep = np.array([True, False, True, True, False, True, True])
+    queries, keys = (x.at[~keep].set(poison) for x in draw())
+    options = {name: jnp.asarray(x) for name, x in options.items()}
+    run = jax.value_and_grad(lambda q, k, options: loss(q, k, **options), (0, 1, 2))
+    masked = lambda q, k, options: loss(q, k, where=jnp.asarray(keep), **options)
+    value, slopes = jax.value_and_grad(masked, (0, 1, 2))(queries, keys, options)
+    few = [np.asarray(x[keep]) for x in (queries, keys)]
+    np.testing.assert_allclose(value, oracle(*few, **options), rtol=1e-13)
+    _, wanted = run(*map(jnp.asarray, few), options)
+    for slope, want in zip(slopes[:2], wanted[:2], strict=True):
+        assert (slope[~keep] == 0).all()
+        np.testing.assert_allclose(slope[keep], want, rtol=1e-11, atol=1e-14)
+    for name, slope in slopes[2].items():
+        np.testing.assert_allclose(slope, wanted[2][name], rtol=1e-11)
+    nothing = jnp.zeros(len(queries), bool)
+    value, slopes = jax.value_and_grad(
+        lambda *args: loss(*args[:2], where=nothing, **args[2]), (0, 1, 2)
+    )(queries, keys, options)
+    assert value == 0
+    assert all((x == 0).all() for x in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_mask_of_pairs_is_checked(kind):
+    loss, _, options = LOSSES[kind]
+    with pytest.raises(TypeError, match="`where` must be bool"):
+        loss(*draw(), where=jnp.ones(PAIRS), **options)
+    with pytest.raises(ValueError, match="`where` of shape"):
+        loss(*draw(), where=jnp.ones((PAIRS, 1), bool), **options)
