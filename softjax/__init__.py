@@ -91,6 +91,7 @@ from softjax.output_layers import (
     adaptive_log_softmax,
     linear_cross_entropy,
     linear_distillation_loss,
+    linear_jensen_shannon_divergence,
     linear_statistics,
     sampled_cross_entropy,
 )
@@ -162,6 +163,7 @@ __all__ = [
     "kl_divergence",
     "linear_cross_entropy",
     "linear_distillation_loss",
+    "linear_jensen_shannon_divergence",
     "linear_statistics",
     "log_prob",
     "log_softmax",

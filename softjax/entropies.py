@@ -307,28 +307,39 @@ def _log_ratios_to_mixture(
     apart = jnp.where(both, p.margins, 0) - jnp.where(both, q.margins, 0)
     ratio = with_gradient_of(apart, _log_ratio(slices, x, y, p, q, apart))
     ratio = jnp.where(both, ratio, jnp.where(kept_p, jnp.inf, -jnp.inf))
-    # Near 0 these are logarithms of 1 plus a small number. Further away they are logarithms of
-    # sums without cancellation, whose exponentials cannot overflow.
-    near = jnp.clip(ratio, -1, 1)
-    near_p = -log1p((1 - weight) * jnp.expm1(-near))
-    near_q = -log1p(weight * jnp.expm1(near))
-    above = -jnp.log(weight + (1 - weight) * jnp.exp(-jnp.maximum(ratio, 1)))
-    below = -jnp.log((1 - weight) + weight * jnp.exp(jnp.minimum(ratio, -1)))
-    log_p = jnp.where(ratio > 1, above, jnp.where(ratio < -1, below + ratio, near_p))
-    log_q = jnp.where(ratio > 1, above - ratio, jnp.where(ratio < -1, below, near_q))
+    log_p, log_q = mixture_log_ratios(ratio, weight)
     # The sums are 0 or 1. A maximum would not do, because XLA's may drop a NaN.
     some = (slices.sum(p.probs) != 0) & (slices.sum(q.probs) != 0)
     log_p = jnp.where(some & (p.probs != 0), log_p, 0)
     log_q = jnp.where(some & (q.probs != 0), log_q, 0)
     mixture = weight * p.probs + (1 - weight) * q.probs
     to_p, to_q = (
-        jnp.where(some, slices.sum(_divergence_terms(z.probs, mixture, log)), 0)
+        jnp.where(some, slices.sum(divergence_terms(z.probs, mixture, log)), 0)
         for z, log in ((p, log_p), (q, log_q))
     )
     return log_p, log_q, to_p, to_q
 
 
-def _divergence_terms(p: Array, m: Array, log_ratio: Array) -> Array:
+def mixture_log_ratios(ratio: Array, weight: Array) -> tuple[Array, Array]:
+    """log(p / m) and log(q / m) of m = weight p + (1 - weight) q, from log(p / q)."""
+    # Near 0 these are logarithms of 1 plus a small number. Further away they are logarithms of
+    # sums without cancellation, whose exponentials cannot overflow.
+    near = jnp.clip(ratio, -1, 1)
+    near_p = -log1p((1 - weight) * jnp.expm1(-near))
+    near_q = -log1p(weight * jnp.expm1(near))
+    above = _minus_log(weight + (1 - weight) * jnp.exp(-jnp.maximum(ratio, 1)))
+    below = _minus_log((1 - weight) + weight * jnp.exp(jnp.minimum(ratio, -1)))
+    log_p = jnp.where(ratio > 1, above, jnp.where(ratio < -1, below + ratio, near_p))
+    log_q = jnp.where(ratio > 1, above - ratio, jnp.where(ratio < -1, below, near_q))
+    return log_p, log_q
+
+
+def _minus_log(x: Array) -> Array:
+    """-log(x), and inf with derivative 0 at 0."""
+    return jnp.where(x == 0, jnp.inf, -jnp.log(jnp.where(x == 0, 1, x)))
+
+
+def divergence_terms(p: Array, m: Array, log_ratio: Array) -> Array:
     """The terms p log(p / m) + m - p >= 0, where the logarithm is 0 if p is."""
     near = (jnp.abs(log_ratio) < 1) & (p != 0)
     close = jnp.where(near, log_ratio, 0)

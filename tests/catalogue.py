@@ -515,6 +515,22 @@ CATALOGUE = (
         wide=True,
     ),
     Entry(
+        name="linear_jensen_shannon_divergence",
+        call=lambda x, w, u, v, b, t, m: sj.linear_jensen_shannon_divergence(
+            x, w, u, v, bias=b, temperature=t, weight=m, reduction=None, block_size=2
+        ),
+        oracle=lambda *args: oracles.linear_jensen_shannon_divergence(*args),
+        make=_make(
+            *_LINEAR[:2],
+            lambda rng: rng.standard_normal((ROWS, 2)),
+            lambda rng: rng.standard_normal((SIZE, 2)),
+            *_LINEAR[2:],
+            lambda rng: rng.uniform(0.2, 0.8, ROWS),
+            others=(),
+        ),
+        wide=True,
+    ),
+    Entry(
         name="adaptive_log_softmax",
         call=lambda x, h, p, w, b, y: sj.adaptive_log_softmax(
             x, h, [(p, w)], y, head_bias=b, block_size=2

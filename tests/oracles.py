@@ -990,6 +990,16 @@ def linear_distillation_loss(features, weights, teacher, teacher_weights, bias, 
     return distillation_loss(student, taught, temperature=np.asarray(temperature)[:, None])
 
 
+def linear_jensen_shannon_divergence(
+    features, weights, teacher, teacher_weights, bias, temperature, weight
+):
+    ones, temperature = np.ones(len(features)), np.asarray(temperature, np.float64)[:, None]
+    student = _linear_scores(features, weights, bias, ones)
+    taught = _linear_scores(teacher, teacher_weights, np.zeros(len(bias)), ones)
+    weight = np.asarray(weight, np.float64)[:, None]
+    return jensen_shannon_divergence(taught / temperature, student / temperature, weight=weight)
+
+
 def adaptive_log_softmax(features, head, tails, bias, labels):
     ones = np.ones(len(features))
     frequent = len(head) - len(tails)

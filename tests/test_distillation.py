@@ -282,3 +282,148 @@ def test_an_infinite_loss_of_no_weight_reaches_nothing():
     value, slopes = jax.jit(jax.value_and_grad(loss, (0, 1)))(args, jnp.float64(2.0))
     assert value == 0
     assert all((x == 0).all() for x in jax.tree.leaves(slopes))
+
+
+def shannon_logs(logits):
+    logits = np.asarray(logits, np.float64)
+    with np.errstate(divide="ignore"):
+        return logits - np.log(np.sum(np.exp(logits), 1, keepdims=True))
+
+
+def plain_mixture(t, s, weight):
+    """The Jensen-Shannon divergence of each row, in float64, from the definition."""
+    log_p, log_q, weight = shannon_logs(t), shannon_logs(s), np.asarray(weight)
+    p, q = np.exp(log_p), np.exp(log_q)
+    mixture = weight * p + (1 - weight) * q
+    with np.errstate(divide="ignore", invalid="ignore"):
+        to_p = np.where(p == 0, 0, p * (log_p - np.log(mixture))).sum(1)
+        to_q = np.where(q == 0, 0, q * (log_q - np.log(mixture))).sum(1)
+        weight = weight[:, 0] if weight.ndim else weight
+        return np.where(weight == 0, 0, weight * to_p) + np.where(
+            weight == 1, 0, (1 - weight) * to_q
+        )
+
+
+MIXED = (*HEADS, "bias", "teacher_bias", "temperature", "example_weights")
+
+
+def mixed():
+    """Arguments of the Jensen-Shannon divergence of two heads, without the caps."""
+    args = draw()
+    return {name: args[name] for name in MIXED} | {"weight": jnp.linspace(0.1, 0.9, TOKENS)}
+
+
+def mixed_rows(args):
+    """The scores of teacher and student over the temperature."""
+    return (
+        (args[f"{part}features"] @ args[f"{part}weights"].T + args[f"{part}bias"][None])
+        / args["temperature"][:, None]
+        for part in ("teacher_", "")
+    )
+
+
+@pytest.mark.parametrize("block_size", [4, None])
+def test_jensen_shannon_of_two_heads(block_size):
+    """Values from the definition, and derivatives of `jensen_shannon_divergence`."""
+    args = mixed()
+    ours = lambda args: sj.linear_jensen_shannon_divergence(**args, block_size=block_size)
+    shares = np.asarray(args["example_weights"])
+    each = plain_mixture(*mixed_rows(args), np.asarray(args["weight"])[:, None])
+
+    def dense(args):
+        rows = sj.jensen_shannon_divergence(*mixed_rows(args), weight=args["weight"][:, None])
+        return jnp.sum(args["example_weights"] * rows) / jnp.sum(args["example_weights"])
+
+    value, slopes = jax.jit(jax.value_and_grad(ours))(args)
+    assert_close(value, np.sum(shares * each) / np.sum(shares), rtol=1e-13)
+    close(slopes, jax.jit(jax.grad(dense))(args))
+
+
+@pytest.mark.slow
+def test_jensen_shannon_of_two_heads_in_both_modes_and_twice():
+    args = mixed()
+    ours = lambda args: sj.linear_jensen_shannon_divergence(**args, block_size=4)
+    plain = lambda args: sj.linear_jensen_shannon_divergence(**args)
+    dots = jax.tree.map(lambda x: jnp.cos(7 * x), args)
+    close(jax.jvp(ours, (args,), (dots,))[1], jax.jvp(plain, (args,), (dots,))[1])
+    twice = lambda f: jax.jit(lambda a: jax.jvp(jax.grad(f), (a,), (dots,))[1])(args)
+    close(twice(ours), twice(plain), 1e-11)
+
+
+@pytest.mark.parametrize("block_size", [4, pytest.param(None, marks=pytest.mark.slow)])
+def test_jensen_shannon_of_dropped_classes(block_size):
+    """Either layer may drop what the other keeps, at every weight of the mixture."""
+    args = {name: x for name, x in mixed().items() if name in HEADS}
+    drop, none = jnp.zeros(CLASSES).at[3].set(-INF), jnp.zeros(CLASSES)
+
+    @jax.jit
+    def run(args, weight, bias, teacher_bias):
+        call = lambda args: sj.linear_jensen_shannon_divergence(
+            **args,
+            weight=weight,
+            bias=bias,
+            teacher_bias=teacher_bias,
+            block_size=block_size,
+        )
+        return jax.value_and_grad(call)(args)
+
+    for bias, teacher_bias in ((drop, none), (none, drop), (drop, drop), (none - INF, none)):
+        for weight in (0.0, 0.5, 1.0):
+            value, slopes = run(args, jnp.asarray(weight), bias, teacher_bias)
+            student, teacher = (args[f] @ args[w].T for f, w in (HEADS[:2], HEADS[2:]))
+            some = jnp.isfinite(bias).any()  # The divergence of a layer without classes is 0.
+            student += jnp.where(some, bias, 0)[None]
+            exact = np.mean(plain_mixture(teacher + teacher_bias[None], student, weight))
+            exact = exact if some else 0
+            assert_close(value, exact, rtol=1e-12, atol=1e-15)
+            if block_size is not None:
+                assert all(jnp.isfinite(x).all() for x in slopes.values())
+
+
+@pytest.mark.parametrize("block_size", [4, None])
+def test_a_small_jensen_shannon_divergence_keeps_its_digits(block_size):
+    """To what the rounding of the logits leaves: eps over how far they are apart."""
+    args = {name: x for name, x in mixed().items() if name in HEADS[:2]}
+    call = jax.jit(
+        lambda x, w, moved: sj.linear_jensen_shannon_divergence(
+            x, w, x, moved, weight=0.3, block_size=block_size
+        )
+    )
+    features, weights = args.values()
+    shift = jnp.sin(weights)
+    limit = None
+    for apart in (1e-4, 1e-6, 1e-8):
+        found = call(features, weights, weights + apart * shift) / apart**2
+        limit = found if limit is None else limit
+        # The quotient changes by a share of `apart`; the logits are rounded.
+        assert_close(found, limit, rtol=1e-3 + 64 * eps("float64") / apart)
+        assert found > 0
+
+
+def test_a_token_that_jensen_shannon_leaves_out_reaches_nothing():
+    args = mixed()
+    keep = jnp.arange(TOKENS) != 1
+    spoil = ("features", "teacher_features", "temperature", "weight", "example_weights")
+    spoilt = args | {name: args[name].at[1].set(NAN) for name in spoil}
+    kept = {name: x[keep] if name in spoil else x for name, x in args.items()}
+    run = lambda args, **options: jax.value_and_grad(
+        lambda a: sj.linear_jensen_shannon_divergence(**a, **options, block_size=4)
+    )(args)
+    value, slopes = run(spoilt, where=keep)
+    exact, wanted = run(kept)
+    assert_close(value, exact, rtol=1e-14)
+    for name, slope in slopes.items():
+        close(slope[keep] if name in spoil else slope, wanted[name])
+        assert name not in spoil or (slope[1] == 0).all()
+
+
+def test_no_logits_of_jensen_shannon_are_kept():
+    tokens, width, classes = 2048, 8, 65536
+    shapes = [(tokens, width), (classes, width)] * 2
+    heads = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    for function in (
+        jax.grad(sj.linear_jensen_shannon_divergence, (0, 1, 2, 3)),
+        lambda *a: jax.jvp(sj.linear_jensen_shannon_divergence, a, a),
+    ):
+        compiled = jax.jit(function).lower(*heads).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes <= 0.2 * 4 * tokens * classes

@@ -257,6 +257,8 @@ def cases() -> list[Case]:
     layer("linear_statistics", lambda *args: sj.linear_statistics(*args).entropy, *_LAYER)
     double = lambda x, w, u: sj.linear_distillation_loss(x, w, u, w, temperature=2.0)
     layer("linear_distillation_loss", double, _logits, _weights, _others)
+    mixed = lambda x, w, u: sj.linear_jensen_shannon_divergence(x, w, u, w)
+    layer("linear_jensen_shannon_divergence", mixed, _logits, _weights, _others)
     sampled = lambda x, w, y, key: sj.sampled_cross_entropy(key, x, w, y, num_samples=64)
     layer("sampled_cross_entropy", sampled, *_LAYER, _key)
     adaptive = lambda x, w, y: sj.adaptive_log_softmax(

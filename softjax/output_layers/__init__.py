@@ -8,6 +8,7 @@ blocks again in the same way. Nothing of size N x V is kept, in either mode, at 
 
 from softjax.output_layers.adaptive import adaptive_log_softmax
 from softjax.output_layers.distillation import linear_distillation_loss
+from softjax.output_layers.jensen_shannon import linear_jensen_shannon_divergence
 from softjax.output_layers.linear import linear_cross_entropy, linear_statistics
 from softjax.output_layers.sampled import sampled_cross_entropy
 
@@ -15,6 +16,7 @@ __all__ = [
     "adaptive_log_softmax",
     "linear_cross_entropy",
     "linear_distillation_loss",
+    "linear_jensen_shannon_divergence",
     "linear_statistics",
     "sampled_cross_entropy",
 ]

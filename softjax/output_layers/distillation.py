@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from softjax import _online as online
 from softjax._api import POSITIVE, api
@@ -38,6 +39,9 @@ from softjax.output_layers._stream import (
 )
 
 __all__ = ["linear_distillation_loss"]
+
+TwoTokens = tuple[Tokens, Tokens]  # the teacher's and the student's, as in all that follows
+TwoHeads = tuple[Head, Head]
 
 _FIRST = 8  # classes from which the distance of the logits is estimated
 
@@ -119,31 +123,17 @@ def linear_distillation_loss(
         prefix="teacher_",
         features_name="teacher_features",
     )
-    _check_alike(student, teacher)
-    dtype = common_dtype(student.dtype, teacher.dtype)
-    shares, _ = shares_and_masses(
-        jnp.ones(student.shape, dtype),
-        None,
-        ignore_index=None,
-        class_weights=None,
-        example_weights=example_weights,
-    )
-    tokens = _no_hotter(teacher.tokens), _no_hotter(student.tokens)
-    if where is not None or example_weights is not None:
-        idle = idle_tokens(shares.reshape(-1), *tokens)
-        if where is not None:
-            idle |= ~mask(where, student.shape, name="tokens").reshape(-1)
-        shares = jnp.where(idle.reshape(shares.shape), 0, shares)
-        tokens = without(tokens[0], idle), without(tokens[1], idle)
-    heads = teacher.head, student.head
+    student, teacher = map(_no_hotter, (student, teacher))
+    tokens, heads, shares = match_pair(student, teacher, where, example_weights)
+    dtype = shares.dtype
     plan = plan_for(student.tokens, student.head, block_size)
     if plan.dense:
         # For few logits the derivative keeps them, and forms none again.
-        scores = (x.astype(dtype) for x in map(_scores, tokens, heads))
+        scores = pair_scores(tokens, heads)
         problems = [Problem(x, (1,), None, dtype) for x in scores]
         nats = divergence(*problems, name="features", target="teacher_features")[:, 0]
     else:
-        nats = by_tokens(lambda some: _stream(plan.block, some, heads).nats, tokens)
+        nats = by_tokens(lambda some: compare(plan.block, some, heads).nats, tokens)
     if tokens[1].temperature is not None:
         factor = tokens[1].temperature.astype(dtype)
         finite = jnp.where(jnp.isinf(nats), 0, nats)  # An infinite loss is constant.
@@ -152,12 +142,42 @@ def linear_distillation_loss(
     return reduce(nats.reshape(student.shape), shares, shares, reduction)
 
 
-def _no_hotter(tokens: Tokens) -> Tokens:
+def _no_hotter(layer: Layer) -> Layer:
     """Temperatures up to where the loss no longer depends on them."""
-    if tokens.temperature is None:
-        return tokens
-    limit = 2.0**57 if tokens.temperature.dtype == jnp.float64 else 2.0**38
-    return tokens._replace(temperature=jnp.minimum(tokens.temperature, limit))
+    temperature = layer.tokens.temperature
+    if temperature is None:
+        return layer
+    limit = 2.0**57 if temperature.dtype == jnp.float64 else 2.0**38
+    temperature = jnp.minimum(temperature, limit)
+    return layer._replace(tokens=layer.tokens._replace(temperature=temperature))
+
+
+def match_pair(
+    student: Layer,
+    teacher: Layer,
+    where: ArrayLike | None,
+    example_weights: ArrayLike | None,
+) -> tuple[TwoTokens, TwoHeads, Array]:
+    """The tokens and the heads of both, and the factors of the tokens' losses.
+
+    Tokens that are left out hold nothing that reaches a gradient.
+    """
+    _check_alike(student, teacher)
+    shares, _ = shares_and_masses(
+        jnp.ones(student.shape, common_dtype(student.dtype, teacher.dtype)),
+        None,
+        ignore_index=None,
+        class_weights=None,
+        example_weights=example_weights,
+    )
+    tokens = teacher.tokens, student.tokens
+    if where is not None or example_weights is not None:
+        idle = idle_tokens(shares.reshape(-1), *tokens)
+        if where is not None:
+            idle |= ~mask(where, student.shape, name="tokens").reshape(-1)
+        shares = jnp.where(idle.reshape(shares.shape), 0, shares)
+        tokens = without(tokens[0], idle), without(tokens[1], idle)
+    return tokens, (teacher.head, student.head), shares
 
 
 def _check_alike(student: Layer, teacher: Layer) -> None:
@@ -173,7 +193,7 @@ def _check_alike(student: Layer, teacher: Layer) -> None:
         )
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
     """The divergence of each token, and the log-sums of both layers.
 
     Where all classes are close, log(p / q) is x + shift, and not a difference of logarithms.
@@ -195,20 +215,16 @@ class _Seen(NamedTuple):
     missing: Array  # 1 where the student drops what the teacher keeps
 
 
-TwoTokens = tuple[Tokens, Tokens]  # the teacher's and the student's, as in all that follows
-TwoHeads = tuple[Head, Head]
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _stream(block: int, tokens: TwoTokens, heads: TwoHeads) -> _Found:
+def compare(block: int, tokens: TwoTokens, heads: TwoHeads) -> Found:
     """One pass over the vocabulary of both."""
-    anchor = _anchor(tokens, heads)
+    anchor = anchor_of(tokens, heads)
     shape, dtype = anchor.shape, anchor.dtype
     zero = jnp.zeros(shape, dtype)
     seen = _Seen(online.init(shape, 2, dtype), online.init(shape, 0, dtype), zero, zero)
 
     def visit(seen: _Seen, start: Array, heads: TwoHeads) -> _Seen:
-        t, s = (x.astype(dtype) for x in map(_scores, tokens, heads))
+        t, s = pair_scores(tokens, heads)
         taught, learned, both = _kept(t, s)
         apart = jnp.where(both, t, 0) - jnp.where(both, s, 0)
         apart = jnp.where(both, apart - anchor[:, None], 0)
@@ -233,13 +249,16 @@ def _stream(block: int, tokens: TwoTokens, heads: TwoHeads) -> _Found:
     far = (where_finite(student) - where_finite(teacher)) + (mean + anchor)
     nats = jnp.where(close, near, far)
     nats = jnp.where(seen.teacher.total == 0, 0, jnp.where(seen.missing > 0, jnp.inf, nats))
-    return _Found(
-        nats, where_finite(teacher), where_finite(student), shift, close.astype(dtype)
-    )
+    return Found(nats, where_finite(teacher), where_finite(student), shift, close.astype(dtype))
 
 
-def _scores(tokens: Tokens, head: Head) -> Array:
-    return layer_scores(tokens, head)[0]
+def pair_scores(
+    tokens: TwoTokens, heads: TwoHeads, narrow: Iterable[DTypeLike | None] = (None, None)
+) -> tuple[Array, Array]:
+    """The scores of both, in one dtype; `narrow` as in `layer_scores`."""
+    t, s = (layer_scores(*each)[0] for each in zip(tokens, heads, narrow, strict=True))
+    dtype = common_dtype(t, s)
+    return t.astype(dtype), s.astype(dtype)
 
 
 def _kept(t: Array, s: Array) -> tuple[Array, Array, Array]:
@@ -248,26 +267,25 @@ def _kept(t: Array, s: Array) -> tuple[Array, Array, Array]:
     return taught, learned, taught & learned
 
 
-def _anchor(tokens: TwoTokens, heads: TwoHeads) -> Array:
+def anchor_of(tokens: TwoTokens, heads: TwoHeads) -> Array:
     """About how far the scores of teacher and student are apart, from a few classes."""
     few = jax.tree.map(lambda x: x[:_FIRST], heads)
-    t, s = map(lax.stop_gradient, map(_scores, tokens, few))
-    dtype = common_dtype(t, s)
+    t, s = map(lax.stop_gradient, pair_scores(tokens, few))
     both = jnp.isfinite(t) & jnp.isfinite(s)
-    apart = jnp.where(both, t, 0).astype(dtype) - jnp.where(both, s, 0).astype(dtype)
-    return jnp.sum(apart, 1) / jnp.maximum(jnp.sum(both, 1, dtype=dtype), 1)
+    apart = jnp.where(both, t, 0) - jnp.where(both, s, 0)
+    return jnp.sum(apart, 1) / jnp.maximum(jnp.sum(both, 1, dtype=apart.dtype), 1)
 
 
-@functools.partial(_stream.defjvp, symbolic_zeros=True)
-def _stream_jvp(block: int, primals: Any, tangents: Any) -> tuple[_Found, _Found]:
+@functools.partial(compare.defjvp, symbolic_zeros=True)
+def _compare_jvp(block: int, primals: Any, tangents: Any) -> tuple[Found, Found]:
     # This is a rule to save memory: the tangent visits the blocks once more, and each visit is
     # checkpointed.
     tokens, heads = primals
-    found = _stream(block, *primals)
+    found = compare(block, *primals)
     tokens_dots, heads_dots = nonzero(tangents)
     is_finite = (found.nats != jnp.inf)[:, None]
-    known = _Found(*(jnp.where(jnp.isinf(x), 0, x)[:, None] for x in found))
-    fixed = tokens, wide_tangents(tokens_dots), known, _anchor(*primals)[:, None]
+    known = Found(*(jnp.where(jnp.isinf(x), 0, x)[:, None] for x in found))
+    fixed = tokens, wide_tangents(tokens_dots), known, anchor_of(*primals)[:, None]
 
     def visit(state: Any, start: Array, heads: Any) -> Any:
         return jax.tree.map(jnp.add, state, tangent(heads, fixed))
@@ -280,16 +298,10 @@ def _stream_jvp(block: int, primals: Any, tangents: Any) -> tuple[_Found, _Found
             (x.astype(anchor.dtype), dot.astype(anchor.dtype)) for x, dot in pushed
         )
         taught, learned, both = _kept(t, s)
-        t_log = jnp.where(taught, t, 0) - known.teacher
-        s_log = jnp.where(learned, s, 0) - known.student
-        p = jnp.where(taught, jnp.exp(jnp.where(taught, t_log, 0)), 0)
-        q = jnp.where(learned, jnp.exp(jnp.where(learned, s_log, 0)), 0)
+        p, q, ratio = probs_and_ratio(t, s, known, anchor)
         t_dot, s_dot = jnp.where(taught, t_dot, 0), jnp.where(learned, s_dot, 0)
         close = both & (known.close == 1)
-        apart = jnp.where(close, t, 0) - jnp.where(close, s, 0)
-        apart = jnp.where(close, (apart - anchor) + known.shift, 0)
-        ratio = jnp.where(close, apart, jnp.where(both, t_log - s_log, 0))
-        more = jnp.where(close, p * jnp.expm1(-apart), q - p)
+        more = jnp.where(close, p * jnp.expm1(-jnp.where(close, ratio, 0)), q - p)
         terms = p * (ratio - known.nats) * t_dot + more * s_dot
         terms = jnp.where(is_finite, terms, 0)
         return jnp.sum(terms, 1), jnp.sum(p * t_dot, 1), jnp.sum(q * s_dot, 1)
@@ -297,4 +309,19 @@ def _stream_jvp(block: int, primals: Any, tangents: Any) -> tuple[_Found, _Found
     zero = jnp.zeros_like(found.nats)
     state = vary((zero,) * 3, tokens)
     nats, taught, learned = by_classes(block, visit, state, (heads, heads_dots))
-    return found, _Found(nats, taught, learned, learned - taught, zero)
+    return found, Found(nats, taught, learned, learned - taught, zero)
+
+
+def probs_and_ratio(
+    t: Array, s: Array, known: Found, anchor: Array
+) -> tuple[Array, Array, Array]:
+    """Both probabilities of some classes, and log(p / q), which is 0 if either is dropped."""
+    taught, learned, both = _kept(t, s)
+    t_log = jnp.where(taught, t, 0) - known.teacher
+    s_log = jnp.where(learned, s, 0) - known.student
+    p = jnp.where(taught, jnp.exp(jnp.where(taught, t_log, 0)), 0)
+    q = jnp.where(learned, jnp.exp(jnp.where(learned, s_log, 0)), 0)
+    close = both & (known.close == 1)
+    apart = jnp.where(close, t, 0) - jnp.where(close, s, 0)
+    apart = jnp.where(close, (apart - anchor) + known.shift, 0)
+    return p, q, jnp.where(close, apart, jnp.where(both, t_log - s_log, 0))
