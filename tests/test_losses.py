@@ -1167,10 +1167,24 @@ def test_a_kept_nan_makes_its_own_row_nan(name):
         loss = LOSSES[name](logits, labels)
         assert jnp.isnan(loss[0])
         assert jnp.isfinite(loss[1])
-        assert jnp.isnan(loss[2]) if label != 1 else ~jnp.isfinite(loss[2])  # Dropped.
+        assert jnp.isnan(loss[2])  # Also where the label is dropped.
         grad = jax.grad(lambda z, y=labels: jnp.sum(LOSSES[name](z, y)))(logits)
         assert jnp.isnan(grad[0]).any()
         assert jnp.isfinite(grad[1]).all()
+        assert jnp.isnan(grad[2]).any()
+        assert grad[2, 1] == 0
+
+
+@pytest.mark.parametrize("block_size", [None, 2])
+def test_a_nan_shows_in_losses_of_layers_that_drop_the_label(block_size):
+    features, weights = jnp.ones((2, 1)), jnp.array([[1.0], [NAN], [1.0]])
+    bias, labels = jnp.array([-INF, 0.0, 0.0]), jnp.array([0, 2])
+    options = {"bias": bias, "block_size": block_size, "reduction": None}
+    label = sj.linear_cross_entropy(features, weights, labels, **options)
+    twice = features, weights, features, jnp.ones((3, 1))
+    distilled = sj.linear_distillation_loss(*twice, temperature=1.0, **options)
+    for losses in (label, distilled, sj.linear_jensen_shannon_divergence(*twice, **options)):
+        assert jnp.isnan(losses).all()
 
 
 @pytest.mark.parametrize("n", [7, 1000])

@@ -49,17 +49,19 @@ def _fenchel_young_jvp(
     logits_dot, _, alpha_dot = tangents
     solution = solve(kind.family, AlongAxes((axis,)), logits, alpha=alpha)
     found = kind.value(solution, logits, labels, axis, alpha)
-    # The loss of a dropped label is infinite, and constant.
-    kept = pick(logits, labels, axis) != -jnp.inf
+    # The loss of a dropped label is infinite, and constant, unless the slice keeps a NaN.
+    has_label = pick(logits, labels, axis) != -jnp.inf
+    kept = has_label | jnp.isnan(found.loss)
+    at_label = jnp.where(jnp.expand_dims(has_label, axis), -found.one_minus_p, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def pair(other_probs: Array, one_minus_p: Array, logits_dot: Array) -> Array:
-        slope = jnp.where(is_label(other_probs, labels, axis), -one_minus_p, other_probs)
+    def pair(other_probs: Array, at_label: Array, logits_dot: Array) -> Array:
+        slope = jnp.where(is_label(other_probs, labels, axis), at_label, other_probs)
         slope = jnp.where(jnp.expand_dims(kept, axis), slope, 0)
         terms = jnp.where(slope != 0, slope * logits_dot, 0)
         return jnp.squeeze(AlongAxes((axis,)).sum(terms), axis)
 
-    loss_dot = pair(found.other_probs, found.one_minus_p, logits_dot)
+    loss_dot = pair(found.other_probs, at_label, logits_dot)
     entropy = functools.partial(_tsallis, found.other_probs, found.nll, axis=axis)
     entropy_dot = jax.jvp(entropy, (alpha,), (alpha_dot,))[1]
     return found.loss, loss_dot + jnp.where(kept, entropy_dot, 0)

@@ -25,7 +25,7 @@ from softjax.entropies import pick
 class Statistics(NamedTuple):
     """One number per slice each."""
 
-    nll: Array  # -log p of the label; inf where it is dropped
+    nll: Array  # -log p of the label; inf where it is dropped and no NaN is kept
     logsumexp: Array  # -inf where nothing is kept
     uniform_nll: Array | None  # mean(-c log p) over the kept classes, with c their weights
     peak: Array  # a constant for derivatives
@@ -52,8 +52,10 @@ def statistics(
     label_weight = weights(label_logit, peak, None)
     is_empty = rest + label_weight == 0
     log_total = jnp.log1p(jnp.where(is_empty, 0, rest + (label_weight - 1)))
+    # The loss of a dropped label is infinite, unless the slice keeps a NaN.
+    endless = jnp.where(jnp.isnan(rest), rest, jnp.inf)
     found = jnp.where(
-        label_logit == -jnp.inf, jnp.inf, below_peak(peak, label_logit) + log_total
+        label_logit == -jnp.inf, endless, below_peak(peak, label_logit) + log_total
     )
     uniform_nll = None
     if class_weights is not None:

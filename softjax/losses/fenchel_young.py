@@ -215,8 +215,7 @@ def _sparse_loss(
     outside = level - 1 / alpha - jnp.where(inside, 0, margin)
     loss = powers_sum / alpha + jnp.where(inside, integral, outside)
     # A comparison with NaN is False, so NaN must be put back.
-    sound = ~jnp.isnan(others_sum + p) | (margin == -jnp.inf)
-    loss = jnp.squeeze(jnp.where(sound, loss, jnp.nan), axis)
+    loss = jnp.squeeze(jnp.where(jnp.isnan(others_sum + p), jnp.nan, loss), axis)
     return LabelLoss(loss, other_probs, others_sum, nll)
 
 

@@ -248,7 +248,8 @@ def compare(block: int, tokens: TwoTokens, heads: TwoHeads) -> Found:
     near = curve - shift * shift * expm1_over_twice(shift)
     far = (where_finite(student) - where_finite(teacher)) + (mean + anchor)
     nats = jnp.where(close, near, far)
-    nats = jnp.where(seen.teacher.total == 0, 0, jnp.where(seen.missing > 0, jnp.inf, nats))
+    endless = (seen.missing > 0) & ~jnp.isnan(nats)
+    nats = jnp.where(seen.teacher.total == 0, 0, jnp.where(endless, jnp.inf, nats))
     return Found(nats, where_finite(teacher), where_finite(student), shift, close.astype(dtype))
 
 
