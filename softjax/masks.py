@@ -78,7 +78,13 @@ class Mask:
         num_keys = num_queries if num_keys is None else num_keys
         grid = grid_of(tuple(batch), num_heads, num_queries, num_keys, positions=positions)
         shape = (grid.rows, num_heads, num_queries, num_keys)
-        kept = self.bind(grid).tile(Tile(grid, 0, 0, grid.index(0, 0)))
+        try:
+            bound = self.bind(grid)
+        except ValueError as error:
+            if batch:
+                raise
+            raise ValueError(f"{error} (`batch` is the shape of the batch.)") from None
+        kept = bound.tile(Tile(grid, 0, 0, grid.index(0, 0)))
         return jnp.broadcast_to(kept, shape).reshape(*batch, *shape[1:])
 
     def __eq__(self, other: object) -> bool:

@@ -395,6 +395,41 @@ def test_a_dropout_key_that_is_none():
         sj.attention(Q, Q, Q, dropout_rate=0.5, dropout_key=keys)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"keys": Q}, ValueError, "`queries` must be"),
+        (
+            {"keys": np.ones((3, 2, 1, 3), "float32")},
+            ValueError,
+            r"`keys` .*\(2,\).*got \(3,\)",
+        ),
+        (
+            {"values": np.ones((1, 2, 1, 3), "float32")},
+            ValueError,
+            r"`values` must have the batch",
+        ),
+        (
+            {"score": 3.0},
+            TypeError,
+            r"`score` must be a function of \(scores, index\), got 3\.0",
+        ),
+        (
+            {"score": lambda s, at: s[0]},
+            ValueError,
+            r"`score` .*\(2, 1, 2, 2\), got \(1, 2, 2\)",
+        ),
+        ({"score": lambda s, at: (s, s)}, ValueError, r"`score` must give .*got tuple"),
+        ({"score": lambda s, at: None}, ValueError, r"`score` must give .*got NoneType"),
+    ],
+)
+def test_arguments_of_attention_that_do_not_fit(change, error, message):
+    batch = np.stack([Q, Q])
+    given = {"queries": batch, "keys": batch, "values": batch} | change
+    with pytest.raises(error, match=message):
+        sj.attention(**given)
+
+
 # Objects that stand for arrays.
 
 

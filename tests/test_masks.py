@@ -295,6 +295,8 @@ def test_one_length_is_that_of_the_sequence():
     np.testing.assert_array_equal(keys_alone, expected)
     with pytest.raises(ValueError, match=r"equally many, got 5 and 9: give `key_lengths` too"):
         alone.array(5, 9, batch=(2,))
+    with pytest.raises(ValueError, match=r"one per sequence, .*`batch` is the shape of the"):
+        alone.array(9)
 
 
 @pytest.mark.parametrize("name", ["mask", "bias"])

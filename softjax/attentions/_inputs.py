@@ -147,11 +147,13 @@ def _three(
     )
     if queries.ndim < 3 or keys.ndim != queries.ndim or values.ndim != queries.ndim:
         raise ValueError(f"{wanted}, got {shapes}.")
-    if (
-        keys.shape[:-3] != queries.shape[:-3]
-        or keys.shape[-1] != queries.shape[-1]
-        or values.shape[:-1] != keys.shape[:-1]
-    ):
+    batch = queries.shape[:-3]
+    for name, x in (("keys", keys), ("values", values)):
+        if x.shape[:-3] != batch:
+            raise ValueError(
+                f"`{name}` must have the batch axes {batch} of `queries`, got {x.shape[:-3]}."
+            )
+    if keys.shape[-1] != queries.shape[-1] or values.shape[:-1] != keys.shape[:-1]:
         raise ValueError(f"{wanted}, got {shapes}.")
     if keys.shape[-2] == 0 or queries.shape[-2] % keys.shape[-2]:
         raise ValueError(
@@ -230,12 +232,15 @@ def _bias(bias: ArrayLike, grid: Grid) -> Array:
 def _with_score(
     score: Callable[..., Array], operands: DiffOperands, constants: Constants, dtype: Any
 ) -> tuple[DiffOperands, Constants]:
+    if not callable(score):
+        raise TypeError(f"`score` must be a function of (scores, index), got {score!r}.")
     scores = vary(jnp.zeros(_tile_shape(constants.grid), dtype), operands)
     index = constants.grid.index(0, 0)
     run, floats, rest = hoist_floats(lambda scores, at: score(scores, at), scores, index)
     out = jax.eval_shape(run, floats, rest, scores, index)
     if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != scores.shape:
-        raise ValueError(f"`score` must give scores of the shape {scores.shape}, got {out}.")
+        got = out.shape if isinstance(out, jax.ShapeDtypeStruct) else type(out).__name__
+        raise ValueError(f"`score` must give scores of the shape {scores.shape}, got {got}.")
     if not jnp.issubdtype(out.dtype, jnp.floating):
         raise TypeError(f"`score` must give real scores, got {out.dtype}.")
     static = constants.static._replace(score=run)
