@@ -54,6 +54,19 @@ def gumbel_softmax(
 ) -> tuple[Array, Array]: ...
 
 
+@overload
+def gumbel_softmax(
+    key: Array,
+    logits: ArrayLike,
+    *,
+    temperature: ArrayLike = ...,
+    hard: bool = ...,
+    axis: int = ...,
+    where: ArrayLike | None = ...,
+    return_log: bool,
+) -> Array | tuple[Array, Array]: ...
+
+
 @api("hard", "axis", "return_log", temperature=NONNEGATIVE)
 def gumbel_softmax(
     key: Array,

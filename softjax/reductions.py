@@ -49,6 +49,18 @@ def logsumexp(
 ) -> tuple[Array, Array]: ...
 
 
+@overload
+def logsumexp(
+    logits: ArrayLike,
+    *,
+    axis: Axis = None,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    keepdims: bool = False,
+    return_sign: bool,
+) -> Array | tuple[Array, Array]: ...
+
+
 @api("axis", "keepdims", "return_sign")
 def logsumexp(
     logits: ArrayLike,

@@ -8,6 +8,7 @@ import pathlib
 import pydoc
 import re
 import sys
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -234,6 +235,53 @@ def test_signature(name):
         assert parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
         if parameter.name in ("axis", "where", "temperature", "keepdims", "sink", "kind"):
             assert parameter.kind == parameter.KEYWORD_ONLY, parameter
+
+
+RETURNS = {  # arguments of the functions whose result depends on an option
+    "attention": ("q, q, q", "return_lse"),
+    "cross_entropy": ("z, y", "return_z_loss"),
+    "gumbel_softmax": ("key, z, temperature=1.0", "return_log"),
+    "linear_cross_entropy": ("z, z, y", "return_z_loss"),
+    "logsumexp": ("z", "return_sign"),
+}
+
+
+def test_results_that_depend_on_an_option_have_overloads():
+    """One for each value of the option, and one for a bool that is not known."""
+    for name in FUNCTIONS:
+        fn = inspect.unwrap(getattr(sj, name))
+        asked = [p for p in inspect.signature(fn).parameters if p.startswith("return_")]
+        assert asked == ([RETURNS[name][1]] if name in RETURNS else []), name
+        assert len(typing.get_overloads(fn)) == 3 * len(asked), name
+
+
+@pytest.mark.slow
+def test_the_type_checker_knows_the_results(tmp_path):
+    api = pytest.importorskip("mypy.api")
+    lines = [
+        "from typing import assert_type",
+        "import softjax as sj",
+        "from jax import Array",
+        "def check(z: Array, y: Array, q: Array, key: Array, some: bool) -> None:",
+    ]
+    pair = "tuple[Array, Array]"
+    for name, (args, option) in RETURNS.items():
+        for value, result in (
+            ("", "Array"),
+            (f", {option}=False", "Array"),
+            (f", {option}=True", pair),
+            (f", {option}=some", f"Array | {pair}"),
+        ):
+            lines.append(f"    assert_type(sj.{name}({args}{value}), {result})")
+    script = tmp_path / "script.py"
+    script.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = str(ROOT / "pyproject.toml")
+    found, errors, _ = api.run(
+        [str(script), "--config-file", config, "--cache-dir", str(tmp_path / "cache")]
+    )
+    told = [line for line in found.splitlines() if "script.py" in line]
+    assert not told, "\n".join(told)
+    assert "Found" in found or "Success" in found, found + errors
 
 
 def executed(node):

@@ -58,6 +58,22 @@ def cross_entropy(
 ) -> tuple[Array, Array]: ...
 
 
+@overload
+def cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    reduction: str | None = None,
+    return_z_loss: bool,
+) -> Array | tuple[Array, Array]: ...
+
+
 @api(
     "axis",
     "ignore_index",

@@ -57,9 +57,10 @@ def mean_loss(
     Note:
         O(number of examples). Divides by the weights of the labels, as PyTorch's mean does.
         A loss that does not count has cotangent 0, so an unknown label reaches neither the
-        value nor a gradient. NaN or inf in the logits of such an example still makes 0 * NaN in
-        the derivative of its loss: leave it out by an option of the loss, such as
-        `ignore_index`, which replaces its logits.
+        value nor a gradient. But a loss that has been computed cannot be mended: NaN or inf in
+        the logits of such an example makes 0 * NaN in the derivative of its loss, and reaches
+        the gradients of all parameters. Leave such an example out of the loss itself, by its
+        `ignore_index`, `where` or `example_where` and its `reduction="mean"`.
     """
     losses, _ = to_float(losses, name="losses")
     is_used = ignore_index is not None or class_weights is not None

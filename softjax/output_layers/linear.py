@@ -73,6 +73,27 @@ def linear_cross_entropy(
 ) -> tuple[Array, Array]: ...
 
 
+@overload
+def linear_cross_entropy(
+    features: ArrayLike,
+    weights: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    ignore_index: int | None = None,
+    class_weights: ArrayLike | None = None,
+    example_weights: ArrayLike | None = None,
+    reduction: str | None = "mean",
+    block_size: int | None = None,
+    forward_gradient: bool = False,
+    return_z_loss: bool,
+) -> Array | tuple[Array, Array]: ...
+
+
 @api(
     "ignore_index",
     "reduction",
