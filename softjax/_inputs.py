@@ -294,8 +294,8 @@ class Classes(NamedTuple):
     ignored: Array | None
 
     def finish(self, loss: Array) -> Array:
-        """The loss, NaN (in the gradient too) where the label is unknown, 0 where ignored."""
-        loss = loss * jnp.where(self.known, 1, jnp.nan).astype(loss.dtype)
+        """The loss, a constant NaN where the label is unknown, and 0 where it is ignored."""
+        loss = jnp.where(self.known, loss, jnp.nan)
         return loss if self.ignored is None else jnp.where(self.ignored, 0, loss)
 
 

@@ -167,6 +167,39 @@ def test_labels_that_are_none():
     assert dropped[1] == INF
 
 
+def test_reductions_and_labels_that_are_left_out():
+    """An ignored token, and an unknown label whose loss a mean leaves out, reach nothing."""
+    features, weights, _, labels = draw()
+    options = {"num_samples": 4, "ignore_index": -1}
+    call = lambda f, w, **rest: sj.sampled_cross_entropy(
+        jax.random.key(0), f, w, labels.at[1].set(-1), **options, **rest
+    )
+    losses = call(features, weights)
+    spoilt = features.at[1].set(NAN)
+    for reduction, wanted in (("sum", losses[0] + losses[2]), ("mean", losses.sum() / 2)):
+        mean = lambda f, w, r=reduction: call(f, w, reduction=r)
+        value, slopes = jax.value_and_grad(mean, (0, 1))(spoilt, weights)
+        np.testing.assert_allclose(value, wanted, rtol=1e-15)
+        assert (slopes[0][1] == 0).all()
+        assert all(jnp.isfinite(x).all() for x in slopes)
+    with pytest.raises(ValueError, match='`reduction` must be "mean", "sum" or None'):
+        call(features, weights, reduction="none")
+    losses_of = (
+        lambda w, y: sj.sampled_cross_entropy(jax.random.key(0), features, w, y, num_samples=4),
+        lambda w, y: sj.linear_cross_entropy(features, w, y, reduction=None),
+        lambda w, y: sj.linear_cross_entropy(features, w, y, reduction=None, block_size=2),
+    )
+    shares = jnp.array([1.0, 0.0, 1.0])
+    for each in losses_of:
+        mean = lambda w, each=each: sj.mean_loss(
+            each(w, labels.at[1].set(-1)), example_weights=shares
+        )
+        value, slope = jax.value_and_grad(mean)(weights)
+        assert jnp.isfinite(value)
+        assert jnp.isfinite(slope).all()
+        assert jnp.abs(slope).max() > 0
+
+
 def test_a_dropped_label_leaves_the_temperature_of_other_tokens():
     x, w = jnp.array([[1.0, 0], [0, 2]]), jnp.array([[1.0, 2], [3, 4], [0, -1]])
     loss = lambda heat, bias: sj.sampled_cross_entropy(

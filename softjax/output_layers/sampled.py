@@ -18,6 +18,8 @@ from softjax._inputs import check_int
 from softjax._random import bits, check_key
 from softjax._scan import scan_blocks
 from softjax._uint64 import WORD, Wide
+from softjax.losses._labels import reduce_rows
+from softjax.losses._reduction import check_reduction
 from softjax.losses._softmax_stats import nll
 from softjax.output_layers._layer import (
     Head,
@@ -37,7 +39,7 @@ BUCKETS = 2**LOG_BUCKETS  # of an octave of classes
 POINT = 58  # binary digits of a place among the octaves that stand behind the point
 
 
-@api("num_samples", "ignore_index", temperature=POSITIVE)
+@api("num_samples", "ignore_index", "reduction", temperature=POSITIVE)
 def sampled_cross_entropy(
     key: Array,
     features: ArrayLike,
@@ -48,6 +50,7 @@ def sampled_cross_entropy(
     bias: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     ignore_index: int | None = None,
+    reduction: str | None = None,
 ) -> Array:
     r"""Estimates `cross_entropy` of a linear layer from a few classes, drawn log-uniformly.
 
@@ -64,16 +67,19 @@ def sampled_cross_entropy(
             tokens.
         bias: b, `[V]`; differentiable. -inf drops a class.
         temperature: T > 0, one number or one per token; differentiable.
-        ignore_index: a label, of any value, whose tokens have loss and gradient 0.
+        ignore_index: a label, of any value, whose tokens have loss and gradient 0, whatever
+            they hold.
+        reduction: "mean" over the tokens that are not ignored, "sum", or None.
 
     Returns:
-        One loss per token, `[...]`, float32 or wider, at least 0; NaN for a label out of range.
-        `mean_loss` averages them.
+        One loss per token, `[...]`, or one number with `reduction`; float32 or wider, at least
+        0; NaN for a label out of range.
 
     Raises:
         TypeError: `key` is no key, an argument not real, `labels` not integer, or dtypes
             differ.
-        ValueError: `key` is not one key, shapes do not fit, or `num_samples` is less than 1.
+        ValueError: `key` is not one key, shapes do not fit, `num_samples` is less than 1, or
+            `reduction` is none of the above.
 
     Example:
         >>> key = jax.random.key(0)
@@ -100,6 +106,7 @@ def sampled_cross_entropy(
         vocabulary for neural machine translation.
     """
     check_key(key)
+    check_reduction(reduction)
     num_samples = check_int(num_samples, name="num_samples", least=1)
     layer = prepare_layer(features, weights, bias, temperature, None)
     rows = token_labels(layer, labels, ignore_index)
@@ -130,7 +137,13 @@ def sampled_cross_entropy(
     blocks = (tokens, rows.labels, _classes(head, rows.labels))
     nats = scan_blocks(visit, None, blocks, max(1, ENTRIES // num_samples))[1]
     nats = jnp.zeros(rows.labels.shape, layer.dtype) if nats is None else nats
-    return rows.finish(nats).reshape(layer.shape)
+    return reduce_rows(
+        rows.finish(nats).reshape(layer.shape),
+        labels,
+        ignore_index=ignore_index,
+        class_weights=None,
+        reduction=reduction,
+    )
 
 
 def _classes(head: Head, chosen: Array) -> Head:
