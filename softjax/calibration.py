@@ -87,7 +87,7 @@ def fit_temperature(
         a peak of its slice, inf where the labels are no more likely than by chance, 1 where no
         temperature is better than another. A row with a dropped label or a kept +inf does not
         count, because its likelihood is the same at all temperatures. NaN where a label that
-        counts is unknown or beside a kept NaN.
+        counts is unknown, a constant, or beside a kept NaN, which shows in the gradient too.
 
     Raises:
         TypeError: `logits` is not real, `labels` or `groups` not integer, `where` not bool, or
@@ -162,8 +162,10 @@ def _fit(slices: BySegment, x: Array, labels: Array, known: Array) -> Array:
     zero = vary(jnp.zeros(slices.num, x.dtype), x)
     at_zero, spread = step(zero)
     is_flat = spread == 0
-    is_certain = slices.sum(gap) == 0
-    is_chance = at_zero <= 0
+    behind = -slices.sum(gap)
+    is_certain = behind == 0
+    # At the level of chance the derivative is the rounding error of sums of about `behind`.
+    is_chance = at_zero <= 8 * jnp.finfo(x.dtype).eps * behind
     settled = is_flat | is_certain | is_chance
 
     def of_unsettled(inverse: Array) -> tuple[Array, Array]:
@@ -186,7 +188,10 @@ def _fit(slices: BySegment, x: Array, labels: Array, known: Array) -> Array:
     temperature = jnp.where(is_chance, jnp.inf, temperature)
     temperature = jnp.where(is_certain, 0, temperature)
     temperature = jnp.where(is_flat, 1, temperature)
-    return jnp.where(slices.sum(broken.astype(x.dtype)) > 0, jnp.nan, temperature)
+    temperature = jnp.where(slices.sum(broken.astype(x.dtype)) > 0, jnp.nan, temperature)
+    # A square of NaN, of which the derivative is NaN too.
+    spoilt = jnp.where(jnp.isnan(x), x, 0)
+    return temperature + slices.sum(jnp.sum(spoilt * spoilt, -1))
 
 
 class Reliability(NamedTuple):
@@ -326,10 +331,10 @@ def _binned(
     else:
         bin_of = _ranked_bins(jnp.where(counts, confidence, jnp.inf), counts, num_bins)
     slices = BySegment(jnp.where(counts, bin_of, num_bins), num_bins + 1)
-    # A NaN anywhere makes all bins NaN, because it belongs to none.
-    spoilt = jnp.where(jnp.any(broken), jnp.nan, 0).astype(confidence.dtype)
+    # A NaN anywhere makes all bins and the gradient NaN, because it belongs to no bin.
+    spoilt = jnp.where(jnp.any(broken), jnp.nan, 1).astype(confidence.dtype)
     sums = (
-        slices.sum(x.astype(confidence.dtype))[:num_bins] + spoilt
+        slices.sum(x.astype(confidence.dtype))[:num_bins] * spoilt
         for x in (confidence, right, counts)
     )
     return Reliability(*sums)
@@ -501,8 +506,9 @@ def conformal_threshold(
         axis: the one axis of the classes.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
         ignore_index: a label whose rows do not count, whatever they hold.
-        penalty: for "raps", a number that is added per place of a class in the order of
-            probabilities, at least 0 (NaN otherwise).
+        penalty: for "raps" alone, a number that is added per place of a class in the order of
+            probabilities, at least 0 (NaN otherwise). An array is refused elsewhere even if it
+            holds 0, because its value is not known while tracing.
         num_free: for "raps", how many places are free of it.
 
     Returns:
@@ -555,7 +561,7 @@ def conformal_threshold(
     place = jnp.maximum(place, 1)
     ordered = jnp.concatenate([ordered, jnp.full(1, jnp.inf, scores.dtype)])
     found = jnp.where(place <= size, ordered[jnp.clip(place - 1, 0, scores.size)], jnp.inf)
-    return jnp.where(broken, jnp.nan, found)
+    return found * jnp.where(broken, jnp.nan, 1)  # It shows in the gradient too.
 
 
 @api("axis", "kind", "num_free", penalty=NONNEGATIVE)

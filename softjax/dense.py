@@ -108,8 +108,9 @@ def log_softmax(
         enters through log1p. There is one exception: weights below the smallest normal number
         may be flushed to 0, so a log-probability closer to 0 than n times that number loses
         them. O(n) time; the result alone is kept for the derivative, whose entry at a confident
-        peak is the sum of the others, not 1 - p. Temporary memory as `softmax`, but two arrays
-        for the gradient. Both modes, any order.
+        peak is the sum of the others, not 1 - p. In forward mode that entry is the difference
+        of two sums, right to a few eps of the largest tangent. Temporary memory as `softmax`,
+        but two arrays for the gradient. Both modes, any order.
 
     Reference:
         Blanchard, Higham and Higham (2021), Accurately computing the log-sum-exp and softmax

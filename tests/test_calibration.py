@@ -74,8 +74,33 @@ def test_temperature_at_the_limits(logits, labels, wanted):
     fit = lambda z: sj.fit_temperature(z, jnp.asarray(labels))
     found, slope = jax.value_and_grad(fit)(jnp.asarray(logits))
     chex.assert_trees_all_equal(np.asarray(found), np.asarray(wanted))
-    if not np.isnan(wanted):
+    if np.isnan(logits).any():
+        assert np.isnan(slope).any()
+    else:
         chex.assert_trees_all_equal(np.asarray(slope), np.zeros_like(logits))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_labels_as_likely_as_by_chance_have_no_temperature(dtype):
+    """Each class of a row is the label once, so the derivative at 1 / T = 0 is 0."""
+    rng = np.random.default_rng(0)
+    fit = jax.jit(lambda z, y: sj.fit_temperature(z, y))
+    for scale in (1e-3, 1.0, 1e3):
+        logits = np.repeat((scale * rng.standard_normal((20, 7))).astype(dtype), 7, 0)
+        assert fit(logits, np.tile(np.arange(7), 20)) == INF
+
+
+def test_a_nan_in_one_group_stays_there():
+    logits, labels = examples(1)
+    groups = np.arange(len(labels)) % 2
+    logits[1, 0] = NAN
+    fit = lambda z: sj.fit_temperature(z, labels, groups=groups, num_groups=2)
+    slopes = jax.jacrev(fit)(jnp.asarray(logits))
+    assert np.isnan(fit(logits)).tolist() == [False, True]
+    assert np.isnan(slopes[1, 1, 0])
+    others = np.asarray(slopes.at[:, 1, 0].set(0))
+    assert np.isfinite(others).all()
+    assert np.abs(others[0]).max() > 0
 
 
 def test_what_does_not_count_reaches_no_temperature():
@@ -144,6 +169,10 @@ def test_a_nan_spoils_all_bins_unless_its_row_is_ignored():
     assert np.isnan(np.stack(sj.reliability(probs, jnp.array([0, 1])))).all()
     assert np.isnan(sj.expected_calibration_error(probs, jnp.array([0, 1]), bins="mass"))
     assert np.isnan(sj.expected_calibration_error(probs[:1], jnp.array([5])))
+    slope = jax.grad(lambda p: sj.expected_calibration_error(p, jnp.array([0, 1])))(probs)
+    assert np.isnan(slope).any()
+    threshold = lambda z: sj.conformal_threshold(z, jnp.array([0, 1]), level=0.5)
+    assert np.isnan(jax.grad(threshold)(probs)).any()
     kept = sj.expected_calibration_error(probs, jnp.array([0, -1]), ignore_index=-1)
     np.testing.assert_allclose(kept, 0.1)
 

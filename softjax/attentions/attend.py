@@ -199,8 +199,9 @@ def attention(
         Averages `[..., T, N, W]` in the dtype of `queries`; with `return_lse`, a pair of them
         and of the log-sum-exp `[..., T, N]`, float32 or wider, which has its gradient too. A
         query that sees nothing gets exactly 0 (and -inf), with gradient 0. One that sees a NaN
-        or inf in a query, key or value gets NaN; one that does not is untouched, also in every
-        gradient.
+        or inf in a query, key or value gets NaN, and gives NaN gradients to all that it sees;
+        one that does not is untouched, also in every gradient. A score of +inf has derivative
+        0.
 
     Raises:
         TypeError: an argument is not real, the dtypes of the three differ, or a mask is not of

@@ -121,8 +121,8 @@ def cross_entropy(
     Returns:
         One loss per label, of the shape of `labels`, or one number with `reduction`; float32 or
         wider, and never negative. With `return_z_loss`, the pair (loss, z-loss), both reduced
-        alike, of which the first contains the second. A dropped label has loss inf, which is
-        constant: no logit has a derivative. A class weight of 0, or a smoothing of 1, counts it
+        alike, of which the first contains the second. A dropped label, or a +inf at another
+        class, makes the loss inf, which is constant: no logit has a derivative. A class weight of 0, or a smoothing of 1, counts it
         for nothing.
 
     Raises:

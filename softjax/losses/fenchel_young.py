@@ -127,7 +127,8 @@ def entmax_loss(
     Note:
         Its gradient is p - e_y; it is 0 once the label leads by 1 / (alpha - 1). A sum of terms
         that are never negative, of relative error below 1e-6 in float32 at every size of the
-        loss for alpha in [1.001, 2]; above, absolutely so where it is about to end. O(n)
+        loss for alpha in [1.001, 2]; above, absolutely so up to 5, and off by up to 0.1 at 10
+        and more, where one eps of a score moves the weights at the edge of the support. O(n)
         per pass. Both modes, any order.
 
     Reference:

@@ -106,7 +106,8 @@ def linear_distillation_loss(
         O(N V (D + D')) time. Nothing of the size N V is kept, in either mode, at any order, but
         for up to 2^22 logits, as in `linear_cross_entropy`: one pass over both layers, and one
         more for the derivative. Where both are close, the small divergence keeps its digits, as
-        far as the logits have them. Wrap the teacher in `jax.lax.stop_gradient` to save its
+        far as the logits have them. Logits of +inf share no mass: the loss is then 0, infinite
+        or NaN. Wrap the teacher in `jax.lax.stop_gradient` to save its
         part of the derivative.
 
     Reference:
