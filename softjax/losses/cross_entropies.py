@@ -122,8 +122,8 @@ def cross_entropy(
         One loss per label, of the shape of `labels`, or one number with `reduction`; float32 or
         wider, and never negative. With `return_z_loss`, the pair (loss, z-loss), both reduced
         alike, of which the first contains the second. A dropped label, or a +inf at another
-        class, makes the loss inf, which is constant: no logit has a derivative. A class weight of 0, or a smoothing of 1, counts it
-        for nothing.
+        class, makes the loss inf, which is constant: no logit has a derivative. A class weight
+        of 0, or a smoothing of 1, counts it for nothing.
 
     Raises:
         TypeError: `logits` is not real, `labels` not integer, `where` not bool, or `axis` not
