@@ -305,7 +305,7 @@ def test_flax_options_that_are_not_offered(as_users_run):
         assert set(inspect.signature(own).parameters) <= ours
 
 
-# equinox: the recipe of the README.
+# equinox: a module as a score function, with its gradient.
 
 
 @pytest.mark.filterwarnings("ignore")
