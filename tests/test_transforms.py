@@ -15,10 +15,11 @@ import softjax as sj
 from tests.catalogue import CATALOGUE
 from tests.helpers import DTYPES, assert_close, assert_same, eps
 
-# One entry a kind of function by default; the others share what is looked at here.
+# One entry per kind of function by default, where a test compiles many programs per entry.
 _KINDS = {"softmax", "sparsemax", "soft_top_k-capped", "segment_softmax", "cross_entropy"}
 _marks = {entry: [pytest.mark.slow] if entry.title not in _KINDS else [] for entry in CATALOGUE}
-every_entry = pytest.mark.parametrize(
+every_entry = pytest.mark.parametrize("entry", CATALOGUE, ids=lambda entry: entry.title)
+every_kind = pytest.mark.parametrize(
     "entry", [pytest.param(e, marks=m, id=e.title) for e, m in _marks.items()]
 )
 
@@ -27,7 +28,7 @@ def _dtypes_of(entry):
     return ("float32", "bfloat16", "float16") if entry.title in _KINDS else ("float32",)
 
 
-# The half dtypes pass through code that all functions share: one function of a kind will do.
+# The half dtypes pass through code that all functions share: one function per kind will do.
 every_dtype = pytest.mark.parametrize(
     ("entry", "dtype"),
     [
@@ -66,26 +67,13 @@ def finite(out):
     return jnp.where(jnp.isfinite(out), out, 0)
 
 
-def of_floats(entry, others):
-    """The function of its float arguments, without its infinite values."""
-    return jax.jit(lambda *floats: finite(entry.call(*floats, *others)))
-
-
-def flat(entry, seed=0):
-    """The same as a function from a vector to a vector."""
-    floats, others = entry.arguments(seed)
-    vector, unravel = ravel_pytree(floats)
-    fn = of_floats(entry, others)
-    return lambda v: fn(*unravel(v)).reshape(-1), vector, unravel
-
-
 def stacked(entry, count):
     """`count` argument lists, and the same with the arrays stacked."""
     lists = [sum(entry.arguments(seed), ()) for seed in range(count)]
     return lists, tuple(jnp.stack(arrays) for arrays in zip(*lists, strict=True))
 
 
-@every_entry
+@every_kind
 def test_value_is_the_definition(entry):
     for seed, dtype in itertools.product(range(3), DTYPES):
         floats, others = entry.arguments(seed, dtype)
@@ -143,24 +131,180 @@ def _check_temperature(entry, out, logits, floats, others):
     assert_same(entry.call(logits / 2, *(f / 2 for f in floats), *others), out)
 
 
-@every_entry
-def test_integers_become_the_default_float(entry):
-    floats, others = entry.arguments()
-    whole = jnp.round(4 * floats[0]).astype(int)
-    out = entry.call(whole, *floats[1:], *others)
-    assert out.dtype == jnp.dtype("float64")
-    expected = entry.call(whole.astype(float), *floats[1:], *others)
-    assert_close(out, expected, **ROUNDINGS)
+class Transformed:
+    """An entry under every transformation.
+
+    The arguments are rounded to float32, so that derivatives in both dtypes are of one point.
+    """
+
+    def __init__(self, entry):
+        self.entry = entry
+        self.num_floats = num = len(entry.arguments()[0])
+        lists = [
+            (*(f.astype("float64") for f in floats), *others)
+            for floats, others in (entry.arguments(seed, "float32") for seed in range(6))
+        ]
+        self.lists = lists
+        stacks = tuple(np.stack(arrays) for arrays in zip(*lists, strict=True))
+        self.unravel = ravel_pytree(lists[0][:num])[1]
+        self.vectors = jnp.stack([ravel_pytree(args[:num])[0] for args in lists[:2]])
+        self.eager = [entry.call(*args) for args in lists]
+        rng = np.random.default_rng(0)
+        self.direction = jnp.asarray(rng.standard_normal(self.vectors[0].shape))
+        self.weights = jnp.asarray(rng.standard_normal(self.eager[0].size))
+        self.whole = jnp.round(4 * lists[0][0])
+        # Neighbours differ, so that each argument is batched beside one that is not.
+        count = len(lists[0])
+        self.batched = [np.arange(count) % 2 == i for i in range(min(2, count))]
+        arguments = stacks, self.vectors, self.direction, self.weights, self.whole
+        # One small program each compiles faster than one large one.
+        for name in self._pieces(*arguments):
+            piece = lambda *arguments, name=name: self._pieces(*arguments)[name]()
+            setattr(self, name, jax.jit(piece)(*arguments))
+
+    def _pieces(self, stacks, vectors, direction, weights, whole):
+        call, num = self.entry.call, self.num_floats
+        first = [stack[0] for stack in stacks]
+        pairs = [stack[:2] for stack in stacks]
+        others = pairs[num:]
+
+        def flat(vector, *others):
+            return finite(call(*self.unravel(vector), *others)).reshape(-1)
+
+        def loss(*args):
+            return jnp.sum(jnp.sin(finite(call(*args)).astype("float64")))
+
+        def total(floats):
+            body = jax.checkpoint(lambda carry, args: (carry + loss(*args), None))
+            return jax.lax.scan(body, jnp.zeros(()), (*floats, *others))[0]
+
+        def over(batched):
+            args = [p if yes else f for p, f, yes in zip(pairs, first, batched, strict=True)]
+            return jax.vmap(call, [0 if yes else None for yes in batched])(*args)
+
+        at_first = lambda vector: flat(vector, *first[num:])
+        scalar = lambda vector: jnp.vdot(weights, at_first(vector))
+        grad = jax.grad(scalar)
+        slope = lambda vector: jax.jvp(scalar, (vector,), (direction,))[1]
+        backward = lambda vector: jnp.vdot(grad(vector), direction)
+        inner = jax.vmap(call, in_axes=-1, out_axes=-1)
+        grid = [jnp.moveaxis(s.reshape(2, 3, *s.shape[1:]), 1, -1) for s in stacks]
+        narrow = [f.astype("float32") for f in first[:num]]
+        return {
+            "jitted": lambda: call(*first),
+            "of_whole": lambda: call(whole.astype(int), *first[1:]),
+            "over_arguments": lambda: [over(batched) for batched in self.batched],
+            "over_grid": lambda: jax.vmap(inner)(*grid),
+            "forward": lambda: jax.jacfwd(at_first)(vectors[0]),
+            "reverse": lambda: jax.vmap(jax.jacrev(flat))(vectors, *others),
+            "scanned": lambda: jax.value_and_grad(total)(pairs[:num]),
+            "hessian_times_direction": lambda: {
+                "forward over reverse": jax.jvp(grad, (vectors[0],), (direction,))[1],
+                "reverse over forward": jax.grad(slope)(vectors[0]),
+                "reverse over reverse": jax.grad(backward)(vectors[0]),
+            },
+            "narrow_grads": lambda: jax.grad(loss, range(num))(*narrow, *first[num:]),
+        }
+
+    def oracle(self, index, vector):
+        """The finite values by the definition, with the arguments `index` but for floats."""
+        floats = map(np.asarray, self.unravel(jnp.asarray(vector)))
+        with np.errstate(invalid="ignore"):
+            out = np.asarray(self.entry.oracle(*floats, *self.lists[index][self.num_floats :]))
+        return np.where(np.isfinite(out), out, 0).reshape(-1).astype(np.float64)
+
+    def gradient(self, index):
+        """That of the sum of sines, from the Jacobian."""
+        value = np.asarray(finite(self.eager[index])).reshape(-1)
+        return np.cos(value) @ np.asarray(self.reverse[index])
 
 
-@every_entry
-def test_jit_and_no_jit(entry):
-    arguments = sum(entry.arguments(), ())
-    out = entry.call(*arguments)
-    assert_close(jax.jit(entry.call)(*arguments), out, **ROUNDINGS)
-    with jax.disable_jit():
-        plain = entry.call(*arguments)
-    assert_close(plain, out, **ROUNDINGS)
+@every_kind
+def test_every_transformation(entry):
+    found = Transformed(entry)
+    for check in (
+        _check_jit,
+        _check_whole_numbers,
+        _check_vmap,
+        _check_jacobian,
+        _check_scan_of_remat,
+        _check_hessian,
+        _check_narrow_gradients,
+    ):
+        check(found)
+
+
+def _check_jit(found):
+    assert_close(found.jitted, found.eager[0], **ROUNDINGS)
+
+
+def _check_whole_numbers(found):
+    """Integers become the default float."""
+    assert found.of_whole.dtype == jnp.dtype("float64")
+    floats = found.entry.call(found.whole, *found.lists[0][1:])
+    assert_close(found.of_whole, floats, **ROUNDINGS)
+
+
+def _check_vmap(found):
+    """Over every other argument, and over axes of all arguments, the last and the first."""
+    for batched, out in zip(found.batched, found.over_arguments, strict=True):
+        second = [b if yes else a for a, b, yes in zip(*found.lists[:2], batched, strict=True)]
+        assert_close(out, np.stack([found.eager[0], found.entry.call(*second)]), **ROUNDINGS)
+    rows = [np.stack(found.eager[i : i + 3], -1) for i in (0, 3)]
+    assert_close(found.over_grid, np.stack(rows), **ROUNDINGS)
+
+
+def _check_jacobian(found):
+    """Central differences of the oracle: their error is h^2 / 6 times a third derivative."""
+    step = 2.0**-14
+    for index, vector in enumerate(np.asarray(found.vectors)):
+        columns = [
+            found.oracle(index, vector + move) - found.oracle(index, vector - move)
+            for move in step * np.eye(len(vector))
+        ]
+        expected = np.stack(columns, -1) / (2 * step)
+        assert_close(found.reverse[index], expected, rtol=1e-6, atol=1e-6)
+    # Transposes of each other, to a few roundings.
+    scale = 1 + np.abs(found.forward).max()
+    assert_close(found.forward, found.reverse[0], rtol=0, atol=64 * eps("float64") * scale)
+    sizes = np.cumsum([f.size for f in found.lists[0][: found.num_floats]])[:-1]
+    for block in np.split(np.asarray(found.forward), sizes, axis=-1):
+        assert np.abs(block).max() > 1e-2  # A flat point would prove nothing.
+
+
+def _check_scan_of_remat(found):
+    value, grads = found.scanned
+    values = [np.sum(np.sin(finite(out))) for out in found.eager[:2]]
+    assert_close(value, np.sum(values), **ROUNDINGS)
+    for index in (0, 1):
+        got = ravel_pytree([grad[index] for grad in grads])[0]
+        assert_close(got, found.gradient(index), rtol=0, atol=1e-13 * _size(found.reverse))
+
+
+def _check_hessian(found):
+    """Three orders agree, and second differences of the oracle are the curvature."""
+    first, *others = found.hessian_times_direction.values()
+    for other in others:
+        assert_close(other, first, rtol=0, atol=1e-12 * _size(first))
+    step = 2.0**-10
+    move = step * np.asarray(found.direction)
+    center = np.asarray(found.vectors[0])
+    ahead, middle, behind = (found.oracle(0, center + i * move) for i in (1, 0, -1))
+    curvature = np.asarray(found.weights) @ (ahead - 2 * middle + behind) / step**2
+    got = np.vdot(found.direction, first)
+    assert_close(got, curvature, rtol=0, atol=1e-4 * _size(first))
+
+
+def _check_narrow_gradients(found):
+    """They are rounded like their argument; the values are, before the sine is taken."""
+    got = ravel_pytree(found.narrow_grads)[0]
+    assert all(grad.dtype == jnp.dtype("float32") for grad in found.narrow_grads)
+    unit = eps("float32")
+    assert_close(got, found.gradient(0), rtol=8 * unit, atol=32 * unit)
+
+
+def _size(array):
+    return 1 + float(np.abs(array).max())
 
 
 @every_entry
@@ -178,9 +322,23 @@ def test_the_count_of_traces_sees_a_new_function():
     assert traces() != []
 
 
-def check_vmap(entry, choices):
+@every_kind
+def test_without_jit(entry):
+    arguments = sum(entry.arguments(), ())
+    with jax.disable_jit():
+        plain = entry.call(*arguments)
+    assert_close(plain, entry.call(*arguments), **ROUNDINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "entry", [e for e in CATALOGUE if sum(map(len, e.arguments())) > 2], ids=lambda e: e.title
+)
+def test_vmap_over_some_arguments(entry):
+    """Each alone, neighbours, and the last with the first."""
     lists, stacks = stacked(entry, 2)
-    for batched in choices:
+    count = len(stacks)
+    for batched in [np.roll(np.arange(count) < n, i) for n in (1, 2) for i in range(count)]:
         pick = lambda many, one, b=batched: [
             m if yes else o for m, o, yes in zip(many, one, b, strict=True)
         ]
@@ -190,113 +348,12 @@ def check_vmap(entry, choices):
         assert_close(out, np.stack(expected), **ROUNDINGS)
 
 
-def count_arguments(entry):
-    return sum(map(len, entry.arguments()))
-
-
-@every_entry
-def test_vmap(entry):
-    """Over each argument alone, and over all at once."""
-    count = count_arguments(entry)
-    check_vmap(entry, [*np.eye(count, dtype=bool), (True,) * count][count == 1 :])
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "entry", [e for e in CATALOGUE if count_arguments(e) > 2], ids=lambda e: e.title
-)
-def test_vmap_over_pairs_of_arguments(entry):
-    """Neighbours, and the last with the first."""
-    count = count_arguments(entry)
-    check_vmap(entry, [np.roll(np.arange(count) < 2, i) for i in range(count)])
-
-
-@every_entry
-def test_vmap_over_the_last_axis(entry):
-    lists, stacks = stacked(entry, 3)
-    moved = [jnp.moveaxis(a, 0, -1) for a in stacks]
-    out = jax.vmap(entry.call, in_axes=-1, out_axes=-1)(*moved)
-    expected = np.stack([entry.call(*args) for args in lists], -1)
-    assert_close(out, expected, **ROUNDINGS)
-
-
-@every_entry
-def test_nested_vmap(entry):
-    lists, stacks = stacked(entry, 6)
-    out = jax.vmap(jax.vmap(entry.call))(*(a.reshape(2, 3, *a.shape[1:]) for a in stacks))
-    expected = np.stack([entry.call(*args) for args in lists])
-    assert_close(out.reshape(expected.shape), expected, **ROUNDINGS)
-
-
-@every_entry
-def test_vmap_of_grad(entry):
-    num_floats = len(entry.arguments()[0])
-    lists, stacks = stacked(entry, 2)
-    loss = lambda *args: jnp.sum(jnp.sin(finite(entry.call(*args))))
-    grad = jax.jit(jax.grad(loss, argnums=tuple(range(num_floats))))
-    outs = jax.vmap(grad)(*stacks)
-    expected = [grad(*args) for args in lists]
-    for i, out in enumerate(outs):
-        assert_close(out, np.stack([e[i] for e in expected]), **ROUNDINGS)
-
-
-@every_entry
-def test_jacobian_is_that_of_the_definition(entry):
-    """Central differences of the oracle: their error is h^2 / 6 times a third derivative."""
-    fn, vector, unravel = flat(entry)
-    others = entry.arguments()[1]
-    step, columns = 2.0**-14, []
-    with np.errstate(invalid="ignore"):
-        for direction in np.eye(len(vector)):
-            moved = [unravel(vector + sign * step * direction) for sign in (1, -1)]
-            ahead, behind = (np.asarray(entry.oracle(*m, *others)) for m in moved)
-            difference = np.where(np.isfinite(ahead), ahead - behind, 0) / (2 * step)
-            columns.append(difference.reshape(-1))
-    expected = np.stack(columns, -1)
-    forward, reverse = jax.jit(lambda v: (jax.jacfwd(fn)(v), jax.jacrev(fn)(v)))(vector)
-    assert_close(forward, expected, rtol=1e-6, atol=1e-6)
-    # Transposes of each other, to a few roundings.
-    scale = 1 + np.abs(expected).max()
-    assert_close(reverse, forward, rtol=0, atol=64 * eps("float64") * scale)
-    sizes = np.cumsum([f.size for f in entry.arguments()[0]])[:-1]
-    for block in np.split(expected, sizes, axis=-1):
-        assert np.abs(block).max() > 1e-2  # A flat point would prove nothing.
-
-
-@pytest.mark.slow
-@every_entry
+@every_kind
 def test_two_orders_in_both_modes(entry):
     floats, others = entry.arguments()
-    fn = of_floats(entry, others)
+    fn = jax.jit(lambda *floats: finite(entry.call(*floats, *others)))
     check_grads(fn, floats, order=2, modes=["fwd", "rev"], atol=1e-5, rtol=1e-5)
-
-
-@every_entry
-def test_hessian_in_three_orders(entry):
-    """Hessian times vector, against each other and against differences of the gradient."""
-    fn, vector, _ = flat(entry)
-    rng = np.random.default_rng(0)
-    weights = jnp.asarray(rng.standard_normal(fn(vector).shape))
-    direction = jnp.asarray(rng.standard_normal(vector.shape))
-    step = 2.0**-14 * direction
-    scalar = lambda v: jnp.vdot(weights, fn(v))
-    grad = jax.grad(scalar)
-    slope = lambda v: jax.jvp(scalar, (v,), (direction,))[1]
-
-    @jax.jit
-    def products(v):
-        forward_over_reverse = jax.jvp(grad, (v,), (direction,))[1]
-        reverse_over_forward = jax.grad(slope)(v)
-        reverse_over_reverse = jax.grad(lambda v: jnp.vdot(grad(v), direction))(v)
-        ends = jax.lax.map(grad, jnp.stack([v + step, v - step]))
-        return forward_over_reverse, reverse_over_forward, reverse_over_reverse, ends
-
-    first, *others, ends = products(vector)
-    scale = 1 + float(jnp.abs(first).max())
-    for other in others:
-        assert_close(other, first, rtol=0, atol=1e-12 * scale)
-    expected = (ends[0] - ends[1]) * 2.0**13
-    assert_close(first, expected, rtol=0, atol=1e-6 * scale)
 
 
 @pytest.mark.slow
@@ -304,30 +361,14 @@ def test_hessian_in_three_orders(entry):
     "entry", [e for e in CATALOGUE if e.title in _KINDS], ids=lambda e: e.title
 )
 def test_hessian_is_symmetric(entry):
-    fn, vector, _ = flat(entry)
+    floats, others = entry.arguments()
+    vector, unravel = ravel_pytree(floats)
+    fn = lambda v: finite(entry.call(*unravel(v), *others)).reshape(-1)
     weights = jnp.cos(jnp.arange(fn(vector).size))
     for outer, inner in itertools.product((jax.jacfwd, jax.jacrev), repeat=2):
         hessian = jax.jit(outer(inner(lambda v: jnp.vdot(weights, fn(v)))))(vector)
         atol = 1e-12 * (1 + float(jnp.abs(hessian).max()))
         assert_close(hessian, hessian.T, rtol=0, atol=atol)
-
-
-@every_entry
-def test_scan_of_remat(entry):
-    _, stacks = stacked(entry, 3)
-    num_floats = len(entry.arguments()[0])
-    loss = lambda *args: jnp.sum(jnp.sin(finite(entry.call(*args))))
-
-    def total(floats):
-        body = jax.checkpoint(lambda carry, args: (carry + loss(*args), None))
-        return jax.lax.scan(body, jnp.zeros(()), (*floats, *stacks[num_floats:]))[0]
-
-    grad = jax.value_and_grad(loss, argnums=tuple(range(num_floats)))
-    values, expected = jax.jit(jax.vmap(grad))(*stacks)
-    value, grads = jax.jit(jax.value_and_grad(total))(stacks[:num_floats])
-    assert_close(value, values.sum(), **ROUNDINGS)
-    for got, wanted in zip(grads, expected, strict=True):
-        assert_close(got, wanted, **ROUNDINGS)
 
 
 @pytest.mark.optimized
@@ -345,7 +386,11 @@ def test_differentiation_does_not_change_the_value(entry, dtype):
     same(jax.linearize(fn, *floats)[0], value)
 
 
-@every_dtype
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "entry", [e for e in CATALOGUE if e.title in _KINDS], ids=lambda e: e.title
+)
 def test_derivatives_keep_the_dtype_of_their_argument(entry, dtype):
     floats, others = entry.arguments(dtype=dtype)
     exact = tuple(f.astype("float64") for f in floats)
