@@ -1,41 +1,52 @@
-"""Images with labels, and text: sets that come with Python packages, or your own files.
+"""Images, names and sounds with labels, and text: sets from Python packages, or your own files.
 
-Images are scikit-learn's digits, or MNIST, CIFAR and .npz files; text is Python's reference, or
-a UTF-8 file. Nothing is downloaded. A folder given as `--data-dir` is searched for the files of
-each data set in turn, under the names that they are published by; when no set is complete, one
-line names the files that were looked for, and the digits or the reference are used. A malformed
-file is an error.
+Images are scikit-learn's digits, or MNIST, CIFAR and .npz files; names are those of languages
+and territories in the Unicode CLDR, as the package babel ships them, or a .tsv file; sounds are
+WAV files; text is Python's reference, or a UTF-8 file. Nothing is downloaded. A folder given as `--data-dir` is
+searched for the files of each data set in turn, under the names that they are published by. A
+folder without a complete set, or a malformed file, is an error.
 """
 
 import gzip
 import struct
+import wave
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import numpy as np
+from babel import Locale, UnknownLocaleError
 from sklearn.datasets import load_digits
 
 from experiments._run import NDArray
 
 __all__ = [
+    "CLDR",
     "REFERENCE",
     "Dataset",
+    "Names",
+    "Sounds",
     "Text",
+    "cldr_names",
     "digits",
     "load",
+    "load_names",
+    "load_sounds",
     "load_text",
     "read_cifar",
     "read_idx",
     "read_npz",
     "read_text",
+    "read_tsv",
+    "read_wav",
     "reference",
 ]
 
 REFERENCE = "Python's reference"
+CLDR = "names in the Unicode CLDR"
 
 # Images, `[n, height, width, channels]` or as they are read, and labels, `[n]`.
 Examples = tuple[NDArray, NDArray]
@@ -57,6 +68,25 @@ class Text(NamedTuple):
 
     name: str
     characters: str
+
+
+class Names(NamedTuple):
+    """Short texts, the class of each, and the thing that each names, which classes share."""
+
+    name: str
+    texts: list[str]
+    labels: NDArray  # int32 `[n]`
+    things: NDArray  # int32 `[n]`
+    classes: list[str]
+
+
+class Sounds(NamedTuple):
+    """Samples of every sound `[length]`, at one rate in Hz, and its class."""
+
+    samples: list[NDArray]
+    rate: int
+    labels: NDArray  # int32 `[n]`
+    classes: list[str]
 
 
 class _Source(NamedTuple):
@@ -105,6 +135,113 @@ def load_text(data_dir: Path | None = None) -> Text:
 def reference() -> Text:
     """The topics that `help()` knows, in the order of their names; they come with Python."""
     return Text(REFERENCE, "\n\n".join(topics[name] for name in sorted(topics)))
+
+
+def load_names(data_dir: Path | None, languages: Sequence[str]) -> Names:
+    """The first file *.tsv in the folder; the CLDR's names in the languages where none is named.
+
+    Raises:
+        ValueError: the folder holds no such file, or there is no such language.
+    """
+    if data_dir is None:
+        return cldr_names(languages)
+    path = _find(data_dir, "*.tsv")
+    if path is None:
+        raise ValueError(f"{data_dir}: no file *.tsv.")
+    rows = read_tsv(path)
+    classes = sorted({label for label, _ in rows})
+    labels = np.array([classes.index(label) for label, _ in rows], np.int32)
+    things = np.unique([text for _, text in rows], return_inverse=True)[1].astype(np.int32)
+    return Names(path.name, [text for _, text in rows], labels, things, classes)
+
+
+def cldr_names(languages: Sequence[str]) -> Names:
+    """What languages and territories are called in each language, by its code.
+
+    Case is left out. So are things that one of the languages has no name for, and names that
+    several of them spell alike, since these have no one answer.
+    """
+    try:
+        locales = [Locale.parse(code) for code in languages]
+    except (UnknownLocaleError, ValueError) as error:
+        raise ValueError(f"languages must be codes that babel knows: {error}.") from error
+    tables = [
+        {**{f"language {k}": v for k, v in locale.languages.items()}, **locale.territories}
+        for locale in locales
+    ]
+    uses: dict[str, list[tuple[int, int]]] = {}  # By text: its languages, and its things.
+    for thing, key in enumerate(sorted(set.intersection(*map(set, tables)))):
+        for label, table in enumerate(tables):
+            uses.setdefault(table[key].lower(), []).append((label, thing))
+    # A text that names two things of one language, such as a country and its language, is
+    # kept once, so that it cannot be both trained on and tested.
+    rows = [
+        (text, *found[0])
+        for text, found in uses.items()
+        if len({label for label, _ in found}) == 1
+    ]
+    texts, labels, things = zip(*rows, strict=True)
+    english = [locale.english_name or locale.language for locale in locales]
+    numbers = np.array(labels, np.int32), np.array(things, np.int32)
+    return Names(CLDR, list(texts), *numbers, english)
+
+
+def load_sounds(data_dir: Path) -> Sounds:
+    """The files *.wav of every folder inside of the folder; a folder is a class.
+
+    Raises:
+        ValueError: fewer than two folders hold sounds, or the rates of two files differ.
+    """
+    paths = sorted(data_dir.glob("*/*.wav"))
+    classes = sorted({path.parent.name for path in paths})
+    _require(len(classes) > 1, data_dir, "fewer than two folders with files *.wav")
+    sounds = [read_wav(path) for path in paths]
+    rate = sounds[0][1]
+    for path, (_, other) in zip(paths, sounds, strict=True):
+        _require(other == rate, path, f"{other} samples per second, others have {rate}")
+    labels = np.array([classes.index(path.parent.name) for path in paths], np.int32)
+    return Sounds([samples for samples, _ in sounds], rate, labels, classes)
+
+
+def read_wav(path: Path) -> tuple[NDArray, int]:
+    """The samples of a WAV file (PCM), the mean of its channels, and their rate in Hz.
+
+    Raises:
+        ValueError: the file cannot be read; the message names it.
+    """
+    try:
+        with wave.open(str(path)) as file:
+            width, num_channels, rate = (
+                file.getsampwidth(),
+                file.getnchannels(),
+                file.getframerate(),
+            )
+            data = file.readframes(file.getnframes())
+    except (EOFError, wave.Error) as error:
+        raise ValueError(f"{path}: cannot be read as a WAV file ({error}).") from error
+    _require(width in _PCM_DTYPES, path, f"samples of {width} bytes; wanted 1, 2 or 4")
+    samples = np.frombuffer(data, _PCM_DTYPES[width]).astype(float)
+    _require(samples.size > 0, path, "there are no samples")
+    return samples.reshape(-1, num_channels).mean(axis=1) - 128 * (width == 1), rate
+
+
+def read_tsv(path: Path) -> list[tuple[str, str]]:
+    """A label and a text from each line of a UTF-8 file; a tabulator stands between them.
+
+    Raises:
+        ValueError: a line is not of this form, or there is one label alone.
+    """
+    rows = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        label, tabulator, text = line.partition("\t")
+        _require(
+            bool(tabulator and label.strip() and text.strip()),
+            path,
+            f"line {number} is not a label, a tabulator and a text",
+        )
+        rows.append((label.strip(), text.strip()))
+    _require(len({label for label, _ in rows}) > 1, path, "there is one label alone")
+    return rows
 
 
 def read_text(path: Path) -> str:
@@ -266,6 +403,7 @@ def _require(condition: bool | np.bool_, path: Path, problem: str) -> None:
 
 
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_PCM_DTYPES = {1: "u1", 2: "<i2", 4: "<i4"}
 _NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")
 _MNIST_FILES = (
     "train-images-idx3-ubyte",

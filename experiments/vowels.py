@@ -1,0 +1,356 @@
+"""How close does softmax regression come to the best possible rule for vowels?
+
+A vowel is heard by its formants, the resonances of the mouth. The ten English vowels of "heed",
+"hid", ... are drawn, not recorded: a man, a woman or a child says one of them, and the
+logarithms of its first three formants are normal, with the means of Peterson and Barney (1952)
+and with the spreads of their 1520 measurements, as the program Praat lists these; that the three
+are independent is our assumption. So the best rule, that of Bayes, is known, and its error is
+the least that any classifier can have. Softmax regression learns from frames of the same kind:
+on the formants, on their squares and products too, and on formants and squares for each kind of
+speaker, where that is told.
+
+Expected: the rule of Bayes is a softmax of quadratic functions for each kind of speaker, so the
+last arm contains it, and its loss exceeds the best one by d / (2 n) nats for d = 189 free
+weights and n frames: within a factor of 2. Where the speaker is not told the best rule is no
+softmax of quadratic functions, but they come within 3 points of its error, and nearer than
+linear functions. Control: on average no arm has a smaller loss than the rule of Bayes.
+
+`--data-dir` takes WAV files in folders by class, whose formants are found by linear prediction;
+there the best rule is unknown, and nothing is judged.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from matplotlib.figure import Figure
+
+import softjax as sj
+from experiments._data import load_sounds
+from experiments._plots import COLOURS, finish, heatmap, legend, lines, panels
+from experiments._run import (
+    Arrays,
+    Experiment,
+    Measure,
+    NDArray,
+    Options,
+    Track,
+    launch,
+    untracked,
+)
+
+__all__ = ["Config", "draw", "formants", "judge", "main", "run"]
+
+# F1, F2 and F3 of men, women and children: means in Hz, and standard deviations of the natural
+# logarithm in per cent.
+TABLE = {
+    "heed": "270 2290 3010  310 2790 3310  370 3200 3730   14  6  6  16  5  7  18  7  7",
+    "hid": "390 1990 2550  430 2480 3070  530 2730 3600   14  6  5  11  6  5  14  7  7",
+    "head": "530 1840 2480  610 2330 2990  690 2610 3570   12  6  5  13  6  5  12  8  7",
+    "had": "660 1720 2410  860 2050 2850 1010 2320 3320    9  7  6  13  9  6  16 10 11",
+    "hod": "730 1090 2440  850 1220 2810 1030 1370 3170    8  9  9  11  8  8  12 12 11",
+    "hawed": "570  840 2410  590  920 2710  680 1060 3180   11 14  9  15 14  9  17 11 12",
+    "hood": "440 1020 2240  470 1160 2680  560 1410 3310   11 12  7  12 14  7  12  9  9",
+    "who'd": "300  870 2240  370  950 2670  430 1170 3260   17 18 10  13 18  8  20 24 10",
+    "hud": "640 1190 2390  760 1400 2780  850 1590 3360    7  9  7   9  9  6  14  6  9",
+    "heard": "490 1350 1690  500 1640 1960  560 1820 2160   12  7  8  12 11 12  16 11 15",
+}
+VOWELS = tuple(TABLE)
+MEANS, SPREADS = np.moveaxis(
+    np.array([row.split() for row in TABLE.values()], float).reshape(10, 2, 3, 3), 1, 0
+)  # `[vowels, speakers, formants]` each
+SPEAKERS = np.array([33, 28, 15]) / 76  # Shares of men, women and children in the study.
+ARMS = ("linear", "quadratic", "speaker told")
+BAYES = {"linear": "Bayes", "quadratic": "Bayes", "speaker told": "Bayes, speaker told"}
+NUM_FEATURES = 21  # of the last arm; the others leave columns empty
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    """Options of the vowels."""
+
+    num_seeds: int = 5
+    """Number of independent repetitions, run side by side."""
+    data_dir: Path | None = None
+    """Folder with a folder of WAV files (PCM) for each class; none: vowels are drawn."""
+    sizes: tuple[int, ...] = (500, 1000, 2000, 4000)
+    """Numbers of drawn frames to learn from; the last one is judged."""
+    num_test: int = 20000
+    """Drawn frames to test on."""
+    num_steps: int = 100
+    """Steps of L-BFGS, each over all training frames."""
+    weight_scale: float = 10.0
+    """Standard deviation of the normal prior of the weights."""
+    max_factor: float = 2.0
+    """Target: the most by which the excess loss of the last arm may differ from d / (2 n)."""
+    max_excess: float = 0.03
+    """Target: error of the quadratic arm, less that of the rule of Bayes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sizes or min(self.sizes) < 100:
+            raise ValueError(f"sizes must be numbers of at least 100, got {self.sizes}.")
+
+    @classmethod
+    def reduced(cls) -> Self:
+        """Fewer seeds, frames and steps; the targets stay, save for the excess."""
+        size: dict[str, Any] = {"num_seeds": 3, "num_test": 5000, "num_steps": 60}
+        return cls(quick=True, sizes=(500, 1500), **size, max_excess=0.04)
+
+
+class Frames(NamedTuple):
+    """Formants as logarithms `[n, 3]`, and the numbers of vowels and speakers `[n]`."""
+
+    log_formants: NDArray
+    vowels: NDArray
+    speakers: NDArray
+
+
+def run(config: Config, track: Track = untracked) -> Arrays:
+    """Learns from the same frames in every arm, and applies the rule of Bayes."""
+    rng = np.random.default_rng(config.seed)
+    if config.data_dir is None:
+        is_drawn, classes, sizes = True, list(VOWELS), np.array(config.sizes)
+        train = [_draw_frames(rng, max(config.sizes)) for _ in range(config.num_seeds)]
+        test = [_draw_frames(rng, config.num_test) for _ in range(config.num_seeds)]
+    else:
+        is_drawn, sounds = False, load_sounds(config.data_dir)
+        found = [formants(samples, sounds.rate) for samples in sounds.samples]
+        rows = [rng.permutation(len(found)) for _ in range(config.num_seeds)]
+        x = np.log(np.array(found))
+        parts = [Frames(x[row], sounds.labels[row], np.zeros_like(row)) for row in rows]
+        num_train = len(x) - len(x) // 3
+        train = [Frames(*(values[:num_train] for values in part)) for part in parts]
+        test = [Frames(*(values[num_train:] for values in part)) for part in parts]
+        classes, sizes = sounds.classes, np.array([num_train])
+    arrays: Arrays = {
+        "is_drawn": np.array(is_drawn),
+        "classes": np.array(classes),
+        "sizes": sizes,
+        "formants": np.exp(test[0].log_formants[:600]),
+        "vowels": test[0].vowels[:600],
+    }
+    arms = ARMS if is_drawn else ARMS[:2]
+    labels = jnp.asarray(np.stack([frames.vowels for frames in train]), jnp.int32)
+    for number in track(range(len(arms)), "vowels"):
+        arm = arms[number]
+        seen, tested = (
+            jnp.asarray(np.stack([_features(frames, arm) for frames in part]), float)
+            for part in (train, test)
+        )
+        scales = jnp.asarray(sizes, seen.dtype)
+        logits = np.asarray(_fit(seen, labels, tested, scales, len(classes), config))
+        pairs = [
+            [_judged(values, frames.vowels) for values in by_size]
+            for by_size, frames in zip(logits, test, strict=True)
+        ]
+        arrays[f"loss/{arm}"], arrays[f"error/{arm}"] = np.moveaxis(np.array(pairs), -1, 0)
+        if arm == "quadratic":
+            counts = np.zeros((len(classes), len(classes)), np.int64)
+            for by_size, frames in zip(logits, test, strict=True):
+                np.add.at(counts, (frames.vowels, by_size[-1].argmax(axis=-1)), 1)
+            arrays["confusion"] = counts
+    if is_drawn:
+        for name, is_told in (("Bayes", False), ("Bayes, speaker told", True)):
+            pairs = [_judged(_bayes(frames, is_told), frames.vowels) for frames in test]
+            arrays[f"loss/{name}"], arrays[f"error/{name}"] = np.array(pairs).T
+    return arrays
+
+
+def _draw_frames(rng: np.random.Generator, size: int) -> Frames:
+    vowels = rng.integers(0, len(VOWELS), size)
+    speakers = rng.choice(len(SPEAKERS), size, p=SPEAKERS)
+    noise = SPREADS[vowels, speakers] / 100 * rng.normal(size=(size, 3))
+    return Frames(np.log(MEANS[vowels, speakers]) + noise, vowels, speakers)
+
+
+def _bayes(frames: Frames, is_told: bool) -> NDArray:
+    """Log-probabilities of the vowels `[n, 10]`, from the model that frames are drawn from."""
+    spreads = SPREADS / 100
+    z = (frames.log_formants[:, None, None] - np.log(MEANS)) / spreads
+    log_density = -np.sum(z**2 / 2 + np.log(spreads), axis=-1)  # `[n, vowels, speakers]`
+    if is_told:
+        return np.take_along_axis(log_density, frames.speakers[:, None, None], -1)[..., 0]
+    return np.asarray(sj.logsumexp(log_density, axis=-1, weights=SPEAKERS))
+
+
+def _features(frames: Frames, arm: str) -> NDArray:
+    """The functions of the formants that an arm weighs, `[n, 21]`; unused columns are 0."""
+    # All spoken vowels lie within about 3 of 0 after this.
+    x = (frames.log_formants - np.log([530, 1500, 2650])) / [0.36, 0.39, 0.2]
+    one = np.ones((len(x), 1))
+    if arm == "speaker told":
+        base = np.concatenate([one, x, x**2], axis=1)
+        is_speaker = np.eye(len(SPEAKERS))[frames.speakers]
+        return (is_speaker[:, :, None] * base[:, None, :]).reshape(len(x), -1)
+    rows, columns = np.triu_indices(3)
+    products = x[:, rows] * x[:, columns] * (arm == "quadratic")
+    used = np.concatenate([one, x, products], axis=1)
+    return np.pad(used, ((0, 0), (0, NUM_FEATURES - used.shape[1])))
+
+
+@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
+def _fit(
+    features: Array,
+    labels: Array,
+    tested: Array,
+    sizes: Array,
+    num_classes: int,
+    config: Config,
+) -> Array:
+    """Logits of the tested frames `[seeds, sizes, n, K]`, learnt from the first frames."""
+    optimizer = optax.lbfgs()
+
+    def one_fit(features: Array, labels: Array, tested: Array, size: Array) -> Array:
+        seen = jnp.where(jnp.arange(len(labels)) < size, labels, -1)
+
+        def penalized_loss(weights: Array) -> Array:
+            options: dict[str, Any] = {"ignore_index": -1, "reduction": "mean"}
+            loss = sj.cross_entropy(features @ weights, seen, **options)
+            return loss + jnp.sum(weights**2) / (2 * config.weight_scale**2 * size)
+
+        def step(state: Any, _: None) -> tuple[Any, None]:
+            weights, optimizer_state = state
+            loss, grads = optax.value_and_grad_from_state(penalized_loss)(
+                weights, state=optimizer_state
+            )
+            updates, optimizer_state = optimizer.update(
+                grads,
+                optimizer_state,
+                weights,
+                value=loss,
+                grad=grads,
+                value_fn=penalized_loss,
+            )
+            return (optax.apply_updates(weights, updates), optimizer_state), None
+
+        weights = jnp.zeros((NUM_FEATURES, num_classes), features.dtype)
+        state = weights, optimizer.init(weights)
+        (weights, _), _ = jax.lax.scan(step, state, length=config.num_steps)
+        return tested @ weights
+
+    over_sizes = jax.vmap(one_fit, in_axes=(None, None, None, 0))
+    return jax.vmap(over_sizes, in_axes=(0, 0, 0, None))(features, labels, tested, sizes)
+
+
+def _judged(logits: NDArray, vowels: NDArray) -> tuple[float, float]:
+    """Mean cross-entropy, and the share of wrong answers."""
+    losses = sj.cross_entropy(logits, vowels.astype(np.int32))
+    return float(np.mean(losses)), float(np.mean(logits.argmax(axis=-1) != vowels))
+
+
+def formants(samples: NDArray, rate: int, order: int = 12) -> NDArray:
+    """The first three resonances, in Hz, of the middle 50 ms, by linear prediction.
+
+    Each sample is predicted from the `order` samples before it, at 11 kHz. The predictor is
+    the inverse of an all-pole filter: a pair of poles near the unit circle is a resonance.
+    """
+    if rate > 11000:
+        spectrum = np.fft.rfft(samples)[: len(samples) * 11000 // (2 * rate) + 1]
+        samples, rate = np.fft.irfft(spectrum), 11000
+    middle, half = len(samples) // 2, rate // 40
+    frame = samples[max(0, middle - half) : middle + half]
+    frame = np.diff(frame) + 0.03 * frame[1:]  # High tones are weaker in a voice: raise them.
+    frame = frame * np.hamming(len(frame))
+    autocorrelation = np.correlate(frame, frame, "full")[len(frame) - 1 :][: order + 1]
+    lags = np.abs(np.subtract.outer(np.arange(order), np.arange(order)))
+    matrix = autocorrelation[lags] + 1e-9 * autocorrelation[0] * np.eye(order)
+    poles = np.roots([1, *-np.linalg.solve(matrix, autocorrelation[1:])])
+    frequencies = np.angle(poles) * rate / (2 * np.pi)
+    bandwidths = -np.log(np.abs(poles)) * rate / np.pi
+    found = np.sort(frequencies[(frequencies > 90) & (bandwidths < 700)])
+    if len(found) < 3:
+        raise ValueError(f"There are {len(found)} resonances in a sound; 3 are needed.")
+    return found[:3]
+
+
+def judge(config: Config, arrays: Arrays) -> list[Measure]:
+    """Errors and losses at the largest size, beside those of the rule of Bayes."""
+    if not arrays["is_drawn"]:
+        return [Measure(f"error, {arm}", arrays[f"error/{arm}"][:, -1]) for arm in ARMS[:2]]
+    names = ("Bayes", "Bayes, speaker told")
+    measures = [Measure(f"error, {name}", arrays[f"error/{name}"]) for name in names]
+    excess = {}
+    for arm in ARMS:
+        error = arrays[f"error/{arm}"][:, -1]
+        excess[arm] = error - arrays[f"error/{BAYES[arm]}"]
+        loss = arrays[f"loss/{arm}"][:, -1] - arrays[f"loss/{BAYES[arm]}"]
+        measures += [
+            Measure(f"error, {arm}", error),
+            Measure(f"loss above Bayes, {arm}", loss, at_least=0.0),
+        ]
+        if arm == "speaker told":
+            theory = NUM_FEATURES * (len(VOWELS) - 1) / (2 * arrays["sizes"][-1])
+            bounds = {"at_least": 1 / config.max_factor, "at_most": config.max_factor}
+            measures.append(Measure("that loss over d / (2 n)", loss / theory, **bounds))
+    quadratic = excess["quadratic"]
+    gain = excess["linear"] - quadratic
+    return [
+        *measures,
+        Measure("error above Bayes, quadratic", quadratic, at_most=config.max_excess),
+        Measure("that of linear, less that", gain, at_least=0.0),
+    ]
+
+
+def draw(arrays: Arrays) -> dict[str, Figure]:
+    """The frames, what the vowels are taken for, and the way to the best rule."""
+    classes, sizes = arrays["classes"], arrays["sizes"]
+    vowels, (plane, confusion) = panels(
+        ["some test frames", "quadratic: what each is taken for"],
+        "Left: the first two formants of frames of every vowel. Right: every row sums to 1; the"
+        " numbers are per cent, over all seeds, from half of one on.",
+        size=5.2,
+    )
+    for number, name in enumerate(classes):
+        first, second, _ = arrays["formants"][arrays["vowels"] == number].T
+        colour = COLOURS[number % 7]
+        marker = f"${name[:5]}$" if len(classes) <= 20 else "."
+        plane.scatter(second, first, 260, color=colour, marker=marker, linewidths=0)
+    finish(plane, "F2, Hz", "F1, Hz", x_scale="log", y_scale="log")
+    plane.invert_xaxis()  # As phoneticians draw it: "heed" at the top left.
+    plane.invert_yaxis()
+    counts = arrays["confusion"]
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    texts = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in r] for r in shares]
+    options: dict[str, Any] = {"x": "vowel predicted", "y": "vowel"}
+    numbers = texts if len(classes) <= 20 else None
+    scale = "share of the vowel"
+    heatmap(vowels, confusion, shares, **options, scale=scale, numbers=numbers)
+    if len(classes) <= 20:
+        confusion.set_xticks(range(len(classes)), classes, rotation=60)
+        confusion.set_yticks(range(len(classes)), classes)
+    if not arrays["is_drawn"]:
+        return {"vowels": vowels}
+
+    learning, axes = panels(
+        ["error", "loss above that of Bayes"],
+        "Test error, and loss less that of the rule of Bayes, by the frames learnt from. Thick:"
+        " median of the seeds; thin: each seed. Horizontal: the rule of Bayes. d / (2 n): what"
+        " theory expects where the best rule can be learnt.",
+        size=4.2,
+    )
+    for number, arm in enumerate(ARMS):
+        best = arrays[f"loss/{BAYES[arm]}"][:, None]
+        lines(axes[0], sizes, arrays[f"error/{arm}"], arm, number)
+        lines(axes[1], sizes, arrays[f"loss/{arm}"] - best, arm, number)
+    for number, name in ((5, "Bayes"), (6, "Bayes, speaker told")):
+        level = np.full(len(sizes), arrays[f"error/{name}"].mean())
+        lines(axes[0], sizes, level[None], name, number)
+    theory = NUM_FEATURES * (len(VOWELS) - 1) / (2 * sizes)
+    lines(axes[1], sizes, theory[None], "d / (2 n)", 4)
+    finish(axes[0], "frames learnt from", "error, share of frames", x_scale="log")
+    finish(axes[1], "frames learnt from", "nats per frame", x_scale="log", y_scale="log")
+    legend(learning)
+    return {"learning": learning, "vowels": vowels}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the experiment from its command line; returns the exit code."""
+    return launch(Experiment("vowels", __doc__, Config, run, judge, draw), args)
