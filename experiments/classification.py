@@ -39,19 +39,21 @@ from experiments._run import (
     launch,
     untracked,
 )
+from experiments.my_map import expm1max_loss
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
 NetworkName = Literal["mlp", "cnn"]
-MapName = Literal["softmax", "sparsemax", "entmax15"]
 State = tuple[Layers, Any]  # Layers, and the state of the optimiser.
 
 # The loss of a map is 0 exactly where its probabilities are the label's, and its gradient is
-# p - y (Blondel, Martins, Niculae 2020, Learning with Fenchel-Young losses).
-LOSSES: dict[MapName, Callable[[Array, Array], Array]] = {
+# p - y (Blondel, Martins, Niculae 2020, Learning with Fenchel-Young losses). A line with the
+# loss of your own map makes its name an answer to `--maps`.
+LOSSES: dict[str, Callable[[Array, Array], Array]] = {
     "softmax": sj.cross_entropy,
     "sparsemax": sj.sparsemax_loss,
     "entmax15": functools.partial(sj.entmax_loss, alpha=1.5),
+    "expm1max": expm1max_loss,  # The worked example of a map of one's own.
 }
 
 
@@ -65,8 +67,8 @@ class Config(Options):
     """Folder with MNIST, CIFAR-10, CIFAR-100 (binary) or an .npz file; none: the digits."""
     networks: tuple[NetworkName, ...] = ("mlp", "cnn")
     """Networks to train."""
-    maps: tuple[MapName, ...] = ("softmax", "sparsemax", "entmax15")
-    """Output maps to train them with."""
+    maps: tuple[str, ...] = ("softmax", "sparsemax", "entmax15")
+    """Output maps to train them with, of softmax, sparsemax, entmax15 and expm1max."""
     num_epochs: int = 30
     """Passes over the training images."""
     batch_size: int = 32
@@ -82,6 +84,8 @@ class Config(Options):
         super().__post_init__()
         if not (self.networks and self.maps):
             raise ValueError("networks and maps must each name at least one.")
+        if unknown := set(self.maps) - set(LOSSES):
+            raise ValueError(f"maps must be among {', '.join(LOSSES)}; got {unknown}.")
 
     @classmethod
     def reduced(cls) -> Self:
@@ -105,7 +109,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     rng = np.random.default_rng(config.seed)
     rows = np.stack([_split(rng, data) for _ in range(config.num_seeds)])
     shuffled = rng.permutation(data.labels)
-    arms: dict[str, tuple[NetworkName, MapName, NDArray]] = {
+    arms: dict[str, tuple[NetworkName, str, NDArray]] = {
         f"{network}, {name}": (network, name, data.labels)
         for network in config.networks
         for name in config.maps

@@ -1,0 +1,191 @@
+"""Can a map of one's own take the place of softmax?
+
+Softmax is exp(z - t), where the threshold t makes the sum 1. Any function that rises from 0 may
+stand in place of exp. Here it is exp(m) - 1 where m is positive, and 0 elsewhere: a map between
+softmax and sparsemax, with exact zeros. It is defined below in 15 lines of plain JAX; copy
+these, and put in a function of your own. `softjax.testing.check_map` says whether the map keeps
+its promises, and `python -m experiments classification --maps expm1max` trains with it.
+
+Expected: the map passes; it agrees with the solution that sorting finds in float64 to 1e-6; and
+the gradient of its loss is p - y, as for softmax. Control: versions of the map that break one
+promise each are refused, and the promise is named. A map that fails, or a broken one that
+passes, would refute it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from matplotlib.figure import Figure
+
+import softjax as sj
+from experiments._plots import finish, legend, lines, panels
+from experiments._run import (
+    Arrays,
+    Experiment,
+    Measure,
+    NDArray,
+    Options,
+    Track,
+    launch,
+    untracked,
+)
+from softjax.testing import check_map
+
+__all__ = ["Config", "draw", "expm1max", "expm1max_loss", "judge", "main", "run"]
+
+
+# The map, in 15 lines. `_weights` is the function that rises from 0; the rest suits any such
+# function whose weight reaches 1 at the margin log 2.
+
+
+def _weights(margins: Array) -> Array:
+    return jnp.expm1(jnp.maximum(margins, 0))
+
+
+def _solve(logits: Array, where: Array | None) -> tuple[Array, Array, Array]:
+    """Centred scores, with -1 where dropped, their threshold, and what is kept."""
+    keep = (logits != -jnp.inf) & (True if where is None else where)
+    wide = jnp.where(keep, logits, 0).astype(jnp.promote_types(logits.dtype, jnp.float32))
+    peak = jnp.max(wide, axis=-1, keepdims=True, where=keep, initial=-jnp.inf)
+    scores = jnp.where(keep, wide - jax.lax.stop_gradient(peak), -1)
+    still, low = jax.lax.stop_gradient(scores), jnp.full_like(peak, -np.log(2))
+    for halving in range(1, 25):  # The threshold is between -log 2 and 0.
+        middle = low + np.log(2) / 2**halving
+        total = jnp.sum(_weights(still - middle), axis=-1, keepdims=True)
+        low = jnp.where(total >= 1, middle, low)
+    # One step of Newton's method hardly moves, and its derivative is that of the solution.
+    excess = lambda t: jnp.sum(_weights(scores - t), axis=-1, keepdims=True) - 1
+    value, slope = jax.jvp(excess, (low,), (jnp.ones_like(low),))
+    return scores, low - value / jnp.minimum(slope, -1), keep
+
+
+def expm1max(logits: Array, *, where: Array | None = None) -> Array:
+    """Weights exp(m) - 1 of positive margins m = z - t, which sum to 1 along the last axis."""
+    scores, threshold, keep = _solve(logits, where)
+    return jnp.where(keep, _weights(scores - threshold), 0).astype(logits.dtype)
+
+
+def expm1max_loss(logits: Array, labels: Array) -> Array:
+    """The loss with gradient p - y: t + sum(F(z - t)) - z_y, F(m) = exp(m) - 1 - m where m > 0.
+
+    A constant makes it 0 where p = y (Blondel, Martins, Niculae 2020, on such losses).
+    """
+    scores, threshold, _ = _solve(logits, None)
+    threshold = jax.lax.stop_gradient(threshold)  # The sum is 1, so no gradient goes that way.
+    margins = jnp.maximum(scores - threshold, 0)
+    own = jnp.take_along_axis(scores, labels[..., None], axis=-1)
+    conjugate = threshold[..., 0] + jnp.sum(jnp.expm1(margins) - margins, axis=-1)
+    return conjugate - own[..., 0] + (2 * np.log(2) - 1)
+
+
+BROKEN: dict[str, Callable[..., Array]] = {  # The control: one promise each.
+    "simplex": lambda z, where=None: 1.01 * expm1max(z, where=where),
+    "permutation": lambda z, where=None: expm1max(
+        z + 0.1 * jnp.arange(z.shape[-1], dtype=z.dtype), where=where
+    ),
+    "masks": lambda z, where=None: expm1max(z),
+    "dtypes": lambda z, where=None: expm1max(z.astype(jnp.float32), where=where),
+    "derivatives": lambda z, where=None: jax.lax.stop_gradient(expm1max(z, where=where)),
+}
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    """Options of the map of one's own."""
+
+    num_classes: int = 20
+    """Number of logits in a slice."""
+    max_error: float = 1e-6
+    """Target: the largest difference from what sorting finds in float64, and from p - y."""
+
+    @classmethod
+    def reduced(cls) -> Self:
+        """Fewer seeds; the target stays."""
+        return cls(quick=True, num_seeds=3)
+
+
+def run(config: Config, track: Track = untracked) -> Arrays:
+    """Checks the map and its broken versions, and compares it with the sorted solution."""
+    names = ["", *BROKEN]
+    found = []
+    for number in track(range(len(names)), "checks"):
+        try:
+            check_map(BROKEN.get(names[number], expm1max), seed=config.seed)
+            found.append("")
+        except AssertionError as error:
+            found.append(str(error).partition(":")[0].partition(" ")[0])
+    rng = np.random.default_rng(config.seed)
+    shape = config.num_seeds, len(SCALES), config.num_classes
+    logits = rng.normal(size=shape) * SCALES[:, None]
+    labels = rng.integers(0, config.num_classes, shape[:2])
+    given = jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.int32)
+    probs = {"softmax": sj.softmax, "expm1max": expm1max, "sparsemax": sj.sparsemax}
+    x = np.linspace(-3, 3, 121, dtype=np.float32)
+    pairs = jnp.asarray(np.stack([x, np.zeros_like(x)], axis=-1))
+    gradient = jax.grad(lambda z: expm1max_loss(z, given[1]).sum())(given[0])
+    mine = np.asarray(expm1max(given[0]))
+    arrays: Arrays = {
+        "promises": np.array(names),
+        "found": np.array(found),
+        "error": np.abs(mine - _by_sorting(np.asarray(given[0], float))).max(axis=(1, 2)),
+        "slope error": np.abs(gradient - (mine - np.eye(config.num_classes)[labels])).max((1, 2)),
+        "x": x,
+    }
+    for name, output_map in probs.items():
+        arrays[f"first/{name}"] = np.asarray(output_map(pairs)[:, 0])
+        arrays[f"kept/{name}"] = np.asarray(output_map(given[0]) > 0).sum(axis=-1)
+    return arrays
+
+
+SCALES = np.geomspace(0.1, 10, 13)  # Standard deviations of the logits.
+
+
+def _by_sorting(logits: NDArray) -> NDArray:
+    """The map in float64: with the k largest kept, exp(t) = sum(exp(z)) / (1 + k)."""
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    ordered = -np.sort(-weights, axis=-1)
+    level = np.cumsum(ordered, axis=-1) / (2 + np.arange(logits.shape[-1]))
+    num_kept = np.sum(ordered > level, axis=-1, keepdims=True)
+    return np.maximum(weights / np.take_along_axis(level, num_kept - 1, axis=-1) - 1, 0)
+
+
+def judge(config: Config, arrays: Arrays) -> list[Measure]:
+    """Whether the map passes, the errors, and whether broken maps are refused by name."""
+    passed = arrays["found"] == arrays["promises"]
+    # Without the numbers, as where they are all NaN, nothing is known.
+    known = np.where(np.isfinite(arrays["error"]).all(), 1.0, np.nan)
+    limit = config.max_error
+    return [
+        Measure("expm1max keeps its promises", passed[0] * known, at_least=1),
+        Measure("largest error", arrays["error"], at_most=limit, summary="max"),
+        Measure("gradient less p - y", arrays["slope error"], at_most=limit, summary="max"),
+        Measure("broken maps refused by name", passed[1:] * known, at_least=1, summary="min"),
+    ]
+
+
+def draw(arrays: Arrays) -> dict[str, Figure]:
+    """The map between softmax and sparsemax: its values, and how many entries it keeps."""
+    figure, (values, kept) = panels(
+        ["two logits", "many logits"],
+        "Left: the first of two probabilities by the difference of the logits. Right: the"
+        " number of entries with a probability above 0 by the spread of normal logits; thick:"
+        " median of the seeds, thin: each seed.",
+        size=4.2,
+    )
+    for number, name in enumerate(("softmax", "expm1max", "sparsemax")):
+        lines(values, arrays["x"], arrays[f"first/{name}"][None], name, number)
+        lines(kept, SCALES, arrays[f"kept/{name}"], name, number)
+    finish(values, "first logit less the second", "first probability")
+    finish(kept, "standard deviation of the logits", "entries kept", x_scale="log")
+    legend(figure)
+    return {"map": figure}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the experiment from its command line; returns the exit code."""
+    return launch(Experiment("my_map", __doc__, Config, run, judge, draw), args)
