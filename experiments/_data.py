@@ -2,9 +2,9 @@
 
 Images are scikit-learn's digits, or MNIST, CIFAR and .npz files; names are those of languages
 and territories in the Unicode CLDR, as the package babel ships them, or a .tsv file; sounds are
-WAV files; text is Python's reference, or a UTF-8 file. Nothing is downloaded. A folder given as `--data-dir` is
-searched for the files of each data set in turn, under the names that they are published by. A
-folder without a complete set, or a malformed file, is an error.
+WAV files; text is Python's reference, or a UTF-8 file. Nothing is downloaded. A folder given as
+`--data-dir` is searched for the files of each data set in turn, under the names that they are
+published by. A folder without a complete set, or a malformed file, is an error.
 """
 
 import gzip
@@ -138,7 +138,7 @@ def reference() -> Text:
 
 
 def load_names(data_dir: Path | None, languages: Sequence[str]) -> Names:
-    """The first file *.tsv in the folder; the CLDR's names in the languages where none is named.
+    """The first file *.tsv in the folder; names in the CLDR where no folder is named.
 
     Raises:
         ValueError: the folder holds no such file, or there is no such language.

@@ -10,7 +10,7 @@ weigh them. `--data-dir` takes a .tsv file of labels and texts instead.
 Expected, after a pilot: the language comes first for at least 70 % of the names, and is among
 the first three for 85 %. Names that are proper nouns tell little, so 100 % is out of reach. The
 languages that are taken for each other are relatives: two of one family are confused at least
-half again as often as two of different families. The sparse map is as accurate, within 3 points,
+1.5 times as often as two of different families. The sparse map is as accurate, within 3 points,
 and keeps a few languages per name. Calibration is reported without a target. Control: with the
 labels shuffled over the training names, nothing can be learnt, and the accuracy does not exceed
 the share of the commonest language by more than chance. A figure that misses its target, or a
@@ -188,7 +188,7 @@ def _train(
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
-    """Accuracy, calibration and kept languages of every map, confused pairs, and the control."""
+    """Accuracy, calibration and kept languages of every map, relatives, and the control."""
     on_cldr = arrays["data"] == CLDR
     goals = {"top-1": config.min_accuracy, "top-3": config.min_top_3}
     measures = []

@@ -1,10 +1,10 @@
 """Can a map of one's own take the place of softmax?
 
 Softmax is exp(z - t), where the threshold t makes the sum 1. Any function that rises from 0 may
-stand in place of exp. Here it is exp(m) - 1 where m is positive, and 0 elsewhere: a map between
-softmax and sparsemax, with exact zeros. It is defined below in 15 lines of plain JAX; copy
-these, and put in a function of your own. `softjax.testing.check_map` says whether the map keeps
-its promises, and `python -m experiments classification --maps expm1max` trains with it.
+stand in place of exp. Here it is exp(m) - 1 where m is positive, and 0 elsewhere: a map with
+exact zeros, a little steeper than sparsemax. It is defined below in some 15 lines of plain JAX;
+copy these, and put in a function of your own. `softjax.testing.check_map` says whether the map
+keeps its promises, and `python -m experiments classification --maps expm1max` trains with it.
 
 Expected: the map passes; it agrees with the solution that sorting finds in float64 to 1e-6; and
 the gradient of its loss is p - y, as for softmax. Control: versions of the map that break one
@@ -39,7 +39,7 @@ from softjax.testing import check_map
 __all__ = ["Config", "draw", "expm1max", "expm1max_loss", "judge", "main", "run"]
 
 
-# The map, in 15 lines. `_weights` is the function that rises from 0; the rest suits any such
+# The map. `_weights` is the function that rises from 0; the rest suits any such
 # function whose weight reaches 1 at the margin log 2.
 
 
@@ -54,10 +54,13 @@ def _solve(logits: Array, where: Array | None) -> tuple[Array, Array, Array]:
     peak = jnp.max(wide, axis=-1, keepdims=True, where=keep, initial=-jnp.inf)
     scores = jnp.where(keep, wide - jax.lax.stop_gradient(peak), -1)
     still, low = jax.lax.stop_gradient(scores), jnp.full_like(peak, -np.log(2))
-    for halving in range(1, 25):  # The threshold is between -log 2 and 0.
-        middle = low + np.log(2) / 2**halving
+
+    def halve(number: Array, low: Array) -> Array:  # The threshold is from -log 2 to 0.
+        middle = low + np.log(2) * 0.5 ** number.astype(low.dtype)
         total = jnp.sum(_weights(still - middle), axis=-1, keepdims=True)
-        low = jnp.where(total >= 1, middle, low)
+        return jnp.where(total >= 1, middle, low)
+
+    low = jax.lax.fori_loop(1, 25, halve, low)
     # One step of Newton's method hardly moves, and its derivative is that of the solution.
     excess = lambda t: jnp.sum(_weights(scores - t), axis=-1, keepdims=True) - 1
     value, slope = jax.jvp(excess, (low,), (jnp.ones_like(low),))
@@ -83,6 +86,7 @@ def expm1max_loss(logits: Array, labels: Array) -> Array:
     return conjugate - own[..., 0] + (2 * np.log(2) - 1)
 
 
+SCALES = np.geomspace(0.1, 10, 13)  # Standard deviations of the logits.
 BROKEN: dict[str, Callable[..., Array]] = {  # The control: one promise each.
     "simplex": lambda z, where=None: 1.01 * expm1max(z, where=where),
     "permutation": lambda z, where=None: expm1max(
@@ -133,16 +137,15 @@ def run(config: Config, track: Track = untracked) -> Arrays:
         "promises": np.array(names),
         "found": np.array(found),
         "error": np.abs(mine - _by_sorting(np.asarray(given[0], float))).max(axis=(1, 2)),
-        "slope error": np.abs(gradient - (mine - np.eye(config.num_classes)[labels])).max((1, 2)),
+        "slope error": np.abs(gradient - (mine - np.eye(config.num_classes)[labels])).max(
+            (1, 2)
+        ),
         "x": x,
     }
     for name, output_map in probs.items():
         arrays[f"first/{name}"] = np.asarray(output_map(pairs)[:, 0])
         arrays[f"kept/{name}"] = np.asarray(output_map(given[0]) > 0).sum(axis=-1)
     return arrays
-
-
-SCALES = np.geomspace(0.1, 10, 13)  # Standard deviations of the logits.
 
 
 def _by_sorting(logits: NDArray) -> NDArray:
@@ -169,7 +172,7 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
 
 
 def draw(arrays: Arrays) -> dict[str, Figure]:
-    """The map between softmax and sparsemax: its values, and how many entries it keeps."""
+    """The map beside softmax and sparsemax: its values, and how many entries it keeps."""
     figure, (values, kept) = panels(
         ["two logits", "many logits"],
         "Left: the first of two probabilities by the difference of the logits. Right: the"
@@ -181,6 +184,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         lines(values, arrays["x"], arrays[f"first/{name}"][None], name, number)
         lines(kept, SCALES, arrays[f"kept/{name}"], name, number)
     finish(values, "first logit less the second", "first probability")
+    kept.set_ylim(bottom=0)
     finish(kept, "standard deviation of the logits", "entries kept", x_scale="log")
     legend(figure)
     return {"map": figure}

@@ -2,12 +2,12 @@
 
 A vowel is heard by its formants, the resonances of the mouth. The ten English vowels of "heed",
 "hid", ... are drawn, not recorded: a man, a woman or a child says one of them, and the
-logarithms of its first three formants are normal, with the means of Peterson and Barney (1952)
-and with the spreads of their 1520 measurements, as the program Praat lists these; that the three
-are independent is our assumption. So the best rule, that of Bayes, is known, and its error is
-the least that any classifier can have. Softmax regression learns from frames of the same kind:
-on the formants, on their squares and products too, and on formants and squares for each kind of
-speaker, where that is told.
+logarithms of its first three formants are normal. Their means are those that Peterson and Barney
+published (1952, table II), their spreads those of the 1520 measurements of that study, as the
+program Praat lists them; that the three are independent is our assumption. So the best rule, that
+of Bayes, is known, and its error is the least that any classifier can have. Softmax regression
+learns from frames of the same kind: on the formants, on their squares and products too, and on
+formants and squares for each kind of speaker, where that is told.
 
 Expected: the rule of Bayes is a softmax of quadratic functions for each kind of speaker, so the
 last arm contains it, and its loss exceeds the best one by d / (2 n) nats for d = 189 free
@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 
 import softjax as sj
 from experiments._data import load_sounds
-from experiments._plots import COLOURS, finish, heatmap, legend, lines, panels
+from experiments._plots import COLOURS, MARKERS, finish, heatmap, legend, lines, panels
 from experiments._run import (
     Arrays,
     Experiment,
@@ -159,8 +159,8 @@ def run(config: Config, track: Track = untracked) -> Arrays:
             arrays["confusion"] = counts
     if is_drawn:
         for name, is_told in (("Bayes", False), ("Bayes, speaker told", True)):
-            pairs = [_judged(_bayes(frames, is_told), frames.vowels) for frames in test]
-            arrays[f"loss/{name}"], arrays[f"error/{name}"] = np.array(pairs).T
+            best = [_judged(_bayes(frames, is_told), frames.vowels) for frames in test]
+            arrays[f"loss/{name}"], arrays[f"error/{name}"] = np.array(best).T
     return arrays
 
 
@@ -288,8 +288,8 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
         ]
         if arm == "speaker told":
             theory = NUM_FEATURES * (len(VOWELS) - 1) / (2 * arrays["sizes"][-1])
-            bounds = {"at_least": 1 / config.max_factor, "at_most": config.max_factor}
-            measures.append(Measure("that loss over d / (2 n)", loss / theory, **bounds))
+            low, high = 1 / config.max_factor, config.max_factor
+            measures.append(Measure("that loss over d / (2 n)", loss / theory, low, high))
     quadratic = excess["quadratic"]
     gain = excess["linear"] - quadratic
     return [
@@ -304,15 +304,18 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     classes, sizes = arrays["classes"], arrays["sizes"]
     vowels, (plane, confusion) = panels(
         ["some test frames", "quadratic: what each is taken for"],
-        "Left: the first two formants of frames of every vowel. Right: every row sums to 1; the"
+        "Left: the first two formants of frames of every vowel, with its word at their medians."
+        " Right: every row sums to 1; the"
         " numbers are per cent, over all seeds, from half of one on.",
         size=5.2,
     )
     for number, name in enumerate(classes):
         first, second, _ = arrays["formants"][arrays["vowels"] == number].T
-        colour = COLOURS[number % 7]
-        marker = f"${name[:5]}$" if len(classes) <= 20 else "."
-        plane.scatter(second, first, 260, color=colour, marker=marker, linewidths=0)
+        look = {"color": COLOURS[number % 7], "marker": MARKERS[number % 6], "alpha": 0.6}
+        plane.scatter(second, first, 12, **look, linewidths=0)
+        box = {"facecolor": "white", "edgecolor": look["color"], "alpha": 0.8, "pad": 1}
+        place = np.median(second), np.median(first)
+        plane.text(*place, name, fontsize=8, ha="center", va="center", bbox=box)
     finish(plane, "F2, Hz", "F1, Hz", x_scale="log", y_scale="log")
     plane.invert_xaxis()  # As phoneticians draw it: "heed" at the top left.
     plane.invert_yaxis()
@@ -347,6 +350,9 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     lines(axes[1], sizes, theory[None], "d / (2 n)", 4)
     finish(axes[0], "frames learnt from", "error, share of frames", x_scale="log")
     finish(axes[1], "frames learnt from", "nats per frame", x_scale="log", y_scale="log")
+    for panel in axes:
+        panel.set_xticks(sizes, [str(size) for size in sizes])
+        panel.minorticks_off()
     legend(learning)
     return {"learning": learning, "vowels": vowels}
 

@@ -7,7 +7,8 @@ framework: it raises an AssertionError that names the promise and the logits. Im
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from jax import Array
 __all__ = ["check_map"]
 
 Map = Callable[..., Array]
-HALVES = ("bfloat16", "float16")
+SCALES = (0.01, 1.0, 3.0, 10.0)  # of the logits of four slices
 STEP = 1e-2  # of finite differences in float32, where rounding and curvature cost alike
 
 
@@ -64,39 +65,57 @@ def check_map(fn: Map, *, num_classes: int = 7, seed: int = 0) -> None:
     if num_classes < 3:
         raise ValueError(f"`num_classes` is {num_classes}; at least 3 are needed.")
     rng = np.random.default_rng(seed)
+    _check_transformations(fn, num_classes, rng)
+    programs = Programs(fn)  # Compiled, because one program serves many logits.
     for check in (
-        _check_simplex,
         _check_permutation,
         _check_ties,
         _check_masks,
         _check_saturation,
         _check_dtypes,
-        _check_transformations,
         _check_derivatives,
     ):
-        check(fn, num_classes, rng)
+        check(programs, num_classes, rng)
 
 
-def _draw(rng: np.random.Generator, *shape: int, scale: float = 2.0) -> Array:
-    return jnp.asarray(scale * rng.standard_normal(shape), jnp.float32)
+class Programs:
+    """The map, and the map with its pulled-back cotangent, compiled once for each shape."""
+
+    def __init__(self, fn: Map) -> None:
+        self.probs = jax.jit(fn)
+        self.pushed = jax.jit(lambda z, z_dot: jax.jvp(fn, (z,), (z_dot,))[1])
+        self.pulled = jax.jit(lambda z, bar: _pulled(fn, z, bar))
+        self.masked = jax.jit(
+            lambda z, keep, bar: _pulled(functools.partial(fn, where=keep), z, bar)
+        )
+
+
+def _pulled(fn: Map, logits: Array, cotangent: Array) -> tuple[Array, Array]:
+    probs, pullback = jax.vjp(fn, logits)
+    return probs, pullback(cotangent.astype(probs.dtype))[0]
+
+
+def _draw(
+    rng: np.random.Generator, num_classes: int, scales: Sequence[float] = SCALES
+) -> Array:
+    """Normal logits, `[4, num_classes]`, with a scale for each slice."""
+    normal = rng.standard_normal((len(scales), num_classes))
+    return jnp.asarray(normal * np.array(scales)[:, None], jnp.float32)
 
 
 def _require(condition: Any, promise: str, problem: str, logits: Any, got: Any) -> None:
-    if not np.all(condition):
-        raise AssertionError(
-            f"{promise}: {problem}.\nlogits: {np.asarray(logits)}\ngot: {np.asarray(got)}"
-        )
+    if np.all(condition):
+        return
+    logits, got = np.asarray(logits), np.asarray(got)
+    if np.ndim(condition) == np.ndim(logits) == 2 and len(logits) == len(got):
+        row = np.flatnonzero(~np.all(condition, axis=-1))[0]  # The first slice that fails.
+        logits, got = logits[row], got[row]
+    raise AssertionError(f"{promise}: {problem}.\nlogits: {logits}\ngot: {got}")
 
 
 def _near(one: Any, two: Any, tolerance: float) -> Any:
     one, two = (np.asarray(x).astype(np.float64) for x in (one, two))
     return one.shape == two.shape and np.abs(one - two) <= tolerance
-
-
-def _check_simplex(fn: Map, num_classes: int, rng: np.random.Generator) -> None:
-    for scale in (0.01, 1.0, 10.0):
-        logits = _draw(rng, 5, num_classes, scale=scale)
-        _require_simplex("simplex", logits, fn(logits))
 
 
 def _require_simplex(promise: str, logits: Array, probs: Array) -> None:
@@ -108,121 +127,130 @@ def _require_simplex(promise: str, logits: Array, probs: Array) -> None:
     _require(np.isfinite(wide), promise, "a probability is not finite", logits, probs)
     _require(wide >= 0, promise, "a probability is negative", logits, probs)
     slack = 4 * logits.shape[-1] * float(jnp.finfo(logits.dtype).eps)
-    is_one = np.abs(wide.sum(axis=-1) - 1) <= slack
+    is_one = np.abs(wide.sum(axis=-1, keepdims=True) - 1) <= slack
     _require(is_one, promise, "the probabilities do not sum to 1", logits, probs)
 
 
-def _check_permutation(fn: Map, num_classes: int, rng: np.random.Generator) -> None:
-    logits = _draw(rng, num_classes)
-    for _ in range(3):
-        order = rng.permutation(num_classes)
-        got, wanted = fn(logits[order]), fn(logits)[order]
-        problem = f"the order {order} of the logits did not permute the probabilities"
-        _require(_near(got, wanted, 1e-5), "permutation", problem, logits[order], got)
-
-
-def _check_ties(fn: Map, num_classes: int, rng: np.random.Generator) -> None:
-    logits = _draw(rng, num_classes)
-    top = jnp.max(logits)
-    for tied in (logits.at[0].set(top).at[-1].set(top), logits.at[-1].set(logits[0])):
-        probs = fn(tied)
-        problem = "the first and the last logit are equal, their probabilities are not"
-        _require(_near(probs[0], probs[-1], 1e-5), "ties", problem, tied, probs)
-    even = jnp.full(num_classes, 3.0, jnp.float32)
-    probs = fn(even)
-    is_even = _near(probs, np.full(num_classes, 1 / num_classes), 1e-5)
-    _require(is_even, "ties", "equal logits do not share evenly", even, probs)
-
-
-def _check_masks(fn: Map, num_classes: int, rng: np.random.Generator) -> None:
-    logits = _draw(rng, num_classes)
-    cotangent = _draw(rng, num_classes)
-    keep = np.arange(num_classes) % 3 != 1
-    alone = fn(logits[keep])
-    kept = jnp.asarray(keep)
-    for name, beneath in (
-        ("-inf", -jnp.inf),
-        ("where over NaN", jnp.nan),
-        ("where over inf", jnp.inf),
-        ("where over a large number", 1e30),
-    ):
-        given = jnp.where(kept, logits, jnp.float32(beneath))
-        options = {} if name == "-inf" else {"where": kept}
-        call = lambda z, options=options: fn(z, **options)  # noqa: E731
-        probs, pullback = jax.vjp(call, given)
-        promise = f"masks ({name})"
-        zeros = np.asarray(probs)[~keep] == 0
-        _require(zeros, promise, "a dropped entry has a probability", given, probs)
-        is_same = _near(np.asarray(probs)[keep], alone, 1e-5)
-        _require(is_same, promise, f"the kept entries are not {alone}", given, probs)
-        (gradient,) = pullback(cotangent)
-        zeros = np.asarray(gradient)[~keep] == 0
-        _require(zeros, promise, "the gradient of a dropped entry is not 0", given, gradient)
-        is_finite = np.isfinite(np.asarray(gradient)[keep])
-        _require(is_finite, promise, "a gradient is not finite", given, gradient)
-    empty = jnp.full(num_classes, -jnp.inf, jnp.float32)
-    for given, options in ((empty, {}), (logits, {"where": jnp.zeros_like(kept)})):
-        probs = fn(given, **options)
-        problem = "a slice that keeps nothing is not all zeros"
-        _require(np.asarray(probs) == 0, "masks (all)", problem, given, probs)
-
-
-def _check_saturation(fn: Map, num_classes: int, rng: np.random.Generator) -> None:
-    largest = float(jnp.finfo(jnp.float32).max)
-    cotangent = _draw(rng, num_classes)
-    for size in (30.0, 1e4, 1e30, largest / 2):
-        ahead = jnp.zeros(num_classes, jnp.float32).at[1].set(size)
-        for logits in (ahead, -ahead, ahead - size, jnp.full_like(ahead, size)):
-            probs, pullback = jax.vjp(fn, logits)
-            _require_simplex("saturation", logits, probs)
-            (gradient,) = pullback(cotangent)
-            is_finite = np.isfinite(np.asarray(gradient))
-            _require(is_finite, "saturation", "a gradient is not finite", logits, gradient)
-
-
-def _check_dtypes(fn: Map, num_classes: int, rng: np.random.Generator) -> None:
-    for dtype in HALVES:
-        logits = _draw(rng, 4, num_classes).astype(dtype)
-        probs, exact = fn(logits), fn(logits.astype(jnp.float32))
-        _require_simplex(f"dtypes ({dtype})", logits, probs)
-        problem = "the result is not that of float32, rounded"
-        is_near = _near(probs, exact, 4 * float(jnp.finfo(dtype).eps))
-        _require(is_near, f"dtypes ({dtype})", problem, logits, probs)
-
-
 def _check_transformations(fn: Map, num_classes: int, rng: np.random.Generator) -> None:
-    logits = _draw(rng, 2, 3, num_classes)
+    logits = _draw(rng, num_classes)
     wanted = fn(logits)
-    one_by_one = [[fn(row) for row in rows] for rows in logits]
-    for name, got in (
-        ("jit", jax.jit(fn)(logits)),
-        ("vmap", jax.vmap(fn)(logits)),
-        ("vmap over columns", jax.vmap(fn, in_axes=1, out_axes=1)(logits)),
-        ("one slice at a time", np.stack([np.stack(rows) for rows in one_by_one])),
+    _require_simplex("simplex", logits, wanted)
+    for name, transformed in (
+        ("jit", fn),
+        ("vmap", jax.vmap(fn)),
+        ("one slice at a time", lambda z: jnp.stack([fn(per_slice) for per_slice in z])),
     ):
+        try:
+            got = jax.jit(transformed)(logits)
+        except Exception as error:
+            raise AssertionError(f"{name}: {error}\nlogits: {logits}") from error
         _require(_near(got, wanted, 1e-5), name, "another result than without it", logits, got)
 
 
-def _check_derivatives(fn: Map, num_classes: int, rng: np.random.Generator) -> None:
+def _check_permutation(programs: Programs, num_classes: int, rng: np.random.Generator) -> None:
+    logits = _draw(rng, num_classes)
+    wanted = programs.probs(logits)
+    for _ in range(3):
+        order = rng.permutation(num_classes)
+        got = programs.probs(logits[:, order])
+        problem = f"the order {order} of the logits did not permute the probabilities"
+        is_near = _near(got, wanted[:, order], 1e-5)
+        _require(is_near, "permutation", problem, logits[:, order], got)
+
+
+def _check_ties(programs: Programs, num_classes: int, rng: np.random.Generator) -> None:
+    logits = _draw(rng, num_classes)
+    top = jnp.max(logits, axis=-1)
+    for tied in (
+        logits.at[:, 0].set(top).at[:, -1].set(top),
+        logits.at[:, -1].set(logits[:, 0]),
+    ):
+        probs = programs.probs(tied)
+        problem = "the first and the last logit are equal, their probabilities are not"
+        _require(_near(probs[:, :1], probs[:, -1:], 1e-5), "ties", problem, tied, probs)
+    even = jnp.zeros_like(logits) + top[:, None]
+    probs = programs.probs(even)
+    is_even = _near(probs, np.full(even.shape, 1 / num_classes), 1e-5)
+    _require(is_even, "ties", "equal logits do not share evenly", even, probs)
+
+
+def _check_masks(programs: Programs, num_classes: int, rng: np.random.Generator) -> None:
+    logits, cotangent = _draw(rng, num_classes), _draw(rng, num_classes)
+    keep = np.broadcast_to(np.arange(num_classes) % 3 != 1, logits.shape)
+    alone = programs.probs(logits[:, keep[0]])
+    for name, beneath in (
+        ("-inf", -np.inf),
+        ("where over NaN", np.nan),
+        ("where over inf", np.inf),
+        ("where over a large number", 1e30),
+    ):
+        given = jnp.where(keep, logits, jnp.float32(beneath))
+        if name == "-inf":
+            probs, gradient = programs.pulled(given, cotangent)
+        else:
+            probs, gradient = programs.masked(given, jnp.asarray(keep), cotangent)
+        promise = f"masks ({name})"
+        is_zero = keep | (np.asarray(probs) == 0)
+        _require(is_zero, promise, "a dropped entry has a probability", given, probs)
+        is_same = _near(np.asarray(probs)[:, keep[0]], alone, 1e-5)
+        problem = "the probabilities are not those of the kept logits alone"
+        _require(is_same, promise, problem, given, probs)
+        is_zero = keep | (np.asarray(gradient) == 0)
+        problem = "the gradient of a dropped entry is not 0"
+        _require(is_zero, promise, problem, given, gradient)
+        is_finite = np.isfinite(np.asarray(gradient))
+        _require(is_finite, promise, "a gradient is not finite", given, gradient)
+    nothing = jnp.zeros(logits.shape, bool)
+    for given, (probs, gradient) in (
+        (logits, programs.masked(logits, nothing, cotangent)),
+        (empty := jnp.full_like(logits, -jnp.inf), programs.pulled(empty, cotangent)),
+    ):
+        problem = "a slice that keeps nothing has a probability or a gradient"
+        is_zero = (np.asarray(probs) == 0) & (np.asarray(gradient) == 0)
+        _require(is_zero, "masks (all)", problem, given, probs)
+
+
+def _check_saturation(programs: Programs, num_classes: int, rng: np.random.Generator) -> None:
+    cotangent = _draw(rng, num_classes)
+    sizes = jnp.asarray([[30.0], [1e4], [1e30], [1e38]], jnp.float32)
+    ahead = jnp.zeros_like(cotangent).at[:, 1:2].set(sizes)
+    for logits in (ahead, -ahead, ahead - sizes, jnp.zeros_like(ahead) + sizes):
+        probs, gradient = programs.pulled(logits, cotangent)
+        _require_simplex("saturation", logits, probs)
+        is_finite = np.isfinite(np.asarray(gradient))
+        _require(is_finite, "saturation", "a gradient is not finite", logits, gradient)
+
+
+def _check_dtypes(programs: Programs, num_classes: int, rng: np.random.Generator) -> None:
+    for dtype in ("bfloat16", "float16"):
+        logits = _draw(rng, num_classes).astype(dtype)
+        probs, exact = programs.probs(logits), programs.probs(logits.astype(jnp.float32))
+        promise = f"dtypes ({dtype})"
+        _require_simplex(promise, logits, probs)
+        is_near = _near(probs, exact, 4 * float(jnp.finfo(dtype).eps))
+        _require(is_near, promise, "the result is not that of float32", logits, probs)
+
+
+def _check_derivatives(programs: Programs, num_classes: int, rng: np.random.Generator) -> None:
     num_smooth = 0
-    for scale in (0.1, 1.0, 1.0, 1.0, 3.0, 3.0):
-        logits = _draw(rng, num_classes, scale=scale)
-        tangent, cotangent = _draw(rng, 2, num_classes, scale=1.0)
-        middle, forward = jax.jvp(fn, (logits,), (tangent,))
-        _, pullback = jax.vjp(fn, logits)
-        (backward,) = pullback(cotangent)
-        one = np.vdot(np.asarray(forward), np.asarray(cotangent))
-        two = np.vdot(np.asarray(backward), np.asarray(tangent))
+    for _ in range(4):
+        logits = _draw(rng, num_classes, (0.1, 1.0, 1.0, 3.0))
+        tangent, cotangent = (_draw(rng, num_classes, (1.0,) * 4) for _ in range(2))
+        forward = np.asarray(programs.pushed(logits, tangent))
+        middle, backward = map(np.asarray, programs.pulled(logits, cotangent))
+        one = np.sum(forward * np.asarray(cotangent), axis=-1, keepdims=True)
+        two = np.sum(backward * np.asarray(tangent), axis=-1, keepdims=True)
         problem = "forward and reverse mode differ"
         _require(_near(one, two, 1e-3), "derivatives", problem, logits, backward)
 
-        above = np.asarray(fn(logits + STEP * tangent)) - np.asarray(middle)
-        below = np.asarray(middle) - np.asarray(fn(logits - STEP * tangent))
-        if np.abs(above - below).max() > 0.1 * np.abs(above).max():
-            continue  # There is a kink nearby.
-        num_smooth += 1
+        above = np.asarray(programs.probs(logits + STEP * tangent)) - middle
+        below = middle - np.asarray(programs.probs(logits - STEP * tangent))
+        # The slopes on both sides of a kink differ.
+        bend = np.abs(above - below).max(axis=-1, keepdims=True)
+        is_smooth = bend <= 0.1 * np.abs(above).max(axis=-1, keepdims=True)
+        num_smooth += is_smooth.sum()
         slope = (above + below) / (2 * STEP)
-        problem = f"forward mode is not the finite difference {slope}"
-        _require(_near(forward, slope, 5e-3), "derivatives", problem, logits, forward)
-    problem = "all points have kinks nearby"
-    _require(num_smooth > 0, "derivatives", problem, logits, middle)
+        is_near = ~is_smooth | _near(forward, slope, 5e-3)
+        problem = "forward mode, above, is not the finite difference, below"
+        _require(is_near, "derivatives", problem, logits, np.stack([forward, slope], axis=1))
+    _require(num_smooth > 0, "derivatives", "all points have kinks nearby", logits, middle)
