@@ -1,7 +1,9 @@
 """Gathers the newest run of each experiment into one HTML page.
 
 The page holds its pictures and its style, so it opens without a server or a network. It is
-made from the run folders alone, and is written beside them.
+made from the run folders alone, and is written beside them. With `--readme` the README's table
+of experiments is written too, with the figures of the newest runs at full size; those of other
+experiments stay as they were.
 """
 
 import argparse
@@ -13,13 +15,18 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["FIGURES", "README", "main", "readme_with"]
+
+FIGURES = Path(__file__).parent / "figures" / "figures.json"  # By name, for the README.
+README = Path(__file__).parents[1] / "README.md"
+HEAD = "| experiment | question | a figure of the last run |\n| --- | --- | --- |\n"
 
 
 def main(docstrings: Mapping[str, str], args: Sequence[str]) -> int:
     """Writes `report.html` into the folder of the runs; returns 1 if there is no run."""
     parser = argparse.ArgumentParser("python -m experiments report", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--readme", action="store_true", help="write the README's table too")
     options = parser.parse_args(args)
     newest = {name: _newest(options.out / name) for name in docstrings}
     folders = {name: folder for name, folder in newest.items() if folder is not None}
@@ -29,7 +36,47 @@ def main(docstrings: Mapping[str, str], args: Sequence[str]) -> int:
     page = options.out / "report.html"
     page.write_text(_page(docstrings, folders), encoding="utf-8")
     print(f"Saved {page}, with {len(folders)} of {len(docstrings)} experiments.")
+    if options.readme:
+        figures = json.loads(FIGURES.read_text(encoding="utf-8"))
+        figures |= {name: _figure(_measures(f)) for name, f in folders.items() if _is_full(f)}
+        kept = {name: figures[name] for name in docstrings if name in figures}
+        FIGURES.write_text(
+            json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        text = README.read_text(encoding="utf-8")
+        README.write_text(readme_with(text, docstrings, kept), encoding="utf-8")
     return 0
+
+
+def readme_with(text: str, docstrings: Mapping[str, str], figures: Mapping[str, str]) -> str:
+    """The text of the README with the table of all experiments in place of the one it has."""
+    before, _, rest = text.partition("| experiment | question |")
+    after = rest[rest.index("\n\n") :]
+    rows = (
+        f"| `{name}` | {docstring.partition(chr(10))[0]} | {figures.get(name, '')} |"
+        for name, docstring in docstrings.items()
+    )
+    return before + HEAD + "\n".join(rows) + after
+
+
+def _figure(measures: Sequence[Mapping[str, Any]]) -> str:
+    """The first measure that has a target, and how many targets were reached."""
+    judged = [record for record in measures if record["passed"] is not None]
+    bounds = [("≥", judged[0]["at_least"]), ("≤", judged[0]["at_most"])]
+    target = " ".join(f"{sign} {bound:.3g}" for sign, bound in bounds if bound is not None)
+    got = f"{judged[0]['measure']}: {judged[0]['got']:.3g} ({target})"
+    return f"{got}; {sum(map(bool, (r['passed'] for r in judged)))} of {len(judged)} targets"
+
+
+def _measures(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record for record in map(json.loads, lines) if "measure" in record]
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether a run is of full size, on the data that every reader has."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return not config["quick"] and config.get("data_dir") is None
 
 
 def _newest(folder: Path) -> Path | None:
@@ -52,8 +99,7 @@ def _page(docstrings: Mapping[str, str], folders: Mapping[str, Path]) -> str:
 
 def _section(name: str, docstring: str, folder: Path) -> str:
     environment = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    measures = [record for record in map(json.loads, lines) if "measure" in record]
+    measures = _measures(folder)
     question, _, rest = docstring.partition("\n")
     paragraphs = "".join(f"<p>{escape(text)}</p>" for text in rest.strip().split("\n\n"))
     versions = ", ".join(f"{k} {v}" for k, v in environment["versions"].items())

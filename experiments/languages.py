@@ -114,7 +114,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
         arrays[f"curves/{arm}/test_accuracy"] = accuracy
         for measure, values in reports.items():
             arrays[f"{measure}/{arm}"] = values
-        counts = np.zeros((len(names.classes), len(names.classes)), np.int64)
+        counts = np.zeros((len(names.classes), len(names.classes)))
         predicted = probs.argmax(axis=-1)
         np.add.at(counts, (labels[is_test], predicted[is_test]), 1)
         arrays[f"confusion/{arm}"] = counts
@@ -218,7 +218,7 @@ def tell(arrays: Arrays) -> str:
     both = np.triu(counts + counts.T, 1)
     order = np.argsort(both, axis=None)[::-1][:6]
     pairs = [np.unravel_index(place, both.shape) for place in order]
-    told = [f"{classes[i]} and {classes[j]} ({both[i, j]})" for i, j in pairs]
+    told = [f"{classes[i]} and {classes[j]} ({both[i, j]:.0f})" for i, j in pairs]
     return f"Taken for each other most often, over all seeds: {', '.join(told)}."
 
 

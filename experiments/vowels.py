@@ -2,12 +2,12 @@
 
 A vowel is heard by its formants, the resonances of the mouth. The ten English vowels of "heed",
 "hid", ... are drawn, not recorded: a man, a woman or a child says one of them, and the
-logarithms of its first three formants are normal. Their means are those that Peterson and Barney
-published (1952, table II), their spreads those of the 1520 measurements of that study, as the
-program Praat lists them; that the three are independent is our assumption. So the best rule, that
-of Bayes, is known, and its error is the least that any classifier can have. Softmax regression
-learns from frames of the same kind: on the formants, on their squares and products too, and on
-formants and squares for each kind of speaker, where that is told.
+logarithms of its first three formants are normal. Their means are those that Peterson and
+Barney published (1952, table II), their spreads those of the 1520 measurements of that study,
+as the program Praat lists them; that the three are independent is our assumption. So the best
+rule, that of Bayes, is known, and its error is the least that any classifier can have. Softmax
+regression learns from frames of the same kind: on the formants, on their squares and products
+too, and on formants and squares for each kind of speaker, where that is told.
 
 Expected: the rule of Bayes is a softmax of quadratic functions for each kind of speaker, so the
 last arm contains it, and its loss exceeds the best one by d / (2 n) nats for d = 189 free

@@ -23,6 +23,7 @@ Every public function is an attribute of this package, and masks of attention ar
     calibration    whether probabilities are frequencies, and what to do where they are not
     masks          which query sees which key
     attentions     attention, dense and streamed, of whole sequences and of pages
+    testing        checks of a map of your own: `from softjax.testing import check_map`
 
 The policy is the same everywhere. A logit of -inf, or one that `where` masks, is dropped: its
 probability and its derivatives are exactly 0. A kept NaN makes its slice NaN. float16 and

@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import wave
 
 import numpy as np
 import pytest
@@ -252,6 +253,115 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path, left_over):
         _data.load(tmp_path)
     for part in (str(tmp_path), *MNIST, *MNIST_TEST, *CIFAR10, "train.bin", "*.npz"):
         assert part in str(caught.value)
+
+
+CODES = ("en", "de", "da", "sv")
+
+
+def test_names():
+    """Each text is there once, and belongs to one language; German capitals are small."""
+    names = _data.load_names(None, CODES)
+    assert names.name == _data.CLDR
+    assert names.classes == ["English", "German", "Danish", "Swedish"]
+    assert len(set(names.texts)) == len(names.texts) == len(names.labels) == len(names.things)
+    found = dict(zip(names.texts, names.labels, strict=True))
+    assert [found[text] for text in ("germany", "deutschland", "tyska", "dansk")] == [
+        0,
+        1,
+        3,
+        2,
+    ]
+    assert "tyskland" not in found  # Danish and Swedish share it.
+    assert "Deutschland" not in found
+    things = dict(zip(names.texts, names.things, strict=True))
+    assert things["germany"] == things["deutschland"] != things["dansk"]
+    assert (np.bincount(names.labels) > 200).all()
+
+
+def test_unknown_language():
+    with pytest.raises(ValueError, match="languages must be codes that babel knows"):
+        _data.load_names(None, ("en", "xx"))
+
+
+def test_own_names(tmp_path):
+    (tmp_path / "own.tsv").write_text("b\tzwei\nä\t eins \nb\teins\n", encoding="utf-8")
+    names = _data.load_names(tmp_path, CODES)
+    assert names.name == "own.tsv"
+    assert names.texts == ["zwei", "eins", "eins"]
+    assert names.classes == ["b", "ä"]
+    np.testing.assert_array_equal(names.labels, np.array([0, 1, 0], np.int32), strict=True)
+    np.testing.assert_array_equal(names.things, np.array([1, 0, 0], np.int32), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("a\tx\nb y\n", "line 2 is not a label, a tabulator and a text"),
+        ("a\t \n", "line 1 is not"),
+        ("\tx\n", "line 1 is not"),
+        ("a\tx\na\ty\n", "there is one label alone"),
+        ("", "there are no characters"),
+    ],
+)
+def test_malformed_names(tmp_path, content, problem):
+    (tmp_path / "own.tsv").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"own\.tsv: {problem}"):
+        _data.load_names(tmp_path, CODES)
+
+
+def test_a_folder_without_names_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no file \*\.tsv"):
+        _data.load_names(tmp_path, CODES)
+
+
+def write_wav(path, samples, rate=8000):
+    """Samples `[length, channels]` of an integer dtype, as PCM."""
+    path.parent.mkdir(exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(samples.shape[1])
+        file.setsampwidth(samples.dtype.itemsize)
+        file.setframerate(rate)
+        file.writeframes(samples.tobytes())
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<i2", "<i4"])
+@pytest.mark.parametrize("num_channels", [1, 2])
+def test_wav(tmp_path, dtype, num_channels):
+    """The mean of the channels; bytes are centred at 128."""
+    samples = np.random.default_rng(0).integers(0, 256, (50, num_channels)).astype(dtype)
+    write_wav(tmp_path / "a.wav", samples, rate=11025)
+    read, rate = _data.read_wav(tmp_path / "a.wav")
+    expected = samples.astype(float).mean(axis=1) - (128 if dtype == "u1" else 0)
+    np.testing.assert_array_equal(read, expected, strict=True)
+    assert rate == 11025
+
+
+def test_sounds(tmp_path):
+    tones = [np.full((3 + n, 1), n, np.int16) for n in range(3)]
+    for name, tone in zip(("b/1", "b/0", "a/0"), tones, strict=True):
+        write_wav(tmp_path / f"{name}.wav", tone)
+    sounds = _data.load_sounds(tmp_path)
+    assert (sounds.rate, sounds.classes) == (8000, ["a", "b"])
+    np.testing.assert_array_equal(sounds.labels, np.array([0, 1, 1], np.int32), strict=True)
+    assert [len(samples) for samples in sounds.samples] == [5, 4, 3]
+    write_wav(tmp_path / "b" / "2.wav", tones[0], rate=16000)
+    with pytest.raises(ValueError, match=r"2\.wav: 16000 samples per second, others have 8000"):
+        _data.load_sounds(tmp_path)
+
+
+def test_malformed_sounds(tmp_path):
+    with pytest.raises(ValueError, match=r"fewer than two folders with files \*\.wav"):
+        _data.load_sounds(tmp_path)
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"RIFF and no more")
+    with pytest.raises(ValueError, match=r"a\.wav: cannot be read as a WAV file"):
+        _data.read_wav(path)
+    write_wav(path, np.zeros((0, 1), np.int16))
+    with pytest.raises(ValueError, match=r"a\.wav: there are no samples"):
+        _data.read_wav(path)
+    write_wav(path, np.zeros((4, 3), np.uint8).view("V3")[:, :1])
+    with pytest.raises(ValueError, match=r"a\.wav: samples of 3 bytes; wanted 1, 2 or 4"):
+        _data.read_wav(path)
 
 
 @pytest.mark.parametrize("packed", [False, True])

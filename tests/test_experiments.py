@@ -6,14 +6,29 @@ import importlib
 import io
 import json
 import math
+import wave
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.signal
 
 from experiments import __main__ as command_line
-from experiments import _gallery, _plots, _run, blobs, classification, language_model, toy
+from experiments import (
+    _choice,
+    _gallery,
+    _plots,
+    _report,
+    _run,
+    blobs,
+    classification,
+    language_model,
+    languages,
+    my_map,
+    toy,
+    vowels,
+)
 from experiments._networks import Layer, cnn, mlp
 
 NAMES = tuple(command_line.questions())
@@ -28,11 +43,14 @@ FIGURES = {
     "confidence": {"scale", "training"},
     "gumbel_vae": {"nelbo", "reconstructions"},
     "language_model": {"loss", "memory"},
+    "languages": {"confusion", "training"},
     "long_tail": {"recall", "training"},
+    "my_map": {"map"},
     "open_set": {"auroc", "confidence"},
     "outliers": {"losses", "rates"},
     "precision": {"precision"},
     "toy": {"loss", "steps"},
+    "vowels": {"learning", "vowels"},
 }
 IMPOSSIBLE = {
     "argmax": {"min_accuracy": 1.01},
@@ -45,11 +63,14 @@ IMPOSSIBLE = {
     "confidence": {"max_gap": -1.0},
     "gumbel_vae": {"max_nelbo": -1.0},
     "language_model": {"max_loss": -1.0},
+    "languages": {"min_accuracy": 1.01},
     "long_tail": {"min_gain": 1.01},
+    "my_map": {"max_error": -1.0},
     "open_set": {"min_auroc": 1.01},
     "outliers": {"min_clean": 1.01},
     "precision": {"max_ulps": -1.0},
     "toy": {"min_rows_right": 8},
+    "vowels": {"max_excess": -1.0},
 }
 
 
@@ -114,6 +135,8 @@ def test_unknown_name(capsys):
         ["open_set", "--known", "1"],
         ["outliers", "--rates", "0.1"],
         ["classification", "--maps"],
+        ["classification", "--maps", "softmx"],
+        ["vowels", "--sizes", "50"],
         ["language_model", "--window", "0"],
         ["gumbel_vae", "--num-latents", "0"],
         ["gumbel_vae", "--arms"],
@@ -158,8 +181,9 @@ def test_quick_run(tmp_path, capsys, name):
     with np.load(folder / "arrays.npz") as archive:
         arrays = dict(archive)
     curves = {key: array for key, array in arrays.items() if key.startswith("curves/")}
-    # `precision` trains nothing, and the others judge networks that are trained already.
-    assert curves or name in ("calibration", "open_set", "outliers", "precision")
+    # `precision` and `my_map` train nothing; the others judge what is trained already.
+    untrained = "precision", "my_map"
+    assert curves or name in ("calibration", "open_set", "outliers", "vowels", *untrained)
     for key, array in curves.items():
         _, arm, measure = key.split("/")
         assert array.shape[0] == config["num_seeds"]
@@ -274,6 +298,92 @@ def test_language_model_of_own_text(tmp_path):
     assert (second[:, -1] > 1).all()
 
 
+def test_languages_of_own_names(tmp_path):
+    """Other names are told apart, and are not held to the targets of the CLDR."""
+    rng = np.random.default_rng(0)
+    spell = lambda letters: "".join(rng.choice(list(letters), 5))
+    rows = [f"{n}\t{spell(letters)}" for n, letters in (("ab", "abc"), ("no", "nop")) * 30]
+    (tmp_path / "own.tsv").write_text("\n".join(rows), encoding="utf-8")
+    config = languages.Config(num_seeds=2, data_dir=tmp_path, num_buckets=64, num_steps=20)
+    arrays = languages.run(config)
+    assert arrays["classes"].tolist() == ["ab", "no"]
+    assert (arrays["top-1/softmax"] == 1).all()
+    *rest, control = languages.judge(config, arrays)
+    assert [measure.passed for measure in rest] == [None] * len(rest)
+    assert control.passed is not None
+    assert "ab and no (0)" in languages.tell(arrays)
+
+
+def test_pieces_of_a_name():
+    """One bucket for each piece of one to four letters, marks of both ends included."""
+    config = languages.Config(num_buckets=2**20)
+    bag = languages._bag("aé", config)
+    counts = np.sort(bag[bag > 0])
+    # "^aé$" has 4 + 3 + 2 + 1 pieces, all of them different.
+    np.testing.assert_allclose(counts, np.full(10, 0.1**0.5), rtol=1e-6)
+    assert (languages._bag("aa", config) > 0).sum() == 9  # Its letter "a" is there twice.
+
+
+def speak(frequencies, rate, seconds=0.2, pitch=110):
+    """A vowel: pulses of a voice through a resonator for each formant."""
+    samples = np.zeros(int(seconds * rate))
+    samples[:: rate // pitch] = 1.0
+    for frequency in (*frequencies, 3700.0, 4600.0):
+        radius = np.exp(-np.pi * (60 + 0.03 * frequency) / rate)
+        cosine = np.cos(2 * np.pi * frequency / rate)
+        samples = scipy.signal.lfilter([1], [1, -2 * radius * cosine, radius**2], samples)
+    return scipy.signal.lfilter([1], [1, -0.97], samples)  # The voice itself is dull.
+
+
+@pytest.mark.parametrize("rate", [10000, 16000, 44100])
+@pytest.mark.parametrize("vowel", ["heed", "had", "hod", "who'd", "heard"])
+def test_formants(vowel, rate):
+    """Linear prediction finds the resonances that a vowel was made with."""
+    frequencies = vowels.MEANS[vowels.VOWELS.index(vowel), 0]
+    found = vowels.formants(speak(frequencies, rate), rate)
+    np.testing.assert_allclose(found, frequencies, rtol=0.08)
+
+
+def test_too_few_formants():
+    with pytest.raises(ValueError, match="resonances"):
+        vowels.formants(np.sin(np.arange(2000.0)), 8000, order=2)
+
+
+@pytest.mark.slow
+def test_vowels_of_own_sounds(tmp_path):
+    """Folders of sounds are classes; their best rule is unknown, so nothing is judged."""
+    rng = np.random.default_rng(0)
+    for name in ("heed", "hod"):
+        (tmp_path / name).mkdir()
+        for number in range(9):
+            means = vowels.MEANS[vowels.VOWELS.index(name), 0]
+            sound = speak(means * np.exp(0.03 * rng.normal(size=3)), 16000)
+            samples = np.int16(2e4 * sound / np.abs(sound).max())
+            with wave.open(str(tmp_path / name / f"{number}.wav"), "wb") as file:
+                file.setnchannels(1)
+                file.setsampwidth(2)
+                file.setframerate(16000)
+                file.writeframes(samples.tobytes())
+    config = vowels.Config(num_seeds=2, data_dir=tmp_path, num_steps=20)
+    arrays = vowels.run(config)
+    assert arrays["classes"].tolist() == ["heed", "hod"]
+    assert arrays["confusion"].sum() == 2 * 6
+    measures = vowels.judge(config, arrays)
+    assert [measure.passed for measure in measures] == [None, None]
+    assert all(measure.got == 0 for measure in measures)
+    assert set(vowels.draw(arrays)) == {"vowels"}
+
+
+def test_rule_of_bayes():
+    """On drawn frames it is calibrated: its mean confidence is its accuracy."""
+    frames = vowels._draw_frames(np.random.default_rng(0), 20000)
+    for is_told in (False, True):
+        logits = vowels._bayes(frames, is_told)
+        probs = np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
+        is_right = logits.argmax(axis=-1) == frames.vowels
+        assert abs(probs.max(axis=-1).mean() - is_right.mean()) < 4 * 0.5 / 20000**0.5
+
+
 def test_language_model_needs_a_text_to_be_judged_on(tmp_path):
     with pytest.raises(ValueError, match=r"window of 3 needs 31 characters; own\.txt has 30"):
         run_language_model(tmp_path, "abc" * 10)
@@ -351,6 +461,21 @@ def test_loss_goes_with_its_map(name):
     np.testing.assert_allclose(gradient, error, atol=1e-14)
     np.testing.assert_array_equal(losses > 0, np.abs(error).max(axis=-1) > 0)
     assert losses[0] == 0
+
+
+def test_loss_of_the_map_of_ones_own():
+    """Its gradient is p - y, and it is zero just where p = y."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(0, 2, (20, 5))).at[0, 0].add(1000)
+    labels = jnp.asarray(rng.integers(0, 5, 20)).at[0].set(0)
+    with jax.numpy_rank_promotion("allow"):
+        losses = my_map.expm1max_loss(logits, labels)
+        gradient = jax.grad(lambda z: my_map.expm1max_loss(z, labels).sum())(logits)
+        probs = np.asarray(my_map.expm1max(logits))
+    np.testing.assert_allclose(probs, my_map._by_sorting(np.asarray(logits)), atol=1e-14)
+    error = probs - np.eye(5)[labels]
+    np.testing.assert_allclose(gradient, error, atol=1e-14)
+    np.testing.assert_array_equal(losses > 1e-14, np.abs(error).max(axis=-1) > 1e-14)
 
 
 @pytest.mark.parametrize("size", [pytest.param(8, marks=pytest.mark.slow), 7])
@@ -557,6 +682,45 @@ def test_all_and_report(tmp_path, capsys):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"1 of {len(judged)} targets were missed: {judged[0]['measure']}" in text
     assert "<strong>NO</strong>" in text
+
+
+def test_readme_is_current():
+    """Its table of experiments is what the scripts and the kept figures give."""
+    text = _report.README.read_text(encoding="utf-8")
+    docstrings = _choice.docstrings_in(command_line.FOLDER)
+    figures = json.loads(_report.FIGURES.read_text(encoding="utf-8"))
+    assert set(figures) <= set(docstrings)
+    assert _report.readme_with(text, docstrings, figures) == text
+
+
+def test_report_writes_the_readme(tmp_path, monkeypatch, capsys):
+    """With the figures of runs at full size alone; the others stay."""
+    copy, figures = tmp_path / "README.md", tmp_path / "figures.json"
+    copy.write_text(_report.README.read_text(encoding="utf-8"), encoding="utf-8")
+    figures.write_text('{"blobs": "as it was", "gone": "no script"}', encoding="utf-8")
+    monkeypatch.setattr(_report, "README", copy)
+    monkeypatch.setattr(_report, "FIGURES", figures)
+    for name, is_quick in (("toy", False), ("precision", True)):
+        folder = tmp_path / "runs" / name / "20260101"
+        folder.mkdir(parents=True)
+        measures = [_run.Measure("free", 1.0), _run.Measure("rows", 6.0, at_least=7.0)]
+        measures = [json.dumps(m.record()) for m in (*measures, _run.Measure("b", 1, 0))]
+        (folder / "metrics.jsonl").write_text("\n".join(measures), encoding="utf-8")
+        (folder / "config.json").write_text(json.dumps({"quick": is_quick}), encoding="utf-8")
+        made = {"versions": {}, "command": "", "seconds": 1, "device": "", "commit": ""}
+        (folder / "environment.json").write_text(json.dumps(made), encoding="utf-8")
+        (folder / "pictures.json").write_text("{}", encoding="utf-8")
+    assert command_line.main(["report", "--readme", "--out", str(tmp_path / "runs")]) == 0
+    figure = "rows: 6 (≥ 7); 1 of 2 targets"
+    assert json.loads(figures.read_text(encoding="utf-8")) == {
+        "blobs": "as it was",
+        "toy": figure,
+    }
+    text = copy.read_text(encoding="utf-8")
+    question = command_line.questions()["toy"]
+    assert f"| `toy` | {question} | {figure} |\n" in text
+    assert f"| `precision` | {command_line.questions()['precision']} |  |\n" in text
+    assert "2 of" in capsys.readouterr().out
 
 
 def test_report_of_no_run(tmp_path, capsys):

@@ -27,10 +27,11 @@ ORDER = [
     *("_online", "_uint64", "_random", "_inverse_cdf", "_closures", "_tiles"),
     *("reductions", "dense", "sparse", "top_k", "segments", "scores", "filters", "decoding"),
     *("entropies", "losses", "output_layers", "contrastive", "sampling", "subsets"),
-    *("gradients", "estimators", "policies", "calibration", "masks", "attentions", "kernels"),
+    *("gradients", "estimators", "policies", "calibration", "masks", "attentions", "testing"),
     *("__init__",),
 ]
-NAMESPACES = {"masks"}  # Their names are not the package's own: `softjax.masks.Causal`.
+# Their names are not the package's own: `softjax.masks.Causal`.
+NAMESPACES = {"masks", "testing"}
 SECTIONS = ["Args", "Returns", "Raises", "Example", "Note", "Reference"]
 
 FUNCTIONS = sorted(name for name in sj.__all__ if name != "__version__")
