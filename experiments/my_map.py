@@ -12,6 +12,7 @@ promise each are refused, and the promise is named. A map that fails, or a broke
 passes, would refute it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -39,6 +40,8 @@ from softjax.testing import check_map
 __all__ = ["Config", "draw", "expm1max", "expm1max_loss", "judge", "main", "run"]
 
 
+LOG_2 = math.log(2)
+
 # The map. `_weights` is the function that rises from 0; the rest suits any such
 # function whose weight reaches 1 at the margin log 2.
 
@@ -53,10 +56,10 @@ def _solve(logits: Array, where: Array | None) -> tuple[Array, Array, Array]:
     wide = jnp.where(keep, logits, 0).astype(jnp.promote_types(logits.dtype, jnp.float32))
     peak = jnp.max(wide, axis=-1, keepdims=True, where=keep, initial=-jnp.inf)
     scores = jnp.where(keep, wide - jax.lax.stop_gradient(peak), -1)
-    still, low = jax.lax.stop_gradient(scores), jnp.full_like(peak, -np.log(2))
+    still, low = jax.lax.stop_gradient(scores), jnp.full_like(peak, -LOG_2)
 
     def halve(number: Array, low: Array) -> Array:  # The threshold is from -log 2 to 0.
-        middle = low + np.log(2) * 0.5 ** number.astype(low.dtype)
+        middle = low + LOG_2 * 0.5 ** number.astype(low.dtype)
         total = jnp.sum(_weights(still - middle), axis=-1, keepdims=True)
         return jnp.where(total >= 1, middle, low)
 
@@ -83,14 +86,14 @@ def expm1max_loss(logits: Array, labels: Array) -> Array:
     margins = jnp.maximum(scores - threshold, 0)
     own = jnp.take_along_axis(scores, labels[..., None], axis=-1)
     conjugate = threshold[..., 0] + jnp.sum(jnp.expm1(margins) - margins, axis=-1)
-    return conjugate - own[..., 0] + (2 * np.log(2) - 1)
+    return conjugate - own[..., 0] + (2 * LOG_2 - 1)
 
 
 SCALES = np.geomspace(0.1, 10, 13)  # Standard deviations of the logits.
 BROKEN: dict[str, Callable[..., Array]] = {  # The control: one promise each.
     "simplex": lambda z, where=None: 1.01 * expm1max(z, where=where),
     "permutation": lambda z, where=None: expm1max(
-        z + 0.1 * jnp.arange(z.shape[-1], dtype=z.dtype), where=where
+        z + jnp.broadcast_to(jnp.arange(z.shape[-1]) / 10, z.shape).astype(z.dtype), where=where
     ),
     "masks": lambda z, where=None: expm1max(z),
     "dtypes": lambda z, where=None: expm1max(z.astype(jnp.float32), where=where),
