@@ -109,7 +109,8 @@ def run(config: Config, track: Track = untracked) -> Arrays:
         name = "softmax" if arm == SHUFFLED else arm
         state = jnp.asarray(given), jnp.asarray(labels), jnp.asarray(is_test)
         found = _train(bags, *state, name, len(names.classes), config)
-        (loss, accuracy), reports, probs = jax.device_get(found)
+        (loss, accuracy), logits, probs = found
+        reports, probs = jax.device_get((_report(logits, probs, *state[1:]), probs))
         arrays[f"curves/{arm}/train_loss"] = loss
         arrays[f"curves/{arm}/test_accuracy"] = accuracy
         for measure, values in reports.items():
@@ -147,18 +148,17 @@ def _train(
     num_classes: int,
     config: Config,
 ) -> Any:
-    """Curves `[seeds, steps]`, measures `[seeds]`, and probabilities `[seeds, names, K]`."""
+    """Curves `[seeds, steps]`; logits and probabilities of all names `[seeds, names, K]`."""
     output_map, loss_of = MAPS[name]
     optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
 
     def one_seed(labels: Array, true_labels: Array, is_test: Array) -> Any:
-        share = lambda values: jnp.sum(values * is_test) / jnp.sum(is_test)
-
         def mean_loss(weights: Array) -> tuple[Array, Array]:
             logits = bags @ weights
             losses = jnp.where(is_test, 0, loss_of(logits, labels))
             first = jnp.argmax(logits, axis=-1).astype(true_labels.dtype)
-            return jnp.sum(losses) / jnp.sum(~is_test), share(first == true_labels)
+            is_right = (first == true_labels) & is_test
+            return jnp.sum(losses) / jnp.sum(~is_test), jnp.sum(is_right) / jnp.sum(is_test)
 
         def step(state: Any, _: None) -> Any:
             weights, optimizer_state = state
@@ -171,20 +171,30 @@ def _train(
         state = weights, optimizer.init(weights)
         (weights, _), scores = jax.lax.scan(step, state, length=config.num_steps)
         logits = bags @ weights
-        probs = output_map(logits)
-        own = jnp.take_along_axis(logits, true_labels[:, None], axis=-1)
-        rank = jnp.sum(logits > own, axis=-1)
-        reports = {
-            "top-1": share(rank < 1),
-            "top-3": share(rank < 3),
-            "calibration error": sj.expected_calibration_error(
-                probs, jnp.where(is_test, true_labels, -1), ignore_index=-1
-            ),
-            "languages kept": share(jnp.sum(probs > 0, axis=-1)),
-        }
-        return scores, reports, probs
+        return scores, logits, output_map(logits)
 
     return jax.vmap(one_seed)(labels, true_labels, is_test)
+
+
+@jax.jit
+def _report(logits: Array, probs: Array, labels: Array, is_test: Array) -> dict[str, Array]:
+    """What is measured on the test names, `[seeds]` each."""
+
+    def one_seed(
+        logits: Array, probs: Array, labels: Array, is_test: Array
+    ) -> dict[str, Array]:
+        share = lambda values: jnp.sum(values * is_test) / jnp.sum(is_test)
+        own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+        rank = jnp.sum(logits > own, axis=-1)
+        tested = jnp.where(is_test, labels, -1)
+        return {
+            "top-1": share(rank < 1),
+            "top-3": share(rank < 3),
+            "calibration error": sj.expected_calibration_error(probs, tested, ignore_index=-1),
+            "languages kept": share(jnp.sum(probs > 0, axis=-1)),
+        }
+
+    return jax.vmap(one_seed)(logits, probs, labels, is_test)
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:

@@ -206,7 +206,8 @@ def _fit(
     config: Config,
 ) -> Array:
     """Logits of the tested frames `[seeds, sizes, n, K]`, learnt from the first frames."""
-    optimizer = optax.lbfgs()
+    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=12, store_grad=True)
+    optimizer = optax.lbfgs(linesearch=search)
 
     def one_fit(features: Array, labels: Array, tested: Array, size: Array) -> Array:
         seen = jnp.where(jnp.arange(len(labels)) < size, labels, -1)
