@@ -60,11 +60,12 @@ def readme_with(text: str, docstrings: Mapping[str, str], figures: Mapping[str, 
 
 
 def _figure(measures: Sequence[Mapping[str, Any]]) -> str:
-    """The first measure that has a target, and how many targets were reached."""
+    """The first measure with a target other than 0, and how many targets were reached."""
     judged = [record for record in measures if record["passed"] is not None]
-    bounds = [("≥", judged[0]["at_least"]), ("≤", judged[0]["at_most"])]
+    told = next((r for r in judged if r["at_least"] or r["at_most"]), judged[0])
+    bounds = [("≥", told["at_least"]), ("≤", told["at_most"])]
     target = " ".join(f"{sign} {bound:.3g}" for sign, bound in bounds if bound is not None)
-    got = f"{judged[0]['measure']}: {judged[0]['got']:.3g} ({target})"
+    got = f"{told['measure']}: {told['got']:.3g} ({target})"
     return f"{got}; {sum(map(bool, (r['passed'] for r in judged)))} of {len(judged)} targets"
 
 

@@ -96,11 +96,11 @@ class Config(Options):
 
     @classmethod
     def reduced(cls) -> Self:
-        """A fortieth of the steps, taken with larger ones, and targets to go with them."""
+        """A thirtieth of the steps, taken with larger ones, and targets to go with them."""
         return cls(
             quick=True,
             num_seeds=2,
-            num_updates=24,
+            num_updates=2 * NUM_ROUNDS,  # Rounds of one length are one program.
             learning_rate=2e-3,
             min_return=60.0,
             min_greedy_return=60.0,

@@ -290,7 +290,9 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
         if arm == "speaker told":
             theory = NUM_FEATURES * (len(VOWELS) - 1) / (2 * arrays["sizes"][-1])
             low, high = 1 / config.max_factor, config.max_factor
-            measures.append(Measure("that loss over d / (2 n)", loss / theory, low, high))
+            measures.append(
+                Measure("that loss over d / (2 n), speaker told", loss / theory, low, high)
+            )
     quadratic = excess["quadratic"]
     gain = excess["linear"] - quadratic
     return [

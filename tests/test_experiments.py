@@ -235,7 +235,8 @@ def test_seed_decides_all():
 
 
 @pytest.mark.slow
-def test_classification_of_own_images(tmp_path):
+@pytest.mark.parametrize("name", ["sparsemax", "expm1max"])
+def test_classification_of_own_images(tmp_path, name):
     """Other data than the digits train too, and are not held to the digits' targets."""
     images = np.random.default_rng(0).random((12, 6, 6, 3))
     labels = np.arange(12) % 3
@@ -245,13 +246,13 @@ def test_classification_of_own_images(tmp_path):
         num_seeds=2,
         data_dir=tmp_path,
         networks=("cnn",),
-        maps=("sparsemax",),
+        maps=(name,),
         num_epochs=2,
         batch_size=4,
     )
     result = classification.run(config)
     assert result["data"] == "own.npz"
-    assert result["confusion/cnn, sparsemax"].sum() == 2 * 4
+    assert result[f"confusion/cnn, {name}"].sum() == 2 * 4
     accuracy, control = classification.judge(config, result)
     assert accuracy.passed is None
     assert control.passed is not None
@@ -708,7 +709,8 @@ def test_report_writes_the_readme(tmp_path, monkeypatch, capsys):
         folder = tmp_path / "runs" / name / "20260101"
         folder.mkdir(parents=True)
         measures = [_run.Measure("free", 1.0), _run.Measure("rows", 6.0, at_least=7.0)]
-        measures = [json.dumps(m.record()) for m in (*measures, _run.Measure("b", 1, 0))]
+        weak = _run.Measure("more than 0", 1.0, at_least=0.0)
+        measures = [json.dumps(m.record()) for m in (weak, *measures)]
         (folder / "metrics.jsonl").write_text("\n".join(measures), encoding="utf-8")
         (folder / "config.json").write_text(json.dumps({"quick": is_quick}), encoding="utf-8")
         made = {"versions": {}, "command": "", "seconds": 1, "device": "", "commit": ""}
