@@ -60,9 +60,12 @@ def readme_with(text: str, docstrings: Mapping[str, str], figures: Mapping[str, 
 
 
 def _figure(measures: Sequence[Mapping[str, Any]]) -> str:
-    """The first measure with a target other than 0, and how many targets were reached."""
+    """A measure, and how many targets were reached.
+
+    It is the first whose target is one bound, other than 0; controls mostly have two.
+    """
     judged = [record for record in measures if record["passed"] is not None]
-    told = next((r for r in judged if r["at_least"] or r["at_most"]), judged[0])
+    told = next((r for r in judged if bool(r["at_least"]) != bool(r["at_most"])), judged[0])
     bounds = [("≥", told["at_least"]), ("≤", told["at_most"])]
     target = " ".join(f"{sign} {bound:.3g}" for sign, bound in bounds if bound is not None)
     got = f"{told['measure']}: {told['got']:.3g} ({target})"
