@@ -1,6 +1,6 @@
 """Which of twelve languages is a short name in?
 
-The names are those of languages and territories ("germany", "njemački", "costa do marfim") in
+The names are those of languages and territories ("germany", "costa do marfim", "saksamaa") in
 the Unicode CLDR, as the package babel ships them: real words of twelve languages that share the
 Latin script, without case. A third of the things that are named is held out, in all languages,
 so that no test name was seen in training. A name counts as a bag of pieces of one to four
@@ -123,7 +123,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
 
 
 def _bag(text: str, config: Config) -> NDArray:
-    """How often each bucket is met, over the length of these counts, `[num_buckets]`."""
+    """How often each bucket is met, scaled to length 1, `[num_buckets]`."""
     marked, counts = f"^{text}$".encode("utf-32-le"), np.zeros(config.num_buckets, np.float32)
     for length in range(1, config.longest + 1):
         for start in range(0, len(marked) - 4 * length + 1, 4):

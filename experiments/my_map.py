@@ -2,7 +2,7 @@
 
 Softmax is exp(z - t), where the threshold t makes the sum 1. Any function that rises from 0 may
 stand in place of exp. Here it is exp(m) - 1 where m is positive, and 0 elsewhere: a map with
-exact zeros, a little steeper than sparsemax. It is defined below in some 15 lines of plain JAX;
+exact zeros, a little steeper than sparsemax. It is defined below in 20 lines of plain JAX;
 copy these, and put in a function of your own. `softjax.testing.check_map` says whether the map
 keeps its promises, and `python -m experiments classification --maps expm1max` trains with it.
 
