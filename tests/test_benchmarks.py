@@ -36,6 +36,10 @@ ROWS = {
     ],
     "sampling": [f"| {case.name} " for case in sampling.QUICK],
     "compile": [f"| {name} " for name in compile_times.QUICK.names],
+    "compiled": [
+        *("| softmax ", "| log_softmax ", "| logsumexp ", "| cross_entropy ", "| log_prob "),
+        *("| kl_divergence ", "| sparsemax ", "| top_p_filter ", "| sample ", "| attention "),
+    ],
     "steps": ["| transformer ", "| actor-critic ", "| classifier "],
     "rollouts": [
         *("| softmax ", "| softmax, gradient ", "| log_softmax ", "| log_prob, gradient "),
@@ -55,6 +59,7 @@ ROWS = {
         for name in ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15")
     ],
 }
+OPTIONS = {"compiled": ["--target", "cpu"]}
 
 
 def launch(*arguments):
@@ -88,7 +93,7 @@ def test_unknown_name(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_quick_run(tmp_path, name):
-    done = launch(name, "--quick", "--out", tmp_path)
+    done = launch(name, *OPTIONS.get(name, []), "--quick", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     lines = done.stdout.splitlines()
@@ -163,6 +168,17 @@ def check_compile(results):
         assert record["passed"] is None
     modes = [record["mode"] for record in results["records"]]
     assert modes == ["value", "gradient", "value", "gradient", "value"]
+
+
+def check_compiled(results):
+    for record in results["records"]:
+        assert record["mode"] in ("value", "both")
+        for found in filter(None, (record["ours"], record["peer"])):
+            assert found["kernels"] > 0
+            assert found["units"] >= 1
+            assert found["unknown_loops"] <= found["loops"]
+            assert found["temporary_bytes"] >= 0
+    assert results["environment"]["target"]["versions"] == {}
 
 
 def check_steps(results):

@@ -260,8 +260,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def options(description: str | None, args: Sequence[str], name: str) -> argparse.Namespace:
-    """Parses the command line that all benchmarks share: `quick` and `out`."""
+def options(
+    description: str | None, args: Sequence[str], name: str, **choices: Sequence[str]
+) -> argparse.Namespace:
+    """Parses the command line that all benchmarks share: `quick` and `out`.
+
+    Each of the `choices` is one more option, whose default comes first.
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m experiments.benchmarks {name}",
         description=description,
@@ -271,6 +276,8 @@ def options(description: str | None, args: Sequence[str], name: str) -> argparse
         "--quick", action="store_true", help="small sizes and no limits, in seconds"
     )
     parser.add_argument("--out", type=Path, help="folder for the JSON; without it, only print")
+    for option, known in choices.items():
+        parser.add_argument(f"--{option}", choices=known, default=known[0])
     given = parser.parse_args(args)
     if given.quick:
         # Optimizing would take longer than it saves, and --quick compares no figures.

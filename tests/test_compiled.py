@@ -1,0 +1,154 @@
+"""What XLA makes of the functions for an H200: kernels, and passes over memory.
+
+The counter is tested on programs for the CPU, whose counts are known. The tests that are marked
+`aot` compile for an H200, which needs the plugin of the extra `aot-gpu` and no GPU.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import ShapeDtypeStruct, lax
+
+from experiments.benchmarks import _programs as programs
+from experiments.benchmarks import compiled
+
+H200 = programs.TARGETS["h200"]
+SHAPE = (64, 1000)
+UNIT = 4 * 64 * 1000
+for_h200 = [
+    pytest.mark.aot,
+    pytest.mark.optimized,
+    pytest.mark.skipif(bool(H200.missing), reason=H200.missing),
+]
+
+
+@pytest.fixture(autouse=True)
+def as_for_users():
+    """The other tests compute in 64 bits, and promote strictly."""
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
+
+
+# The counter.
+
+
+def counts(function, *shapes):
+    args = [ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    program = programs.compile_for(programs.TARGETS["cpu"], function, *args)
+    return programs.count(program.as_text())
+
+
+@pytest.mark.optimized
+def test_one_kernel_reads_and_writes_once():
+    found = counts(lambda x: jnp.exp(x) + 1, SHAPE)
+    assert (found.kernels, found.bytes) == (1, 2 * UNIT)
+    assert not found.loops
+    assert not found.conditionals
+    assert not found.custom_calls
+
+
+@pytest.mark.optimized
+def test_loops_count_their_turns():
+    step = lambda _, x: lax.optimization_barrier(jnp.sin(x))
+    known = counts(lambda x: lax.fori_loop(0, 5, step, x), SHAPE)
+    assert (known.loops, known.unknown_loops) == (1, 0)
+    assert 10 * UNIT <= known.bytes < 13 * UNIT
+    more = counts(lambda x: lax.fori_loop(0, 50, step, x), SHAPE)
+    assert more.kernels >= known.kernels + 45
+
+    unknown = lambda x: lax.while_loop(lambda x: x[0, 0] < 1, lambda x: step(0, x), x)
+    found = counts(unknown, SHAPE)
+    assert (found.loops, found.unknown_loops) == (1, 1)
+    assert 2 * UNIT <= found.bytes < 5 * UNIT
+
+
+@pytest.mark.optimized
+def test_a_branch_counts_where_it_moves_most():
+    branches = (lambda x: x, lambda x: x @ x, lambda x: (x @ x) @ (x @ (x + 1)))
+    found = counts(lambda x, i: lax.switch(i[0].astype(int), branches, x), (64, 64), (1,))
+    assert found.conditionals == 1
+    assert found.bytes >= 9 * 4 * 64 * 64
+
+
+@pytest.mark.optimized
+def test_a_slice_is_read_alone():
+    found = counts(lambda x: jnp.exp(lax.slice_in_dim(x, 3, 5)), SHAPE)
+    assert found.bytes == 2 * 4 * 2 * 1000
+
+
+HLO = """
+HloModule m
+
+%fused (p.0: f32[8,128], p.1: s32[]) -> f32[1,128] {
+  %p.0 = f32[8,128]{1,0} parameter(0)
+  %p.1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,128]{1,0} dynamic-slice(%p.0, %p.1, %zero), dynamic_slice_sizes={1,128}
+}
+
+%body (s: (s32[], f32[8,128], f32[1,128])) -> (s32[], f32[8,128], f32[1,128]) {
+  %s = (s32[], f32[8,128]{1,0}, f32[1,128]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %x = f32[8,128]{1,0} get-tuple-element(%s), index=1
+  %row = f32[1,128]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+  ROOT %t = (s32[], f32[8,128]{1,0}, f32[1,128]{1,0}) tuple(%i, %x, %row)
+}
+
+%condition (s: (s32[], f32[8,128], f32[1,128])) -> pred[] {
+  %s.1 = (s32[], f32[8,128]{1,0}, /*index=2*/f32[1,128]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%s.1), index=0
+  %end = s32[]{:T(128)} constant(8), metadata={op_name="end"}
+  ROOT %less = pred[] compare(%i.1, %end), direction=LT
+}
+
+ENTRY %main (x.1: f32[8,128], i.2: s32[]) -> f32[1,128] {
+  %x.1 = f32[8,128]{1,0} parameter(0)
+  %i.2 = s32[] parameter(1)
+  %near = f32[1,128]{1,0:T(8,128)S(1)} custom-call(%x.1), custom_call_target="library"
+  %call = (f32[1,128]{1,0}, s8[4096]{0}) custom-call(%near), custom_call_target="library"
+  %first = f32[1,128]{1,0} get-tuple-element(%call), index=0
+  %start = (s32[], f32[8,128]{1,0}, f32[1,128]{1,0}) tuple(%i.2, %x.1, %first)
+  %loop = (s32[], f32[8,128]{1,0}, f32[1,128]{1,0}) while(%start), condition=%condition, body=%body
+  ROOT %out = f32[1,128]{1,0} get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_text_of_a_program():
+    found = programs.count(HLO)
+    row, whole = 512, 4096
+    assert found.kernels == 2 + 8
+    assert (found.loops, found.unknown_loops) == (1, 0)
+    assert found.custom_calls == {"library": 2}
+    # The first call writes near the processor, the second needs room, and the loop slices.
+    assert found.bytes == whole + row + 8 * (2 * row + 4)
+    growing = programs.count(HLO.replace("direction=LT", "direction=NE"))
+    assert growing.unknown_loops == 1
+
+
+def test_bytes_of_shapes():
+    assert programs.num_bytes("f32[2,3]{1,0}") == 24
+    assert programs.num_bytes("(bf16[2,3]{1,0}, pred[], f8e4m3fn[7], s32[0])") == 12 + 1 + 7
+    assert programs.num_bytes("f32[8,128]{1,0:T(8,128)S(1)}") == 0
+
+
+def test_missing_plugins_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(programs, "_found", lambda module: False)
+    assert compiled.main(["--target", "h200", "--quick"]) == 2
+    assert "pip install -e '.[aot-gpu]'" in capsys.readouterr().err
+    assert not programs.TARGETS["cpu"].missing
+
+
+def test_every_case_has_its_shapes():
+    found = list(compiled.cases(compiled.FULL))
+    keys = [(case.name, case.shape) for case in found]
+    assert len(set(keys)) == len(keys)
+    for case in found:
+        jax.eval_shape(case.ours, *case.args)
+
+
+# On an H200.
