@@ -43,6 +43,7 @@ from softjax import masks as masks
 from softjax.attentions import (
     alibi_slopes,
     attention,
+    explain_attention,
     merge_attention,
     paged_attention,
     qk_norm,
@@ -156,6 +157,7 @@ __all__ = [
     "eta_filter",
     "expected_calibration_error",
     "expected_value",
+    "explain_attention",
     "exponential_temperature",
     "fit_temperature",
     "focal_loss",

@@ -98,7 +98,7 @@ HloModule m
   ROOT %t = (s32[], f32[8,128]{1,0}, f32[1,128]{1,0}) tuple(%i, %x, %row)
 }
 
-%condition (s: (s32[], f32[8,128], f32[1,128])) -> pred[] {
+%test (s: (s32[], f32[8,128], f32[1,128])) -> pred[] {
   %s.1 = (s32[], f32[8,128]{1,0}, /*index=2*/f32[1,128]{1,0}) parameter(0)
   %i.1 = s32[] get-tuple-element(%s.1), index=0
   %end = s32[]{:T(128)} constant(8), metadata={op_name="end"}
@@ -112,7 +112,7 @@ ENTRY %main (x.1: f32[8,128], i.2: s32[]) -> f32[1,128] {
   %call = (f32[1,128]{1,0}, s8[4096]{0}) custom-call(%near), custom_call_target="library"
   %first = f32[1,128]{1,0} get-tuple-element(%call), index=0
   %start = (s32[], f32[8,128]{1,0}, f32[1,128]{1,0}) tuple(%i.2, %x.1, %first)
-  %loop = (s32[], f32[8,128]{1,0}, f32[1,128]{1,0}) while(%start), condition=%condition, body=%body
+  %loop = (s32[], f32[8,128]{1,0}, f32[1,128]{1,0}) while(%start), condition=%test, body=%body
   ROOT %out = f32[1,128]{1,0} get-tuple-element(%loop), index=2
 }
 """

@@ -58,6 +58,7 @@ APART = {
         "the derivative is an estimate: test_estimators",
     ),
     "alibi_slopes": "of no array: test_attention_shaping",
+    "explain_attention": "a text: test_attention_backends",
     "check_labels": "an error, and no value of its own: test_losses",
     "prediction_sets": "of bools: test_calibration",
     "gumbel": "random, of no array: test_sampling",

@@ -170,7 +170,7 @@ def _compiled(row: Row, sizes: Sizes) -> dict[str, Any]:
 
 
 def cases() -> list[Case]:
-    """Every public function but `check_labels`, which reads the values of its labels."""
+    """Every public function but `check_labels`, which reads its labels, and one of a text."""
     distrax = measure.peer("distrax")
     found: list[Case] = []
 

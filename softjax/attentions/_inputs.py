@@ -5,7 +5,6 @@ that sees one gets NaN. No other query is touched, in its value or in any deriva
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,6 @@ from jax.typing import ArrayLike
 
 from softjax._closures import hoist_floats
 from softjax._inputs import (
-    check_int,
     computing_dtype,
     nan_unless_positive,
     one_number,
@@ -24,18 +22,10 @@ from softjax._inputs import (
 )
 from softjax._mesh import vary
 from softjax._tiles import Grid, grid_of, per_score
+from softjax.attentions._backends import call_of, check_name, choose
 from softjax.attentions._dropout import words_of
 from softjax.attentions._operands import Constants, DiffOperands, Static
 from softjax.masks import Inside, Mask
-
-# Up to these sizes the dense form takes no more time than the streamed one, and a third of its
-# compile time.
-DENSE_SCORES = 2**23  # scores
-DENSE_SCORES_PER_HEAD = 2**19  # scores of one head of one sequence
-DENSE_KEYS = 128  # so few keys are always dense, because their scores are small
-TILE_SCORES = 2**19  # scores of a tile, about
-MOST_QUERIES = 512  # queries of a block, at most
-LEAST_KEYS = 32  # keys of a block, at least
 
 
 class TiledAttention(NamedTuple):
@@ -69,9 +59,9 @@ def cut_into_tiles(
     *batch, num_queries, heads, width = queries.shape
     num_keys, key_heads = keys.shape[-3], keys.shape[-2]
     wide = computing_dtype(dtype)
-    blocks = _blocks(
-        math.prod(batch) * heads, num_queries, num_keys, block_size, implementation
-    )
+    check_name(implementation)
+    call = call_of(queries.shape, num_keys, block_size)
+    blocks = choose(call, implementation).blocks(call)
     grid = grid_of(
         tuple(batch),
         heads,
@@ -161,49 +151,6 @@ def _three(
             f" {queries.shape[-2]} and {keys.shape[-2]}."
         )
     return queries, keys, values, dtype
-
-
-def _blocks(
-    heads: int,
-    num_queries: int,
-    num_keys: int,
-    block_size: int | tuple[int, int] | None,
-    implementation: str | None,
-) -> tuple[int, int]:
-    """The numbers of queries and keys of a tile."""
-    if implementation not in (None, "dense", "streamed"):
-        raise ValueError(
-            f'`implementation` must be None, "dense" or "streamed", got {implementation!r}.'
-        )
-    heads, num_queries, num_keys = max(1, heads), max(1, num_queries), max(1, num_keys)
-    if block_size is not None:
-        pair = block_size if isinstance(block_size, tuple) else (block_size, block_size)
-        if len(pair) != 2:
-            raise ValueError(f"`block_size` must be an int or a pair of them, got {pair}.")
-        most_queries, most_keys = (check_int(n, name="block_size", least=1) for n in pair)
-        if implementation == "dense":
-            raise ValueError('`block_size` has no meaning with `implementation="dense"`.')
-        return min(most_queries, num_queries), min(most_keys, num_keys)
-    scores = num_queries * num_keys
-    small = (
-        scores <= min(DENSE_SCORES_PER_HEAD, DENSE_SCORES // heads) or num_keys <= DENSE_KEYS
-    )
-    if implementation == "dense" or (implementation is None and small):
-        return num_queries, num_keys
-    # A block has twice as many queries as keys, because it costs a pass over all keys.
-    side = 1 << int(math.log2(max(1, TILE_SCORES / (2 * heads))) / 2)
-    key_block = max(LEAST_KEYS, min(MOST_QUERIES // 2, side))
-    query_block = _even(num_queries, 2 * key_block)
-    key_block = _even(num_keys, max(key_block, 2 * key_block**2 // query_block))
-    if (query_block, key_block) == (num_queries, num_keys):
-        key_block = -(-num_keys // 2)  # A streamed form has two tiles at least.
-    return query_block, key_block
-
-
-def _even(size: int, block: int) -> int:
-    """A block of about that size that divides the tokens with little padding."""
-    count = -(-size // block)
-    return -(-size // count)
 
 
 def _positions(positions: Any) -> tuple[Any, Any]:

@@ -1,0 +1,128 @@
+"""The backends of attention: which of them serves a call, and why the others do not.
+
+A call that names no backend takes the first that keeps every promise of `attention`: its
+values, its derivatives in all modes, and its memory.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from softjax._inputs import check_int
+
+# Up to these sizes the dense form takes no more time than the streamed one, and a third of its
+# compile time.
+DENSE_SCORES = 2**23  # scores
+DENSE_SCORES_PER_HEAD = 2**19  # scores of one head of one sequence
+DENSE_KEYS = 128  # so few keys are always dense, because their scores are small
+TILE_SCORES = 2**19  # scores of a tile, about
+MOST_QUERIES = 512  # queries of a block, at most
+LEAST_KEYS = 32  # keys of a block, at least
+
+
+class Call(NamedTuple):
+    """What decides which backend serves a call."""
+
+    heads: int  # of all sequences together
+    num_queries: int
+    num_keys: int
+    block_size: tuple[int, int] | None  # the most queries and keys of a tile
+
+
+class Backend(NamedTuple):
+    """A way to compute attention. A reason is a clause that follows "because", or empty."""
+
+    name: str
+    why_unable: Callable[[Call], str]  # the reason why it cannot serve a call
+    why_not_default: Callable[[Call], str]  # the reason why it must be named
+    blocks: Callable[[Call], tuple[int, int]]  # the numbers of queries and keys of a tile
+
+
+def call_of(
+    queries_shape: tuple[int, ...],
+    num_keys: int,
+    block_size: int | tuple[int, int] | None,
+) -> Call:
+    """The call with queries of the shape `[..., T, N, H]`; sizes of 0 count as 1."""
+    *batch, num_queries, heads, _ = queries_shape
+    if block_size is not None:
+        pair = block_size if isinstance(block_size, tuple) else (block_size, block_size)
+        if len(pair) != 2:
+            raise ValueError(f"`block_size` must be an int or a pair of them, got {pair}.")
+        most_queries, most_keys = (check_int(n, name="block_size", least=1) for n in pair)
+        block_size = most_queries, most_keys
+    heads = max(1, math.prod(batch) * heads)
+    return Call(heads, max(1, num_queries), max(1, num_keys), block_size)
+
+
+def choose(call: Call, implementation: str | None) -> Backend:
+    """The backend that is named, or else the first that keeps every promise."""
+    check_name(implementation)
+    if implementation is None:
+        return next(b for b in BACKENDS if not (b.why_unable(call) or b.why_not_default(call)))
+    backend = next(b for b in BACKENDS if b.name == implementation)
+    if reason := backend.why_unable(call):
+        raise ValueError(
+            f'`implementation="{implementation}"` cannot serve this call, because {reason}.'
+        )
+    return backend
+
+
+def check_name(implementation: str | None) -> None:
+    """Raises an error for the name of no backend."""
+    if implementation not in (None, *(b.name for b in BACKENDS)):
+        raise ValueError(
+            f'`implementation` must be None, "dense" or "streamed", got {implementation!r}.'
+        )
+
+
+def _none(call: Call) -> str:
+    del call
+    return ""
+
+
+def _has_blocks(call: Call) -> str:
+    if call.block_size is None:
+        return ""
+    return "`block_size` has no meaning where all scores are formed at once"
+
+
+def _is_large(call: Call) -> str:
+    scores = call.num_queries * call.num_keys
+    most = min(DENSE_SCORES_PER_HEAD, DENSE_SCORES // call.heads)
+    if scores <= most or call.num_keys <= DENSE_KEYS:
+        return ""
+    return (
+        f"it keeps all scores, and each head of each sequence has {scores} of them, more than"
+        f" {most}"
+    )
+
+
+def _whole(call: Call) -> tuple[int, int]:
+    return call.num_queries, call.num_keys
+
+
+def _tiles(call: Call) -> tuple[int, int]:
+    heads, num_queries, num_keys, block_size = call
+    if block_size is not None:
+        return min(block_size[0], num_queries), min(block_size[1], num_keys)
+    # A block has twice as many queries as keys, because it costs a pass over all keys.
+    side = 1 << int(math.log2(max(1, TILE_SCORES / (2 * heads))) / 2)
+    key_block = max(LEAST_KEYS, min(MOST_QUERIES // 2, side))
+    query_block = _even(num_queries, 2 * key_block)
+    key_block = _even(num_keys, max(key_block, 2 * key_block**2 // query_block))
+    if (query_block, key_block) == (num_queries, num_keys):
+        key_block = -(-num_keys // 2)  # A streamed form has two tiles at least.
+    return query_block, key_block
+
+
+def _even(size: int, block: int) -> int:
+    """A block of about that size that divides the tokens with little padding."""
+    count = -(-size // block)
+    return -(-size // count)
+
+
+BACKENDS = (
+    Backend("dense", _has_blocks, _is_large, _whole),
+    Backend("streamed", _none, _none, _tiles),
+)

@@ -1,0 +1,103 @@
+"""Which backend serves a call of attention, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from softjax import masks
+from softjax.attentions._backends import BACKENDS, Backend, Call, call_of, check_name, choose
+from softjax.attentions.attend import attention
+
+__all__ = ["explain_attention"]
+
+
+def explain_attention(
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    *,
+    mask: masks.Mask | ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    score: Callable[..., Array] | None = None,
+    scale: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    cap_bias: bool = False,
+    sink: ArrayLike | None = None,
+    normalizer: str | tuple[Callable[[Array], Array], ArrayLike] = "softmax",
+    positions: ArrayLike | tuple[ArrayLike | None, ArrayLike | None] | None = None,
+    dropout_rate: ArrayLike = 0.0,
+    dropout_key: Array | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_lse: bool = False,
+) -> str:
+    r"""Tells which backend `attention` takes for a call, and why it does not take the others.
+
+    The backends differ in how many of the scores :math:`z_{ts}` they keep at once.
+
+    Args:
+        queries: as in `attention`, like all that follows; nothing is computed.
+        keys: as in `attention`.
+        values: as in `attention`.
+        mask: as in `attention`.
+        bias: as in `attention`.
+        score: as in `attention`.
+        scale: as in `attention`.
+        soft_cap: as in `attention`.
+        cap_bias: as in `attention`.
+        sink: as in `attention`.
+        normalizer: as in `attention`.
+        positions: as in `attention`.
+        dropout_rate: as in `attention`.
+        dropout_key: as in `attention`.
+        block_size: as in `attention`.
+        implementation: as in `attention`; one that cannot serve the call is no error here.
+        return_lse: as in `attention`.
+
+    Returns:
+        One line for each backend, in the order in which they are tried: its name, the tiles in
+        which it forms the scores of a head, and either "taken" or the reason why it is not.
+
+    Raises:
+        TypeError: as `attention`.
+        ValueError: as `attention`, but for an implementation that cannot serve the call.
+
+    Example:
+        >>> tokens = jnp.zeros((4096, 1, 64))
+        >>> print(explain_attention(tokens, tokens, tokens))
+        dense: 1 tile of 4096 x 4096; not taken, because it keeps all scores, and each head of
+        each sequence has 16777216 of them, more than 524288.
+        streamed: 128 tiles of 512 x 256; taken.
+
+    Note:
+        A backend that is not taken by default serves a call that names it, unless it says that
+        it cannot.
+    """
+    given = dict(locals())
+    check_name(implementation)
+    # A bad call raises its errors here. Any implementation may be explained.
+    jax.eval_shape(lambda: attention(**given | {"implementation": None}))
+    call = call_of(jnp.shape(queries), jnp.shape(keys)[-3], block_size)
+    able = [b for b in BACKENDS if not b.why_unable(call)]
+    taken = None
+    if implementation is None or implementation in [b.name for b in able]:
+        taken = choose(call, implementation)
+    return "\n".join(_line(backend, call, taken) for backend in BACKENDS)
+
+
+def _line(backend: Backend, call: Call, taken: Backend | None) -> str:
+    query_block, key_block = backend.blocks(call)
+    num_tiles = -(-call.num_queries // query_block) * -(-call.num_keys // key_block)
+    plural = "" if num_tiles == 1 else "s"
+    line = f"{backend.name}: {num_tiles} tile{plural} of {query_block} x {key_block}; "
+    if backend is taken:
+        return f"{line}taken."
+    if reason := backend.why_unable(call):
+        return f"{line}cannot serve, because {reason}."
+    reason = backend.why_not_default(call)
+    return line + (f"not taken, because {reason}." if reason else "not taken.")
