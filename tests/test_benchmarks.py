@@ -15,7 +15,7 @@ import pytest
 import softjax as sj
 from experiments.benchmarks import __main__ as command_line
 from experiments.benchmarks import _measure as measure
-from experiments.benchmarks import accuracy, maps, sampling, shapes
+from experiments.benchmarks import accuracy, compiled, gpu, maps, sampling, shapes
 from experiments.benchmarks import compile as compile_times
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +39,13 @@ ROWS = {
     "compiled": [
         *("| softmax ", "| log_softmax ", "| logsumexp ", "| cross_entropy ", "| log_prob "),
         *("| kl_divergence ", "| sparsemax ", "| top_p_filter ", "| sample ", "| attention "),
+    ],
+    "gpu": [
+        "| accuracy ",
+        "| rows ",
+        "| attention ",
+        "| others ",
+        "0 of 0 counted predictions",
     ],
     "steps": ["| transformer ", "| actor-critic ", "| classifier "],
     "rollouts": [
@@ -179,6 +186,17 @@ def check_compiled(results):
             assert found["unknown_loops"] <= found["loops"]
             assert found["temporary_bytes"] >= 0
     assert results["environment"]["target"]["versions"] == {}
+
+
+def check_gpu(results):
+    assert {record["step"] for record in results["records"]} == set(gpu.FULL.seconds)
+    for record in results["records"]:
+        # A slow machine may have no time left; nothing else may fail.
+        assert record["failed"] in (None, gpu.LATE)
+        if record["failed"] is None and record["step"] != "accuracy":
+            assert record["seconds"] > 0
+        assert record["error"] is None or record["error"] < 32
+        assert record["counted_ratio"] is record["is_wrong"] is None
 
 
 def check_steps(results):
@@ -332,6 +350,88 @@ def test_table():
     ]
     empty = measure.table(["a", "limit"], [["1", "-"], ["-", "-"]])
     assert empty.splitlines() == ["| a |", "| - |", "| 1 |", "| - |"]
+
+
+# A run on a GPU.
+
+
+def one_contest(arms, args=((4, 8),), **changes):
+    shapes = tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in args)
+    given = {"step": "rows", "name": "map", "mode": "both", "num_floats": 1, "base": "peer"}
+    given |= {"exact": None, "calls": 3}
+    return gpu.Contest(args=shapes, arms=arms, **given | changes)
+
+
+def test_repeated_calls_are_made():
+    seen = []
+
+    def function(x):
+        jax.debug.callback(lambda: seen.append(None))
+        return 2 * x
+
+    out = jax.jit(gpu.repeated(function, 5))(jnp.ones(3))
+    jax.effects_barrier()
+    np.testing.assert_array_equal(out, [2, 2, 2])
+    assert len(seen) == 5
+
+
+def test_predictions_are_judged():
+    arms = {gpu.OURS: jnp.sin, "peer": jnp.sin}
+    judge = lambda counted: gpu._measured(
+        one_contest(arms), gpu.QUICK, {("map", (4, 8), "both"): counted}, math.inf
+    )
+    ours, peer = judge(1e6)
+    assert ours["is_wrong"] is True
+    assert ours["seconds"] > 0
+    assert peer["is_wrong"] is peer["ratio"] is None
+    environment = {"device": "d", "cores": 2, "load_average": None, "versions": {"jax": "0"}}
+    text = gpu._report({"environment": environment, "records": [ours, peer]})
+    assert "1 of 1 counted predictions were wrong:" in text
+    assert "- map 4 x 8, both: " in text
+
+    ours, _ = judge(ours["ratio"])
+    assert ours["is_wrong"] in (True, False)  # The times of two runs differ.
+    assert not any(
+        r["is_wrong"] for r in gpu._measured(one_contest(arms), gpu.QUICK, {}, math.inf)
+    )
+
+
+def test_what_fails_or_comes_late_is_recorded():
+    def fails(x):
+        raise ValueError("no kernel\nand more")
+
+    contest = one_contest({gpu.OURS: jnp.sin, "peer": fails})
+    ours, peer = gpu._measured(contest, gpu.QUICK, {}, math.inf)
+    assert ours["failed"] is None
+    assert ours["seconds"] > 0
+    assert ours["ratio"] is None
+    assert peer["failed"] == "ValueError: no kernel"
+    for record in gpu._measured(contest, gpu.QUICK, {}, -math.inf):
+        assert record["failed"] == gpu.LATE
+
+
+def test_wrong_results_show():
+    exact = one_contest({gpu.OURS: jnp.exp, "peer": lambda x: jnp.exp(x) + 1e-3}, exact=jnp.exp)
+    ours, peer = gpu._measured(exact, gpu.QUICK, {}, math.inf)
+    assert 0 < ours["error"] < 2
+    assert peer["error"] > 1e3
+    eps = 2.0**-23
+    assert gpu.errors(np.float32([1, 2]), np.array([1, 2 - 2 * eps])) == pytest.approx(
+        1, rel=1e-6
+    )
+    assert gpu.errors(np.float32([np.nan]), np.array([1.0])) == 1e30
+    edges = np.array([np.nan, np.inf, -np.inf, 0])
+    assert gpu.errors(edges.astype(np.float32), edges) == 0
+
+
+def test_counted_predictions_are_of_cases():
+    known = {
+        (case.name, case.shape, mode)
+        for case in compiled.cases(compiled.FULL)
+        for mode in case.modes
+    }
+    assert gpu._counted().keys() <= known
+    assert all(ratio > 0 for ratio in gpu._counted().values())
 
 
 # The judge of accuracy.

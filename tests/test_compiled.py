@@ -158,7 +158,7 @@ def test_every_case_has_its_shapes():
 
 
 # The most units of value, gradient and both, and the most kernels of both: what was counted
-# with jax 0.10.2. A change of the library may lower them.
+# with jax 0.10.2 and 0.12.0.1. A change of the library may lower them.
 UNITS = {
     ("softmax", (65536, 1024)): (4.1, 13.3, 10.1, 7),
     ("softmax", (1048576, 21)): (5.8, 13.0, 13.0, 7),
@@ -168,7 +168,7 @@ UNITS = {
     ("cross_entropy", (65536, 1024)): (2.1, 4.1, 4.1, 6),
     ("cross_entropy", (1048576, 21)): (2.6, 5.1, 5.2, 5),
     ("cross_entropy", (8192, 32768)): (2.1, 4.1, 4.1, 8),
-    ("log_prob", (65536, 1024)): (3.1, 10.1, 11.1, 7),
+    ("log_prob", (65536, 1024)): (3.1, 10.1, 11.1, 8),
     ("kl_divergence", (2048, 8192)): (17.1, 32.1, 32.1, 16),
     ("distillation_loss", (2048, 8192)): (22.1, 35.1, 35.1, 17),
     ("sparsemax", (2048, 8192)): (7.1, 9.9, 10.9, 17),

@@ -360,4 +360,7 @@ def write(folder: Path | None, name: str, results: Mapping[str, Any]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1, allow_nan=False)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    # A run that is cut while it writes must not lose what stood there.
+    part = folder / f"{name}.json.part"
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(folder / f"{name}.json")

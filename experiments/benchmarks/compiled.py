@@ -65,7 +65,7 @@ class Sizes:
 
 
 FULL = Sizes()
-QUICK = Sizes(((8, 32),), (8, 32), (4, 64), (1, 16, 2, 8), 5, ("value", "both"))
+QUICK = Sizes(((8, 32),), (8, 24), (4, 64), (1, 16, 2, 8), 5, ("value", "both"))
 HEAD = ["function", "largest array", "mode", "kernels", "units", "loops", "conditionals"]
 HEAD += ["library calls", "temporary MiB", "peer", "its kernels", "its units", "its MiB"]
 
