@@ -98,7 +98,8 @@ def main(args: Sequence[str]) -> int:
 
 def run(sizes: Sizes) -> Iterator[dict[str, Any]]:
     """The results so far, again after each contest."""
-    results = {"benchmark": "gpu", "environment": measure.environment(), "records": []}
+    results: dict[str, Any] = {"benchmark": "gpu", "environment": measure.environment()}
+    results["records"] = []
     counted = _counted() if results["environment"]["platform"] == "gpu" else {}
     for step, group in itertools.groupby(contests(sizes), lambda contest: contest.step):
         deadline = time.perf_counter() + sizes.seconds[step]
