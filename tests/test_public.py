@@ -250,7 +250,8 @@ RETURNS = {  # arguments of the functions whose result depends on an option
 
 def test_results_that_depend_on_an_option_have_overloads():
     """One for each value of the option, and one for a bool that is not known."""
-    for name in FUNCTIONS:
+    # `explain_attention` takes every option of `attention`, and always returns a text.
+    for name in set(FUNCTIONS) - {"explain_attention"}:
         fn = inspect.unwrap(getattr(sj, name))
         asked = [p for p in inspect.signature(fn).parameters if p.startswith("return_")]
         assert asked == ([RETURNS[name][1]] if name in RETURNS else []), name
