@@ -240,7 +240,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     confusion, (panel,) = panels(
         ["softmax"],
         "Which language test names were taken for, over all seeds: every row sums to 1; the"
-        " numbers are per cent, from half of one on.",
+        " numbers are per cent, and shares below 0.5 % are left out.",
         size=6.5,
     )
     options: dict[str, Any] = {"x": "language predicted", "y": "language of the name"}

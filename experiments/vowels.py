@@ -308,8 +308,8 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     vowels, (plane, confusion) = panels(
         ["some test frames", "quadratic: what each is taken for"],
         "Left: the first two formants of frames of every vowel, with its word at their medians."
-        " Right: every row sums to 1; the"
-        " numbers are per cent, over all seeds, from half of one on.",
+        " Right: every row sums to 1; the numbers are per cent,"
+        " over all seeds, and shares below 0.5 % are left out.",
         size=5.2,
     )
     for number, name in enumerate(classes):
