@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softjax._inputs import as_given, fits, limits_of, widened
-from softjax._mesh import vary
+from softjax._mesh import check_axes, names_of, vary
 
 Callee = TypeVar("Callee", bound=Callable[..., Any])
 Check = Callable[[Any], Any]
@@ -29,6 +29,7 @@ PLAIN = frozenset({int, bool, str, type(None)})
 def api(
     *static: str,
     jit: bool = True,
+    spread: tuple[str, ...] = (),
     refuse: Callable[[dict[str, Any]], None] | None = None,
     **ranges: Range,
 ) -> Callable[[Callee], Callee]:
@@ -39,7 +40,8 @@ def api(
     arrays as `as_given` takes them. `ranges` names arguments that are numbers, and a Python
     number outside of its range is refused. This must happen before `jit`, which hides the
     number; the docstrings say what becomes of numbers in arrays, which are always hidden.
-    `refuse` may look at all arguments that were given.
+    `refuse` may look at all arguments that were given. `spread` names the arguments of which
+    each device holds a part along the mesh axes of `axis_name`, if the function has that.
 
     With `jit=False` the arguments are only checked, and functions may be among them.
     """
@@ -56,7 +58,7 @@ def api(
         }
         by_place = tuple(checks[name] for name in names[:num_by_place])
         known = checks.keys()
-        run = _jitted(function, static) if jit else function
+        run = _jitted(function, static, spread) if jit else function
         label_place = names.index("labels") if "labels" in known else 0
         # An option that is given as its default costs nothing, because it is left out: `jit`
         # would make an array of it, whose value is not known while tracing.
@@ -88,11 +90,22 @@ def _is_default(value: Any, default: float) -> bool:
     return isinstance(value, kinds) and type(value) is not bool and value == default
 
 
-def _jitted(function: Callable[..., Any], static: tuple[str, ...]) -> Callable[..., Any]:
+def _jitted(
+    function: Callable[..., Any], static: tuple[str, ...], spread: tuple[str, ...]
+) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    optional = tuple(p.name for p in parameters if p.default is not p.empty)
+
     @functools.partial(jax.jit, static_argnames=static)
     @functools.wraps(function)
     def jitted(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = jax.tree.map(widened, vary((args, kwargs)))
+        mesh_axes = names_of(kwargs.get("axis_name"))
+        if mesh_axes:
+            arguments = signature.bind(*args, **kwargs).arguments
+            check_axes(mesh_axes, arguments, spread, optional)
+        args, kwargs = vary((args, kwargs), but=mesh_axes)
+        args, kwargs = jax.tree.map(widened, (args, kwargs))
         return function(*args, **kwargs)
 
     return jitted

@@ -124,7 +124,8 @@ def blocked_over_slices(search: Callable[..., Tree]) -> Callable[..., Tree]:
         axes = getattr(slices, "axes", None)  # Segments have none.
         size = None if axes is None else math.prod(shape[i] for i in axes)
         is_open = not isinstance(math.prod(shape), int)  # In an export for any size.
-        if not size or is_open or is_sharded(entries):
+        spread = getattr(slices, "mesh_axes", ())
+        if not size or is_open or spread or is_sharded(entries):
             return search(slices, entries, *per_slice)
         block = max(1, min(ROWS, BLOCK // size))
         if math.prod(shape) <= max(UNCUT, block * size):

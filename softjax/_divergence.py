@@ -23,10 +23,9 @@ from softjax._threshold import solve
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def nats_between(
-    axes: tuple[int, ...], x: Array, y: Array, temperature: Array | None
+    slices: AlongAxes, x: Array, y: Array, temperature: Array | None
 ) -> tuple[Array, Array]:
     """T^2 D(softmax(x / T) || softmax(y / T)), and the shift that `_log_ratio` subtracts."""
-    slices = AlongAxes(axes)
     of_p, of_q = (normalizer(slices, z, temperature) for z in (x, y))
     per_slice = (of_p.peak, of_q.peak, temperature, of_p.divisor, of_q.divisor)
 
@@ -49,10 +48,9 @@ def nats_between(
 
 
 @nats_between.defjvp
-def _nats_between_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> Any:
+def _nats_between_jvp(slices: AlongAxes, primals: Any, tangents: Any) -> Any:
     # D' = <p', log(p/q)> + <q - p, y'>; a shift of either log(p/q) or y' changes nothing.
-    slices = AlongAxes(axes)
-    row, shift = nats_between(axes, *primals)
+    row, shift = nats_between(slices, *primals)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tangent(primals: Any, tangents: Any, row: Array, shift: Array) -> Array:

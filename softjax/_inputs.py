@@ -14,6 +14,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from softjax._mesh import AxisName, names_of
+
 Axis = int | tuple[int, ...] | None
 Leaf = TypeVar("Leaf")
 
@@ -41,6 +43,7 @@ class Problem(NamedTuple):
     axes: tuple[int, ...]  # the axes of a slice, sorted and not negative
     temperature: Array | None  # broadcasts against [*shape]; None stands for 1
     dtype: jnp.dtype  # of the result
+    mesh_axes: tuple[str, ...] = ()  # over which slices are spread
 
 
 def prepare(
@@ -50,6 +53,7 @@ def prepare(
     where: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
     name: str = "logits",
+    axis_name: AxisName = None,
 ) -> Problem:
     """Checks and promotes the arguments that every map shares."""
     logits, out_dtype = to_float(logits, name=name)
@@ -60,7 +64,7 @@ def prepare(
         temperature = None
     if temperature is not None:
         temperature = per_slice(temperature, logits, axes, name="temperature")
-    return Problem(logits, axes, temperature, out_dtype)
+    return Problem(logits, axes, temperature, out_dtype, names_of(axis_name))
 
 
 def nan_unless_positive(option: Array) -> Array:

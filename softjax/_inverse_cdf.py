@@ -18,6 +18,7 @@ from jax import Array, lax
 from softjax import _uint64
 from softjax._mesh import vary
 from softjax._scores import centre
+from softjax._slices import AlongAxes
 from softjax._uint64 import Wide
 
 FEW = 16  # Up to this many classes are added one by one.
@@ -85,6 +86,37 @@ def draw(x: Array, temperature: Array | None, bits: Wide) -> Array:
     if bits.low.shape[1] * block < x.shape[1] * block:
         return _draw_from_sums(x, rows, scale, bits)
     return _draw_from_prefixes(x, rows, scale, bits)
+
+
+def draw_over_devices(
+    slices: AlongAxes, x: Array, temperature: Array | None, bits: Wide
+) -> Array:
+    """`draw` from rows that are spread over devices: the same classes, bit for bit.
+
+    A draw finds its device by the totals of the devices, and that device finds the class.
+    """
+    size = slices.length(x)
+    block = size if size <= FEW else _block_size(size)
+    rows = Rows(jnp.squeeze(slices.max(x), 1), temperature)
+    scale = _scale(size + -size % block, block)
+    first = slices.first_place(x.shape[1], jnp.int32)
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=-jnp.inf)
+    x = x.reshape(len(x), -1, block)
+    parts = scale.split(rows.weights(x))
+    prefixes = _prefix(scale, parts)
+    ends = _uint64.running_sums(Wide(*(a[..., -1] for a in prefixes)))
+    has_nan = jnp.isnan(jnp.sum(parts.high, (1, 2))).astype(_uint64.WORD)
+    here = lax.axis_index(slices.mesh_axes)
+    table = jnp.stack([ends.high[:, -1], ends.low[:, -1], has_nan])[..., None]
+    is_here = jnp.arange(slices.num_devices, dtype=here.dtype) == here
+    high, low, has_nan = slices.sum_over_devices(jnp.where(is_here, table, 0))
+    device, rest, total = _find_block(Wide(high, low), bits)
+    which, rest = _locate(ends, vary(rest, x))
+    flat = Wide(*(a.reshape(len(x), -1) for a in prefixes))
+    start = which * block
+    inside = bisect(lambda place: _read(flat, start + place), block, rest)
+    index = slices.sum_over_devices(jnp.where(device == here, first + start + inside, 0))
+    return jnp.where(_uint64.is_zero(total) | jnp.any(has_nan > 0, 1, keepdims=True), -1, index)
 
 
 def _block_size(size: int) -> int:
@@ -162,12 +194,16 @@ def _find_block(sums: Wide, bits: Wide) -> tuple[Array, Wide, Wide]:
     """For sums `[rows, blocks]`: each draw's block, its place in the block, the row's total."""
     ends = _uint64.running_sums(sums)
     total = Wide(ends.high[:, -1:], ends.low[:, -1:])
-    target = _uint64.multiply_high(bits, total)
+    return *_locate(ends, _uint64.multiply_high(bits, total)), total
+
+
+def _locate(ends: Wide, target: Wide) -> tuple[Array, Wide]:
+    """The block that each target falls into, and its place there, for running sums `ends`."""
     size = ends.low.shape[1]
     which = jnp.minimum(bisect(lambda place: _read(ends, place), size, target), size - 1)
     before = _read(ends, jnp.maximum(which - 1, 0))
     before = Wide(*(jnp.where(which > 0, word, 0) for word in before))
-    return which, _uint64.subtract(target, before), total
+    return which, _uint64.subtract(target, before)
 
 
 def _read(table: Wide, place: Array) -> Wide:

@@ -5,7 +5,6 @@
 their bit patterns until one is left.
 """
 
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -105,6 +104,9 @@ def first_of_ties(slices: AlongAxes, keys: Array, threshold: Array, amount: Arra
     place = jnp.zeros(keys.shape, jnp.result_type(int))
     for axis in slices.axes:
         place = place * keys.shape[axis] + lax.broadcasted_iota(place.dtype, keys.shape, axis)
+    if slices.mesh_axes:
+        (axis,) = slices.axes
+        place += slices.first_place(keys.shape[axis], place.dtype)
     above = keys > slices.broadcast(threshold)
     missing = to_count(amount, size) - slices.sum(_as_count(above))
     bounds = jnp.array([0, size + 1], place.dtype)
@@ -138,13 +140,13 @@ def _last_within(
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     low, high = (jnp.full(shape, bound) for bound in bounds)
-    state = vary((low, high), spare, entries)
+    state = vary((low, high), spare, entries, but=slices.mesh_axes)
     return lax.while_loop(lambda s: jnp.any(s[0] + 1 < s[1]), halve, state)[0]
 
 
 def size_of_slice(slices: AlongAxes, x: Array) -> int:
     """How many entries a slice of x has, all of which an integer can count."""
-    size = math.prod(x.shape[i] for i in slices.axes)
+    size = slices.length(x)
     limit = int(jnp.iinfo(jnp.result_type(int)).max)
     if statically_greater(size, limit - 1):
         raise ValueError(

@@ -3,6 +3,9 @@
 A slice runs along axes of an array, or gathers the entries of one segment. Both kinds reduce
 entries to one number per slice (`sum`, `sum_of`, `max`) and broadcast such numbers to the
 entries again. All the mathematics is written in these words.
+
+A slice along axes may go on over the devices of a mesh, inside of `shard_map`. Every reduction
+then ends in a collective, whose result is the same on all these devices.
 """
 
 import dataclasses
@@ -14,8 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from softjax import _cpu
+from softjax._mesh import num_devices
 
 Term = Callable[..., Array]
 
@@ -23,32 +28,96 @@ Term = Callable[..., Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AlongAxes:
-    """Slices along axes, which reductions keep with size 1."""
+    """Slices along axes, which reductions keep with size 1, and over the axes of a mesh."""
 
     axes: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    mesh_axes: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def sum(self, x: Array) -> Array:
-        return _sum(self.axes, x)
+        return self.sum_over_devices(_sum(self.axes, x))
 
     def sum_of_tangents(self, x: Array) -> Array:
         """A sum whose transpose is one broadcast, where that of `sum` would pad each part."""
-        return jnp.sum(x, self.axes, keepdims=True)
+        return self.sum_over_devices(jnp.sum(x, self.axes, keepdims=True))
 
     def sum_of(self, term: Term, entries: tuple[Array, ...], *per_slice: Array | None) -> Array:
         """The sum of term(*entries, *per_slice); the terms of a large array are not stored."""
         whole = lambda *args: jnp.sum(term(*args), self.axes, keepdims=True)
         if not _cpu.can_cut(entries, self.axes):
-            return whole(*entries, *per_slice)
+            return self.sum_over_devices(whole(*entries, *per_slice))
         in_parts = lambda *args: _cpu.sum_of_terms(
             term, args[: len(entries)], args[len(entries) :], self.axes
         )
-        return lax.platform_dependent(*entries, *per_slice, cpu=in_parts, default=whole)
+        return self.sum_over_devices(
+            lax.platform_dependent(*entries, *per_slice, cpu=in_parts, default=whole)
+        )
 
     def max(self, x: Array) -> Array:
+        if self.mesh_axes:
+            return _max_over_devices(self, x)
         return jnp.max(x, self.axes, keepdims=True, initial=-jnp.inf)
+
+    def sum_over_devices(self, per_device: Array) -> Array:
+        """The sum of numbers of which each device has its own, such as a sum over its part."""
+        return lax.psum(per_device, self.mesh_axes) if self.mesh_axes else per_device
 
     def broadcast(self, per_slice: Array) -> Array:
         return per_slice  # It broadcasts by itself.
+
+    def length(self, x: Array) -> int:
+        """How many entries each slice of x has, on all devices together."""
+        return math.prod(x.shape[i] for i in self.axes) * self.num_devices
+
+    @property
+    def num_devices(self) -> int:
+        return num_devices(self.mesh_axes)
+
+    def places(self, x: Array, dtype: DTypeLike) -> Array:
+        """The place of each entry in its slice, which runs along one axis."""
+        places = lax.broadcasted_iota(dtype, x.shape, self.axes[0])
+        if not self.mesh_axes:
+            return places
+        return places + self.first_place(x.shape[self.axes[0]], dtype)
+
+    def pick(self, x: Array, labels: Array) -> Array:
+        """The entry of each slice, along one axis, that its label names; NaN if there is none.
+
+        The labels count the entries on all devices together.
+        """
+        (axis,) = self.axes
+        known = (labels >= 0) & (labels < self.length(x))
+        if x.shape[axis] == 0:
+            return jnp.full(labels.shape, jnp.nan, x.dtype)
+        index, here = self._on_this_device(x, labels, known)
+        index = jnp.expand_dims(jnp.where(here, index, 0), axis)
+        chosen = jnp.squeeze(jnp.take_along_axis(x, index, axis), axis)
+        if self.mesh_axes:
+            chosen = self.sum_over_devices(jnp.where(here, chosen, 0))
+        return jnp.where(known, chosen, jnp.nan)
+
+    def pick_per_class(self, per_class: Array, labels: Array) -> Array:
+        """The entry of a vector, spread as a slice is, that each label in [0, n) names."""
+        if not self.mesh_axes:
+            return per_class[labels]
+        index, here = AlongAxes((0,), self.mesh_axes)._on_this_device(per_class, labels, True)
+        chosen = per_class[jnp.where(here, index, 0)]
+        return self.sum_over_devices(jnp.where(here, chosen, 0))
+
+    def _on_this_device(self, x: Array, labels: Array, known: Any) -> tuple[Array, Any]:
+        """The labels as places in this device's part, and which of the known fall into it."""
+        if not self.mesh_axes:
+            return labels, known
+        first = self.first_place(x.shape[self.axes[0]], labels.dtype)
+        last = first + (x.shape[self.axes[0]] - 1)
+        return labels - first, (labels >= first) & (labels <= last) & known
+
+    def gather(self, x: Array) -> Array:
+        """The entries along the first axis of all devices."""
+        return lax.all_gather(x, self.mesh_axes, tiled=True) if self.mesh_axes else x
+
+    def first_place(self, length: int, dtype: DTypeLike) -> Array:
+        """The place in its slice of the first of the `length` entries on this device."""
+        return lax.axis_index(self.mesh_axes).astype(dtype) * length
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -65,6 +134,25 @@ def _sum_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array,
     return _sum(axes, *primals), AlongAxes(axes).sum_of_tangents(*tangents)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _max_over_devices(slices: AlongAxes, x: Array) -> Array:
+    # On CPU `pmax` may drop a NaN, as a maximum does. A sum does not.
+    return lax.pmax(AlongAxes(slices.axes).max(x), slices.mesh_axes)
+
+
+@_max_over_devices.defjvp
+def _max_over_devices_jvp(
+    slices: AlongAxes, primals: Any, tangents: Any
+) -> tuple[Array, Array]:
+    # A rule, because JAX has no derivative of `pmax`. Ties share it, as in a maximum.
+    (x,), (x_dot,) = primals, tangents
+    largest = _max_over_devices(slices, x)
+    is_largest = (x == largest).astype(x.dtype)
+    count = slices.sum_of_tangents(is_largest)
+    moved = slices.sum_of_tangents(jnp.where(is_largest != 0, x_dot, 0))
+    return largest, moved / jnp.maximum(count, 1)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BySegment:
@@ -72,6 +160,7 @@ class BySegment:
 
     ids: Array  # [n], int
     num: int = dataclasses.field(metadata={"static": True})
+    num_devices = 1
 
     def sum(self, x: Array) -> Array:
         # Several running sums per segment, O(n) in all, keep the error small.

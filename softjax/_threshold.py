@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from softjax._inputs import Problem
+from softjax._mesh import vary
 from softjax._slices import AlongAxes, Slices
 
 
@@ -46,7 +47,7 @@ def probs_of(
     family: Family, problem: Problem, alpha: Array | None = None, k: Array | None = None
 ) -> Array:
     """The probabilities of a problem along axes, in the dtype of its result."""
-    slices, temperature = AlongAxes(problem.axes), problem.temperature
+    slices, temperature = AlongAxes(problem.axes, problem.mesh_axes), problem.temperature
     solution = solve(family, slices, problem.logits, temperature, alpha, k)
     return solution.probs.astype(problem.dtype)
 
@@ -165,7 +166,10 @@ def _tangents(
     step += pressed
 
     if sink_prob is None:
-        project = functools.partial(_projected, family.is_even, slices, slopes, per_mass)
+        # `custom_linear_solve` makes all that it closes over vary alike, and then forms the
+        # program again, so this must vary alike from the start.
+        inverse = vary(per_mass, slopes)
+        project = functools.partial(_projected, family.is_even, slices, slopes, inverse)
         probs_dot = _project(project, slopes, unmasked)
     else:
         probs_dot = jnp.where(live, slopes * (moved - broadcast(step)), 0)

@@ -29,13 +29,12 @@ from softjax._inputs import (
     to_float,
     to_integers,
 )
-from softjax._mesh import vary
+from softjax._mesh import AxisName, names_of, vary
 from softjax._rootfinding import bracketed_newton
 from softjax._slices import AlongAxes, BySegment
 from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
 from softjax.dense import log_softmax
-from softjax.entropies import pick
 from softjax.losses._labels import label_rows
 from softjax.losses._reduction import check_reduction, reduce_kept
 from softjax.policies import soft_value
@@ -132,7 +131,7 @@ def fit_temperature(
 def _fit(slices: BySegment, x: Array, labels: Array, known: Array) -> Array:
     """The temperature of each group of rows `[rows, n]`."""
     peak = lax.stop_gradient(jnp.max(x, -1, keepdims=True, initial=-jnp.inf))
-    at_label = jnp.where(known, pick(x, labels, -1), jnp.nan)
+    at_label = jnp.where(known, AlongAxes((1,)).pick(x, labels), jnp.nan)
     broken = jnp.any(jnp.isnan(x), -1) | jnp.isnan(at_label)
     counts = ~broken & jnp.isfinite(peak[:, 0]) & (at_label != -jnp.inf)
     # Gaps to the peak, at most 0. A dropped entry, or one in a row that does not count, has the
@@ -351,7 +350,7 @@ def _ranked_bins(confidence: Array, counts: Array, num_bins: int) -> Array:
     return jnp.where(rank < first, rank // (size + 1), late).astype(jnp.int32)
 
 
-@api("axis", "ignore_index", "reduction")
+@api("axis", "ignore_index", "reduction", "axis_name", spread=("probs",))
 def brier_score(
     probs: ArrayLike,
     labels: ArrayLike,
@@ -359,6 +358,7 @@ def brier_score(
     axis: int = -1,
     ignore_index: int | None = None,
     reduction: Literal["mean", "sum"] | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Measures the squared distance of probabilities to the label.
 
@@ -370,6 +370,7 @@ def brier_score(
         axis: the one axis of the classes.
         ignore_index: a label whose rows have score and gradient 0, whatever they hold.
         reduction: "mean" over the labels that are not ignored, "sum", or None.
+        axis_name: as in `cross_entropy`.
 
     Returns:
         One number in [0, 2] per label, or one in all with `reduction`, float32 or wider; NaN
@@ -395,12 +396,14 @@ def brier_score(
     p, _ = to_float(probs, name="probs")
     axis = resolve_one_axis(axis, p.ndim)
     labels = labels_of(labels, p.shape, axis)
-    classes = known_labels(labels, p.shape[axis], ignore_index)
+    slices = AlongAxes((axis,), names_of(axis_name))
+    classes = known_labels(labels, slices.length(p), ignore_index)
     if classes.ignored is not None:
         p = jnp.where(jnp.expand_dims(classes.ignored, axis), 0, p)
-    places = lax.broadcasted_iota(classes.labels.dtype, p.shape, axis)
+    places = slices.places(p, classes.labels.dtype)
     targets = (places == jnp.expand_dims(classes.labels, axis)).astype(p.dtype)
-    scores = jnp.where(classes.known, jnp.sum((p - targets) ** 2, axis), jnp.nan)
+    distances = slices.sum_over_devices(jnp.sum((p - targets) ** 2, axis))
+    scores = jnp.where(classes.known, distances, jnp.nan)
     if classes.ignored is None:
         return reduce_kept(scores, None, reduction)
     return reduce_kept(jnp.where(classes.ignored, 0, scores), ~classes.ignored, reduction)
@@ -545,7 +548,7 @@ def conformal_threshold(
         raise ValueError(f"`level` must be a Python number in (0, 1), got {level!r}.")
     rows = label_rows(logits, labels, axis, where, ignore_index)
     scores = _scores(rows.logits, rows.axis, kind, penalty, num_free)
-    scores = jnp.where(rows.classes.known, pick(scores, rows.labels, rows.axis), jnp.nan)
+    scores = jnp.where(rows.classes.known, rows.slices.pick(scores, rows.labels), jnp.nan)
     counts = jnp.ones(scores.shape, jnp.bool_)
     if rows.classes.ignored is not None:
         counts = ~rows.classes.ignored

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from softjax._api import POSITIVE, api
 from softjax._autodiff import with_gradient_of
@@ -23,8 +23,9 @@ from softjax._inputs import (
     nan_unless_positive,
     one_number,
 )
-from softjax._mesh import vary
+from softjax._mesh import AxisName, names_of, vary
 from softjax._scan import scan_blocks
+from softjax._slices import AlongAxes
 from softjax.output_layers import linear_cross_entropy
 from softjax.output_layers._layer import (
     common_dtype,
@@ -38,7 +39,7 @@ from softjax.output_layers._stream import ENTRIES
 __all__ = ["info_nce", "siglip_loss"]
 
 
-@api("symmetric", temperature=POSITIVE)
+@api("symmetric", "axis_name", spread=("queries", "keys", "where"), temperature=POSITIVE)
 def info_nce(
     queries: ArrayLike,
     keys: ArrayLike,
@@ -46,6 +47,7 @@ def info_nce(
     temperature: ArrayLike,
     symmetric: bool = True,
     where: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Measures the surprise at each query's own key among all keys, and the other way round.
 
@@ -61,6 +63,9 @@ def info_nce(
         symmetric: whether to average with the same among all queries for each key (CLIP).
         where: mask of the pairs, bool, broadcastable to `[N]`. False leaves out a query and its
             key, whatever they hold: the loss is that of the other pairs alone.
+        axis_name: mesh axis, or axes, over which the pairs are spread, inside of
+            `jax.shard_map`; None: not spread. Each device compares its own queries with the
+            keys of all devices, `[N, D]`, which it gathers (and the other way round).
 
     Returns:
         One number, float32 or wider, at least 0; 0 where no pair is left.
@@ -88,20 +93,31 @@ def info_nce(
     check_flag(symmetric, name="symmetric")
     if queries.shape[0] == 0:
         return jnp.zeros((), computing_dtype(queries.dtype))
-    labels = jnp.arange(queries.shape[0])
+    pairs = AlongAxes((0,), names_of(axis_name))
+    labels = _own_places(pairs, queries)
     masked: dict[str, Any] = {}
     if kept is not None:
         labels = jnp.where(kept, labels, -1)
-        masked = {"ignore_index": -1, "bias": jnp.where(kept, 0.0, -jnp.inf)}
+        masked = {
+            "ignore_index": -1,
+            "bias": jnp.where(pairs.gather(kept), 0.0, -jnp.inf),
+        }
     loss = functools.partial(
-        linear_cross_entropy, labels=labels, temperature=temperature, reduction="mean", **masked
+        linear_cross_entropy,
+        labels=labels,
+        temperature=temperature,
+        reduction="sum" if pairs.mesh_axes else "mean",
+        **masked,
     )
-    if not symmetric:
-        return loss(queries, keys)
-    return (loss(queries, keys) + loss(keys, queries)) / 2
+    total = loss(queries, pairs.gather(keys))
+    if symmetric:
+        total = (total + loss(keys, pairs.gather(queries))) / 2
+    if not pairs.mesh_axes:
+        return total
+    return pairs.sum_over_devices(total) / _num_left(pairs, queries, kept, total.dtype)
 
 
-@api(temperature=POSITIVE)
+@api("axis_name", spread=("queries", "keys", "where"), temperature=POSITIVE)
 def siglip_loss(
     queries: ArrayLike,
     keys: ArrayLike,
@@ -109,6 +125,7 @@ def siglip_loss(
     temperature: ArrayLike,
     bias: ArrayLike,
     where: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Measures the surprise at each pair's being a match or none, each on its own.
 
@@ -122,6 +139,9 @@ def siglip_loss(
         temperature: T > 0, one number, the inverse of the paper's t; differentiable.
         bias: b, one number; differentiable.
         where: mask of the pairs, as in `info_nce`; N is then the number of those that are left.
+        axis_name: mesh axis, or axes, over which the pairs are spread, inside of
+            `jax.shard_map`; None: not spread. Each device compares its own queries with the
+            keys of all devices, `[N, D]`, which it gathers.
 
     Returns:
         One number, float32 or wider, at least 0; 0 where no pair is left.
@@ -150,6 +170,11 @@ def siglip_loss(
     if num_pairs == 0:
         return jnp.zeros((), dtype)
     block = max(1, min(num_pairs, ENTRIES // num_pairs))
+    pairs = AlongAxes((0,), names_of(axis_name))
+    keys, kept_keys = pairs.gather(keys), None if kept is None else pairs.gather(kept)
+    places = _own_places(pairs, queries)[:, None]
+    # Once before the loop, or its transpose would sum over devices in each block.
+    queries, rate, bias = vary((queries, rate, bias), keys)
 
     @jax.checkpoint
     def part(
@@ -157,7 +182,7 @@ def siglip_loss(
     ) -> Array:
         keys, kept_keys = some
         scores = rate * products(queries, keys) + bias
-        own = jnp.arange(num_pairs)[:, None] == first + jnp.arange(keys.shape[0])[None]
+        own = places == first + jnp.arange(keys.shape[0])[None]
         terms = jax.nn.softplus(jnp.where(own, -scores, scores))
         if kept is not None:
             terms = jnp.where(kept[:, None] & kept_keys[None], terms, 0)
@@ -167,10 +192,25 @@ def siglip_loss(
         return total + part(first, some, queries, kept, rate, bias), None
 
     start = vary(jnp.zeros((), dtype), (keys, kept))
-    total, _ = scan_blocks(visit, start, (keys, kept), block)
+    total, _ = scan_blocks(visit, start, (keys, kept_keys), block)
+    return pairs.sum_over_devices(total) / _num_left(pairs, queries, kept, dtype)
+
+
+def _num_left(
+    pairs: AlongAxes, queries: Array, kept: Array | None, dtype: DTypeLike
+) -> Array | int:
+    """How many pairs of all devices a mask leaves, or 1 if it leaves none."""
     if kept is None:
-        return total / num_pairs
-    return total / jnp.maximum(jnp.sum(kept, dtype=dtype), 1)
+        return queries.shape[0] * pairs.num_devices
+    return jnp.maximum(pairs.sum_over_devices(jnp.sum(kept, dtype=dtype)), 1)
+
+
+def _own_places(pairs: AlongAxes, queries: Array) -> Array:
+    """The place of each query among the queries of all devices."""
+    places = jnp.arange(queries.shape[0])
+    if not pairs.mesh_axes:
+        return places
+    return places + pairs.first_place(queries.shape[0], places.dtype)
 
 
 def _pairs(

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, api
 from softjax._inputs import Axis, per_slice, prepare
+from softjax._mesh import AxisName
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX
 from softjax._threshold import Solution, solve
@@ -20,7 +21,7 @@ from softjax._threshold import Solution, solve
 __all__ = ["log_softmax", "softmax"]
 
 
-@api("axis", temperature=NONNEGATIVE)
+@api("axis", "axis_name", spread=("logits", "where"), temperature=NONNEGATIVE)
 def softmax(
     logits: ArrayLike,
     *,
@@ -28,6 +29,7 @@ def softmax(
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     sink: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Rescales exponentials of the kept logits to sum to one.
 
@@ -42,6 +44,8 @@ def softmax(
             the largest kept entries share the mass; at inf all kept entries do.
         sink: score s of an entry that takes weight and is not returned, one number or one
             per slice, divided by T like the others; differentiable.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Probabilities `[*shape]` in the dtype of `logits` (half precision is computed in
@@ -58,6 +62,14 @@ def softmax(
         >>> print(softmax(jnp.array([0.0, 0.0, -jnp.inf])))
         [0.5 0.5 0. ]
 
+        In parts, on any number of devices, each of which holds some of the columns:
+
+        >>> mesh, columns = jax.make_mesh((1,), ("classes",)), jax.P(None, "classes")
+        >>> call = lambda z: softmax(z, axis_name="classes")
+        >>> split = jax.shard_map(call, mesh=mesh, in_specs=columns, out_specs=columns)
+        >>> print(split(jax.device_put(jnp.zeros((1, 2)), jax.NamedSharding(mesh, columns))))
+        [[0.5 0.5]]
+
     Note:
         Within 4.2 units in the last place on CPUs, wherever the result is a normal number. O(n)
         time; the result is all that is kept for the derivative. Temporary memory of a large
@@ -68,11 +80,11 @@ def softmax(
         Bridle (1990), Training stochastic model recognition algorithms as networks can lead
         to maximum mutual information estimation of parameters.
     """
-    solution, dtype = _solution(logits, axis, where, temperature, sink)
+    solution, dtype = _solution(logits, axis, where, temperature, sink, axis_name)
     return solution.probs.astype(dtype)
 
 
-@api("axis", temperature=NONNEGATIVE)
+@api("axis", "axis_name", spread=("logits", "where"), temperature=NONNEGATIVE)
 def log_softmax(
     logits: ArrayLike,
     *,
@@ -80,6 +92,7 @@ def log_softmax(
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     sink: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Takes the logarithm of `softmax`, to full precision also where it is close to 0.
 
@@ -91,6 +104,8 @@ def log_softmax(
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
         temperature: T in [0, inf], as in `softmax`; differentiable.
         sink: score s of an entry that is not returned, as in `softmax`; differentiable.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Log-probabilities `[*shape]` in the dtype of `logits`; -inf where dropped.
@@ -116,7 +131,7 @@ def log_softmax(
         Blanchard, Higham and Higham (2021), Accurately computing the log-sum-exp and softmax
         functions, algorithm 4.1.
     """
-    solution, dtype = _solution(logits, axis, where, temperature, sink)
+    solution, dtype = _solution(logits, axis, where, temperature, sink, axis_name)
     return solution.margins.astype(dtype)
 
 
@@ -126,10 +141,13 @@ def _solution(
     where: ArrayLike | None,
     temperature: ArrayLike,
     sink: ArrayLike | None,
+    axis_name: AxisName,
 ) -> tuple[Solution, jnp.dtype]:
-    problem = prepare(logits, axis=axis, where=where, temperature=temperature)
+    problem = prepare(
+        logits, axis=axis, where=where, temperature=temperature, axis_name=axis_name
+    )
     if sink is not None:
         sink = per_slice(sink, problem.logits, problem.axes, name="sink")
-    slices = AlongAxes(problem.axes)
+    slices = AlongAxes(problem.axes, problem.mesh_axes)
     solution = solve(SOFTMAX, slices, problem.logits, problem.temperature, sink=sink)
     return solution, problem.dtype

@@ -20,6 +20,7 @@ from softjax._divergence import nats_between
 from softjax._elementary import expm1_over_twice, log1p
 from softjax._float import two_difference, where_finite
 from softjax._inputs import Axis, Problem, labels_of, per_slice, prepare, resolve_one_axis
+from softjax._mesh import AxisName
 from softjax._scores import centre
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX, normalizer
@@ -28,8 +29,14 @@ from softjax._threshold import Solution, solve
 __all__ = ["entropy", "jensen_shannon_divergence", "kl_divergence", "log_prob"]
 
 
-@api("axis")
-def entropy(logits: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+@api("axis", "axis_name", spread=("logits", "where"))
+def entropy(
+    logits: ArrayLike,
+    *,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    axis_name: AxisName = None,
+) -> Array:
     r"""Computes Shannon's entropy of `softmax`, in nats.
 
     .. math:: H = -\sum_i p_i \log p_i, \qquad p = \mathrm{softmax}(z)
@@ -38,6 +45,8 @@ def entropy(logits: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = Non
         logits: scores z, `[*shape]`, real or -inf (dropped); differentiable.
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         One number per slice, in [0, log n], in the dtype of `logits`; 0 for a slice that keeps
@@ -55,18 +64,18 @@ def entropy(logits: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = Non
         O(n). All terms are at least 0, so a confident slice keeps the digits of its small
         entropy. Both modes, any order.
     """
-    problem = prepare(logits, axis=axis, where=where)
-    row = softmax_entropy(problem.axes, problem.logits, None)
+    problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
+    slices = AlongAxes(problem.axes, problem.mesh_axes)
+    row = softmax_entropy(slices, problem.logits, None)
     return jnp.squeeze(row, problem.axes).astype(problem.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def softmax_entropy(axes: tuple[int, ...], x: Array, temperature: Array | None) -> Array:
+def softmax_entropy(slices: AlongAxes, x: Array, temperature: Array | None) -> Array:
     """The entropy of softmax(x / temperature), with the axes kept.
 
     With scores s <= 0 below the peak, log(sum(exp(s))) + <p, -s>: no term is below 0.
     """
-    slices = AlongAxes(axes)
 
     def moment(x: Array, peak: Array, temperature: Array | None, divisor: Array) -> Array:
         scores = centre(x, peak, temperature)
@@ -78,13 +87,10 @@ def softmax_entropy(axes: tuple[int, ...], x: Array, temperature: Array | None) 
 
 
 @softmax_entropy.defjvp
-def _softmax_entropy_jvp(
-    axes: tuple[int, ...], primals: Any, tangents: Any
-) -> tuple[Array, Array]:
+def _softmax_entropy_jvp(slices: AlongAxes, primals: Any, tangents: Any) -> tuple[Array, Array]:
     # The derivative is -<p', s>, in which s may be shifted. The terms <p, s'> + (log sum)' are
     # left out because they sum to 0: where the entropy is nearly constant, the rounding errors
     # of these two large terms would be all that is left.
-    slices = AlongAxes(axes)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tangent(primals: Any, tangents: Any) -> Array:
@@ -93,16 +99,17 @@ def _softmax_entropy_jvp(
         scores = centre(primals[0], peak, primals[1])
         return -slices.sum_of_tangents(jax.jvp(probs, primals, tangents)[1] * scores.near)
 
-    return softmax_entropy(axes, *primals), tangent(primals, tangents)
+    return softmax_entropy(slices, *primals), tangent(primals, tangents)
 
 
-@api("axis")
+@api("axis", "axis_name", spread=("p_logits", "q_logits", "where"))
 def kl_divergence(
     p_logits: ArrayLike,
     q_logits: ArrayLike,
     *,
     axis: Axis = -1,
     where: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Computes the Kullback-Leibler divergence between two softmaxes, in nats.
 
@@ -114,6 +121,8 @@ def kl_divergence(
         q_logits: scores y, `[*shape]`, real or -inf (dropped); differentiable.
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         One number per slice, at least 0, in the wider dtype of the two; inf (and
@@ -134,8 +143,8 @@ def kl_divergence(
         arrays take a fifth of one as temporary memory, and one for the gradient, for which both
         logits are kept. Both modes, any order.
     """
-    p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits")
-    q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits")
+    p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits", axis_name=axis_name)
+    q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits", axis_name=axis_name)
     row = divergence(p_problem, q_problem, name="q_logits", target="p_logits")
     dtype = jnp.promote_types(p_problem.dtype, q_problem.dtype)
     return jnp.squeeze(row, p_problem.axes).astype(dtype)
@@ -150,18 +159,19 @@ def divergence(p_problem: Problem, q_problem: Problem, *, name: str, target: str
         )
     dtype = jnp.promote_types(p_problem.logits.dtype, q_problem.logits.dtype)
     logits = [problem.logits.astype(dtype) for problem in (p_problem, q_problem)]
-    temperature = p_problem.temperature
+    slices, temperature = AlongAxes(p_problem.axes, p_problem.mesh_axes), p_problem.temperature
     temperature = None if temperature is None else temperature.astype(dtype)
-    return nats_between(p_problem.axes, *logits, temperature)[0]
+    return nats_between(slices, *logits, temperature)[0]
 
 
-@api("axis")
+@api("axis", "axis_name", spread=("logits", "where"))
 def log_prob(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
     axis: int = -1,
     where: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Reads the log-probability of one label per slice.
 
@@ -172,6 +182,8 @@ def log_prob(
         labels: classes y, int, of the shape of `logits` without `axis`.
         axis: the one axis of the classes.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+        axis_name: mesh axis, or axes, over which the classes are spread, inside of
+            `jax.shard_map`; None: not spread. The labels count the classes of all devices.
 
     Returns:
         One number per label, in the dtype of `logits`; -inf for a dropped label, NaN for a
@@ -190,25 +202,15 @@ def log_prob(
     Note:
         O(n); as precise as `log_softmax`. Both modes, any order.
     """
-    problem = prepare(logits, axis=axis, where=where)
+    problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     labels = labels_of(labels, problem.logits.shape, axis)
-    solution = solve(SOFTMAX, AlongAxes((axis,)), problem.logits)
-    return pick(solution.margins, labels, axis).astype(problem.dtype)
+    slices = AlongAxes((axis,), problem.mesh_axes)
+    solution = solve(SOFTMAX, slices, problem.logits)
+    return slices.pick(solution.margins, labels).astype(problem.dtype)
 
 
-def pick(x: Array, labels: Array, axis: int) -> Array:
-    """The entry of each slice that its label names; NaN where there is none."""
-    num_classes = x.shape[axis]
-    known = (labels >= 0) & (labels < num_classes)
-    if num_classes == 0:
-        return jnp.full(labels.shape, jnp.nan, x.dtype)
-    index = jnp.expand_dims(jnp.where(known, labels, 0), axis)
-    chosen = jnp.squeeze(jnp.take_along_axis(x, index, axis), axis)
-    return jnp.where(known, chosen, jnp.nan)
-
-
-@api("axis", weight=PROBABILITY)
+@api("axis", "axis_name", spread=("p_logits", "q_logits", "where"), weight=PROBABILITY)
 def jensen_shannon_divergence(
     p_logits: ArrayLike,
     q_logits: ArrayLike,
@@ -216,6 +218,7 @@ def jensen_shannon_divergence(
     weight: ArrayLike = 0.5,
     axis: Axis = -1,
     where: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Computes the Jensen-Shannon divergence between two softmaxes, in nats.
 
@@ -229,6 +232,8 @@ def jensen_shannon_divergence(
             differentiable.
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask, bool, broadcastable to `[*shape]`; True keeps an entry of both.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         One number per slice, in the wider dtype of the two: at least 0, and at most the entropy
@@ -255,8 +260,8 @@ def jensen_shannon_divergence(
         Lin (1991), Divergence measures based on the Shannon entropy; Agarwal et al. (2024),
         On-policy distillation of language models.
     """
-    p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits")
-    q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits")
+    p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits", axis_name=axis_name)
+    q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits", axis_name=axis_name)
     if p_problem.logits.shape != q_problem.logits.shape:
         raise ValueError(
             f"`q_logits` of shape {q_problem.logits.shape} must have the shape"
@@ -265,14 +270,15 @@ def jensen_shannon_divergence(
     dtype = jnp.promote_types(p_problem.logits.dtype, q_problem.logits.dtype)
     x, y = p_problem.logits.astype(dtype), q_problem.logits.astype(dtype)
     weight = per_slice(weight, x, p_problem.axes, name="weight")
-    row = _jensen_shannon(p_problem.axes, x, y, weight)
+    slices = AlongAxes(p_problem.axes, p_problem.mesh_axes)
+    row = _jensen_shannon(slices, x, y, weight)
     out_dtype = jnp.promote_types(p_problem.dtype, q_problem.dtype)
     return jnp.squeeze(row, p_problem.axes).astype(out_dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _jensen_shannon(axes: tuple[int, ...], x: Array, y: Array, weight: Array) -> Array:
-    to_p, to_q = _log_ratios_to_mixture(axes, x, y, weight)[2:]
+def _jensen_shannon(slices: AlongAxes, x: Array, y: Array, weight: Array) -> Array:
+    to_p, to_q = _log_ratios_to_mixture(slices, x, y, weight)[2:]
     # An infinite divergence of weight 0 counts as nothing.
     return jnp.where(weight == 0, 0, weight * to_p) + jnp.where(
         weight == 1, 0, (1 - weight) * to_q
@@ -280,27 +286,23 @@ def _jensen_shannon(axes: tuple[int, ...], x: Array, y: Array, weight: Array) ->
 
 
 @_jensen_shannon.defjvp
-def _jensen_shannon_jvp(
-    axes: tuple[int, ...], primals: Any, tangents: Any
-) -> tuple[Array, Array]:
+def _jensen_shannon_jvp(slices: AlongAxes, primals: Any, tangents: Any) -> tuple[Array, Array]:
     # A rule, because this form of the gradient keeps its digits: the mixture need not be
     # differentiated, since it minimises the weighted sum.
-    slices = AlongAxes(axes)
     (x, y, weight), (x_dot, y_dot, weight_dot) = primals, tangents
     probs = lambda z: solve(SOFTMAX, slices, z).probs
     p_dot, q_dot = jax.jvp(probs, (x,), (x_dot,))[1], jax.jvp(probs, (y,), (y_dot,))[1]
-    log_p, log_q, to_p, to_q = _log_ratios_to_mixture(axes, x, y, weight)
+    log_p, log_q, to_p, to_q = _log_ratios_to_mixture(slices, x, y, weight)
     finite = lambda log: jnp.where(jnp.isinf(log), 0, log)
     slope = weight * p_dot * finite(log_p) + (1 - weight) * q_dot * finite(log_q)
     slope = slices.sum_of_tangents(slope)
-    return _jensen_shannon(axes, *primals), slope + weight_dot * (to_p - to_q)
+    return _jensen_shannon(slices, *primals), slope + weight_dot * (to_p - to_q)
 
 
 def _log_ratios_to_mixture(
-    axes: tuple[int, ...], x: Array, y: Array, weight: Array
+    slices: AlongAxes, x: Array, y: Array, weight: Array
 ) -> tuple[Array, Array, Array, Array]:
     """log(p / m) and log(q / m) where they count, D(p || m) and D(q || m)."""
-    slices = AlongAxes(axes)
     p, q = (solve(SOFTMAX, slices, z) for z in (x, y))
     kept_p, kept_q = p.margins != -jnp.inf, q.margins != -jnp.inf
     both = kept_p & kept_q

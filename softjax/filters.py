@@ -19,6 +19,7 @@ from softjax._api import NONNEGATIVE, PROBABILITY, api
 from softjax._cpu import blocked_over_slices
 from softjax._float import where_finite
 from softjax._inputs import Axis, check_int, per_slice, prepare, to_array, to_integers
+from softjax._mesh import AxisName
 from softjax._rootfinding import first_of_ties, largest_threshold, ordered, size_of_slice
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX
@@ -49,13 +50,14 @@ def _check_least(given: dict[str, Any]) -> None:
     check_int(given.get("min_tokens_to_keep", 1), name="min_tokens_to_keep", least=1)
 
 
-@api("axis", "ties", k=NONNEGATIVE, refuse=_check_ties)
+@api("axis", "ties", "axis_name", spread=("logits",), k=NONNEGATIVE, refuse=_check_ties)
 def top_k_filter(
     logits: ArrayLike,
     k: ArrayLike,
     *,
     axis: Axis = -1,
     ties: Literal["keep", "first"] = "keep",
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Keeps the k largest logits of each slice, and drops the rest to -inf.
 
@@ -69,6 +71,8 @@ def top_k_filter(
         axis: axis, axes, or None for all, along which a slice runs.
         ties: what becomes of entries that tie with the k-th largest: "keep" keeps all of
             them; "first" keeps those that come first, so that exactly k are kept.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Logits `[*shape]`; -inf where dropped.
@@ -76,7 +80,8 @@ def top_k_filter(
     Raises:
         TypeError: `logits` is not real.
         ValueError: `k` does not broadcast or is a negative Python number, `axis` is out of
-            range, `ties` is unknown, or a slice has more entries than an integer can count.
+            range, `ties` is unknown, or "first" with several axes and `axis_name`, or a slice
+            has more entries than an integer can count.
 
     Example:
         >>> print(top_k_filter(jnp.array([1.0, 3.0, 2.0]), 2))
@@ -88,9 +93,14 @@ def top_k_filter(
         Nothing is sorted: 32 counting passes (64 in float64) halve the range of bit patterns.
         To find the first of ties takes log2(n) more. Counts are integers, exact at every size.
     """
-    problem = prepare(logits, axis=axis)
-    x, slices = problem.logits, AlongAxes(problem.axes)
+    problem = prepare(logits, axis=axis, axis_name=axis_name)
+    x, slices = problem.logits, AlongAxes(problem.axes, problem.mesh_axes)
     size_of_slice(slices, x)
+    if ties == "first" and slices.mesh_axes and len(slices.axes) > 1:
+        raise ValueError(
+            '`ties` must be "keep" with `axis_name` and several axes, because the entries of'
+            f" different devices have no order, got 'first' and the axes {slices.axes}."
+        )
 
     @blocked_over_slices
     def keep(slices: AlongAxes, x: Array, k: Array) -> Array:
@@ -112,13 +122,21 @@ def _count_per_slice(k: ArrayLike, x: Array, axes: tuple[int, ...]) -> Array:
     return to_integers(k, name="k").reshape(row.shape)
 
 
-@api("axis", "min_tokens_to_keep", p=PROBABILITY, refuse=_check_least)
+@api(
+    "axis",
+    "min_tokens_to_keep",
+    "axis_name",
+    spread=("logits",),
+    p=PROBABILITY,
+    refuse=_check_least,
+)
 def top_p_filter(
     logits: ArrayLike,
     p: ArrayLike,
     *,
     axis: Axis = -1,
     min_tokens_to_keep: int = 1,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Keeps the smallest set of largest logits that holds a mass p, the nucleus.
 
@@ -132,6 +150,8 @@ def top_p_filter(
         axis: axis, axes, or None for all, along which a slice runs.
         min_tokens_to_keep: how many of the largest entries are kept in any case, with ties,
             an int from 1 on.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Logits `[*shape]`; -inf where dropped. Ties with the smallest one kept are kept.
@@ -152,16 +172,24 @@ def top_p_filter(
         Holtzman et al. (2020), The curious case of neural text degeneration.
     """
     rule = _by_mass(lambda slices, x: (x, solve(SOFTMAX, slices, x).probs))
-    return _filter(logits, axis, "p", p, min_tokens_to_keep, rule, searches=True)
+    return _filter(logits, axis, "p", p, min_tokens_to_keep, rule, axis_name, searches=True)
 
 
-@api("axis", "min_tokens_to_keep", mass=PROBABILITY, refuse=_check_least)
+@api(
+    "axis",
+    "min_tokens_to_keep",
+    "axis_name",
+    spread=("logits",),
+    mass=PROBABILITY,
+    refuse=_check_least,
+)
 def typical_filter(
     logits: ArrayLike,
     mass: ArrayLike,
     *,
     axis: Axis = -1,
     min_tokens_to_keep: int = 1,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Keeps the entries whose information is closest to the entropy, up to a mass.
 
@@ -175,6 +203,8 @@ def typical_filter(
         axis: axis, axes, or None for all, along which a slice runs.
         min_tokens_to_keep: how many of the most typical entries are kept in any case, with
             ties, an int from 1 on.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Logits `[*shape]`; -inf where dropped. Ties with the last one kept are kept.
@@ -195,7 +225,9 @@ def typical_filter(
         Meister et al. (2023), Locally typical sampling.
     """
     rule = _by_mass(_typicality)
-    return _filter(logits, axis, "mass", mass, min_tokens_to_keep, rule, searches=True)
+    return _filter(
+        logits, axis, "mass", mass, min_tokens_to_keep, rule, axis_name, searches=True
+    )
 
 
 def _typicality(slices: AlongAxes, x: Array) -> tuple[Array, Array]:
@@ -213,13 +245,21 @@ def _information(slices: AlongAxes, x: Array) -> tuple[Array, Array, Array]:
     return log_probs, probs, -slices.sum(terms)
 
 
-@api("axis", "min_tokens_to_keep", min_p=PROBABILITY, refuse=_check_least)
+@api(
+    "axis",
+    "min_tokens_to_keep",
+    "axis_name",
+    spread=("logits",),
+    min_p=PROBABILITY,
+    refuse=_check_least,
+)
 def min_p_filter(
     logits: ArrayLike,
     min_p: ArrayLike,
     *,
     axis: Axis = -1,
     min_tokens_to_keep: int = 1,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Keeps the logits whose probability is at least a fraction of the largest one.
 
@@ -232,6 +272,8 @@ def min_p_filter(
         axis: axis, axes, or None for all, along which a slice runs.
         min_tokens_to_keep: how many of the largest entries are kept in any case, with ties,
             an int from 1 on.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Logits `[*shape]`; -inf where dropped.
@@ -248,24 +290,34 @@ def min_p_filter(
     Reference:
         Nguyen et al. (2024), Turning up the heat: min-p sampling.
     """
-    return _filter(logits, axis, "min_p", min_p, min_tokens_to_keep, _beside_peak)
+    return _filter(logits, axis, "min_p", min_p, min_tokens_to_keep, _beside_peak, axis_name)
 
 
 def _beside_peak(slices: AlongAxes, x: Array, min_p: Array) -> tuple[Array, Array]:
     peak = slices.max(x)
+    if slices.mesh_axes:  # A maximum over devices may drop a NaN.
+        peak += slices.sum(jnp.where(jnp.isnan(x), x, 0))
     finite = slices.broadcast(where_finite(peak))
     gap = jnp.where(slices.broadcast(peak) == jnp.inf, -jnp.inf, x - finite)
     gap = jnp.where(x == slices.broadcast(peak), 0, gap)
     return ~(gap < slices.broadcast(jnp.log(min_p))), x
 
 
-@api("axis", "min_tokens_to_keep", epsilon=PROBABILITY, refuse=_check_least)
+@api(
+    "axis",
+    "min_tokens_to_keep",
+    "axis_name",
+    spread=("logits",),
+    epsilon=PROBABILITY,
+    refuse=_check_least,
+)
 def epsilon_filter(
     logits: ArrayLike,
     epsilon: ArrayLike,
     *,
     axis: Axis = -1,
     min_tokens_to_keep: int = 1,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Keeps the logits whose probability is at least a constant.
 
@@ -278,6 +330,8 @@ def epsilon_filter(
         axis: axis, axes, or None for all, along which a slice runs.
         min_tokens_to_keep: how many of the largest entries are kept in any case, with ties,
             an int from 1 on.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Logits `[*shape]`; -inf where dropped.
@@ -295,7 +349,9 @@ def epsilon_filter(
         Hewitt, Manning and Liang (2022), Truncation sampling as language model desmoothing,
         https://arxiv.org/abs/2210.15191.
     """
-    return _filter(logits, axis, "epsilon", epsilon, min_tokens_to_keep, _by_probability)
+    return _filter(
+        logits, axis, "epsilon", epsilon, min_tokens_to_keep, _by_probability, axis_name
+    )
 
 
 def _by_probability(slices: AlongAxes, x: Array, epsilon: Array) -> tuple[Array, Array]:
@@ -303,13 +359,21 @@ def _by_probability(slices: AlongAxes, x: Array, epsilon: Array) -> tuple[Array,
     return ~(log_probs < slices.broadcast(jnp.log(epsilon))), x
 
 
-@api("axis", "min_tokens_to_keep", epsilon=PROBABILITY, refuse=_check_least)
+@api(
+    "axis",
+    "min_tokens_to_keep",
+    "axis_name",
+    spread=("logits",),
+    epsilon=PROBABILITY,
+    refuse=_check_least,
+)
 def eta_filter(
     logits: ArrayLike,
     epsilon: ArrayLike,
     *,
     axis: Axis = -1,
     min_tokens_to_keep: int = 1,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Keeps the logits whose probability is at least a bound that falls with the entropy.
 
@@ -323,6 +387,8 @@ def eta_filter(
         axis: axis, axes, or None for all, along which a slice runs.
         min_tokens_to_keep: how many of the largest entries are kept in any case, with ties,
             an int from 1 on.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Logits `[*shape]`; -inf where dropped.
@@ -344,7 +410,7 @@ def eta_filter(
         Hewitt, Manning and Liang (2022), Truncation sampling as language model desmoothing,
         https://arxiv.org/abs/2210.15191.
     """
-    return _filter(logits, axis, "epsilon", epsilon, min_tokens_to_keep, _by_entropy)
+    return _filter(logits, axis, "epsilon", epsilon, min_tokens_to_keep, _by_entropy, axis_name)
 
 
 def _by_entropy(slices: AlongAxes, x: Array, epsilon: Array) -> tuple[Array, Array]:
@@ -353,13 +419,21 @@ def _by_entropy(slices: AlongAxes, x: Array, epsilon: Array) -> tuple[Array, Arr
     return ~(log_probs < slices.broadcast(bound)), x
 
 
-@api("axis", "min_tokens_to_keep", n=NONNEGATIVE, refuse=_check_least)
+@api(
+    "axis",
+    "min_tokens_to_keep",
+    "axis_name",
+    spread=("logits",),
+    n=NONNEGATIVE,
+    refuse=_check_least,
+)
 def top_n_sigma_filter(
     logits: ArrayLike,
     n: ArrayLike,
     *,
     axis: Axis = -1,
     min_tokens_to_keep: int = 1,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Keeps the logits that lie within n standard deviations of the largest one.
 
@@ -374,6 +448,8 @@ def top_n_sigma_filter(
         axis: axis, axes, or None for all, along which a slice runs.
         min_tokens_to_keep: how many of the largest entries are kept in any case, with ties,
             an int from 1 on.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Logits `[*shape]`; -inf where dropped.
@@ -394,7 +470,7 @@ def top_n_sigma_filter(
         Tang et al. (2024), Top-n sigma: not all logits are you need,
         https://arxiv.org/abs/2411.07641.
     """
-    return _filter(logits, axis, "n", n, min_tokens_to_keep, _by_deviation)
+    return _filter(logits, axis, "n", n, min_tokens_to_keep, _by_deviation, axis_name)
 
 
 def _by_deviation(slices: AlongAxes, x: Array, n: Array) -> tuple[Array, Array]:
@@ -438,11 +514,13 @@ def _filter(
     option: ArrayLike,
     least: int,
     rule: Rule,
+    axis_name: AxisName,
     *,
     searches: bool = False,
 ) -> Array:
     """Keeps what a rule keeps, and in any case the entries of the `least` largest keys."""
-    problem = prepare(logits, axis=axis)
+    problem = prepare(logits, axis=axis, axis_name=axis_name)
+    slices = AlongAxes(problem.axes, problem.mesh_axes)
     x = jax.lax.stop_gradient(problem.logits)
     row = jax.lax.stop_gradient(per_slice(option, x, problem.axes, name=name))
 
@@ -455,7 +533,7 @@ def _filter(
         return kept | (keys >= slices.broadcast(threshold))
 
     keep = blocked_over_slices(keep) if searches or least > 1 else keep
-    return _drop(problem.logits.astype(problem.dtype), keep(AlongAxes(problem.axes), x, row))
+    return _drop(problem.logits.astype(problem.dtype), keep(slices, x, row))
 
 
 @jax.custom_jvp

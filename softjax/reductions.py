@@ -18,6 +18,7 @@ from softjax._autodiff import with_gradient_of
 from softjax._elementary import expm1_over, log1p, log1p_over
 from softjax._float import where_finite
 from softjax._inputs import Axis, broadcast, check_flag, per_slice, prepare, to_float
+from softjax._mesh import AxisName
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
@@ -34,6 +35,7 @@ def logsumexp(
     weights: ArrayLike | None = None,
     keepdims: bool = False,
     return_sign: Literal[False] = False,
+    axis_name: AxisName = None,
 ) -> Array: ...
 
 
@@ -46,6 +48,7 @@ def logsumexp(
     weights: ArrayLike | None = None,
     keepdims: bool = False,
     return_sign: Literal[True],
+    axis_name: AxisName = None,
 ) -> tuple[Array, Array]: ...
 
 
@@ -58,10 +61,11 @@ def logsumexp(
     weights: ArrayLike | None = None,
     keepdims: bool = False,
     return_sign: bool,
+    axis_name: AxisName = None,
 ) -> Array | tuple[Array, Array]: ...
 
 
-@api("axis", "keepdims", "return_sign")
+@api("axis", "keepdims", "return_sign", "axis_name", spread=("logits", "where", "weights"))
 def logsumexp(
     logits: ArrayLike,
     *,
@@ -70,6 +74,7 @@ def logsumexp(
     weights: ArrayLike | None = None,
     keepdims: bool = False,
     return_sign: bool = False,
+    axis_name: AxisName = None,
 ) -> Array | tuple[Array, Array]:
     r"""Sums exponentials of the kept logits, and takes the logarithm.
 
@@ -83,6 +88,8 @@ def logsumexp(
             also at 0. An entry of weight 0 adds nothing, whatever its logit.
         keepdims: whether the reduced axes stay, with size 1.
         return_sign: whether the sign of the sum is returned as well.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         One number per slice, in the dtype of `logits`; -inf where the sum is 0, as in a slice
@@ -117,12 +124,13 @@ def logsumexp(
         functions.
     """
     return_sign = check_flag(return_sign, name="return_sign")
-    problem = prepare(logits, axis=axis, where=where)
+    problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
+    slices = AlongAxes(problem.axes, problem.mesh_axes)
     if weights is None:
-        row = log_sum(problem.logits, problem.axes)
+        row = log_sum(slices, problem.logits)
         sign = jnp.where(row == -jnp.inf, 0, jnp.where(jnp.isnan(row), row, 1))
     else:
-        row, sign = _weighted(problem.logits, weights, problem.axes)
+        row, sign = _weighted(slices, problem.logits, weights)
     if not return_sign:
         row = jnp.where(sign < 0, jnp.nan, row)
         return _finish(row, problem.axes, keepdims, problem.dtype)
@@ -131,19 +139,17 @@ def logsumexp(
     return next(pair), next(pair)
 
 
-def log_sum(logits: Array, axes: tuple[int, ...]) -> Array:
+def log_sum(slices: AlongAxes, logits: Array) -> Array:
     """`logsumexp` of prepared logits, with the axes kept."""
-    slices = AlongAxes(axes)
     solution = solve(SOFTMAX, slices, logits)
     return slices.max(jax.lax.stop_gradient(logits)) + solution.threshold
 
 
-def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> tuple[Array, Array]:
+def _weighted(slices: AlongAxes, logits: Array, weights: ArrayLike) -> tuple[Array, Array]:
     """The logarithm of the absolute value of the weighted sum, and the sign of the sum."""
     # Plain differentiation is right, because the sum is linear in the weights, also at 0.
     weights, _ = to_float(weights, name="weights")
     weights = broadcast(weights.astype(logits.dtype), logits.shape, name="weights")
-    slices = AlongAxes(axes)
     counted = jax.lax.stop_gradient(jnp.where(weights != 0, logits, -jnp.inf))
     peak = slices.max(counted)
     anchor = where_finite(peak)
@@ -177,13 +183,14 @@ def _weighted(logits: Array, weights: ArrayLike, axes: tuple[int, ...]) -> tuple
     return row, jnp.where(unknown, jnp.nan, sign)
 
 
-@api("axis", "keepdims")
+@api("axis", "keepdims", "axis_name", spread=("logits", "where"))
 def logmeanexp(
     logits: ArrayLike,
     *,
     axis: Axis = None,
     where: ArrayLike | None = None,
     keepdims: bool = False,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Averages exponentials of the kept logits, and takes the logarithm.
 
@@ -194,6 +201,8 @@ def logmeanexp(
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
         keepdims: whether the reduced axes stay, with size 1.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         One number per slice, in the dtype of `logits`; -inf for a slice that keeps nothing.
@@ -210,17 +219,22 @@ def logmeanexp(
     Note:
         Cost and derivatives as `logsumexp`.
     """
-    problem = prepare(logits, axis=axis, where=where)
-    slices = AlongAxes(problem.axes)
+    problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
+    slices = AlongAxes(problem.axes, problem.mesh_axes)
     kept = (problem.logits != -jnp.inf).astype(problem.logits.dtype)
     count = jnp.maximum(slices.sum(kept), 1)
-    row = log_sum(problem.logits, problem.axes) - jnp.log(count)
+    row = log_sum(slices, problem.logits) - jnp.log(count)
     return _finish(row, problem.axes, keepdims, problem.dtype)
 
 
-@api("axis")
+@api("axis", "axis_name", spread=("values", "where"))
 def mellowmax(
-    values: ArrayLike, *, omega: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+    values: ArrayLike,
+    *,
+    omega: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Takes a soft maximum that is a non-expansion: the log-mean-exp at an inverse scale.
 
@@ -233,6 +247,8 @@ def mellowmax(
             a soft minimum where negative.
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         One number per slice, in the dtype of `values`, between their minimum and their
@@ -253,8 +269,8 @@ def mellowmax(
     Reference:
         Asadi and Littman (2017), An alternative softmax operator for reinforcement learning.
     """
-    problem = prepare(values, axis=axis, where=where, name="values")
-    x, slices = problem.logits, AlongAxes(problem.axes)
+    problem = prepare(values, axis=axis, where=where, name="values", axis_name=axis_name)
+    x, slices = problem.logits, AlongAxes(problem.axes, problem.mesh_axes)
     omega = per_slice(omega, x, problem.axes, name="omega")
     kept = x != -jnp.inf
     fixed = jax.lax.stop_gradient(x)
@@ -276,7 +292,7 @@ def mellowmax(
     limit = jnp.where(omega < 0, -slices.max(jnp.where(kept, -x, -jnp.inf)), slices.max(x))
     row = jnp.where(unlimited, limit, row)
     above = (top == jnp.inf) & ((rate > 0) | (bottom == jnp.inf))
-    row = jnp.where(above, log_sum(x, problem.axes), row)
+    row = jnp.where(above, log_sum(slices, x), row)
     row = jnp.where((top == jnp.inf) & (rate == 0) & ~unlimited, jnp.inf, row)
     row = jnp.where(top == -jnp.inf, -jnp.inf, row)
     row = jnp.where(jnp.isnan(mean), jnp.nan, row)  # A maximum may drop the NaN.

@@ -13,7 +13,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from softjax import _inverse_cdf, _random
@@ -26,7 +26,9 @@ from softjax._inputs import (
     resolve_one_axis,
     statically_greater,
 )
+from softjax._mesh import AxisName
 from softjax._scores import centre
+from softjax._slices import AlongAxes
 from softjax.reductions import log_sum
 
 __all__ = ["gumbel", "gumbel_given_argmax", "sample"]
@@ -35,7 +37,15 @@ METHODS = ("inverse", "gumbel")
 TIES = ("random", "first")
 
 
-@api("shape", "axis", "method", "ties", temperature=NONNEGATIVE)
+@api(
+    "shape",
+    "axis",
+    "method",
+    "ties",
+    "axis_name",
+    spread=("logits", "where"),
+    temperature=NONNEGATIVE,
+)
 def sample(
     key: Array,
     logits: ArrayLike,
@@ -46,6 +56,7 @@ def sample(
     temperature: ArrayLike = 1.0,
     method: Literal["inverse", "gumbel"] = "inverse",
     ties: Literal["random", "first"] = "random",
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Draws classes from the softmax of logits.
 
@@ -67,6 +78,9 @@ def sample(
         ties: at temperature 0, "random" lets the largest kept entries share the draws equally,
             which is the limit of small temperatures; "first" draws the first of them, whatever
             the key. (In bfloat16 one row in sixty of 32000 random logits has a tie.)
+        axis_name: mesh axis, or axes, over which the classes are spread, inside of
+            `jax.shard_map`; None: not spread. The draws are those of the whole slices with the
+            same key. "gumbel" is refused, because all devices would draw the same noise.
 
     Returns:
         Classes, int32, `[*shape, *slices]`, the slices being the axes of the logits without
@@ -77,8 +91,9 @@ def sample(
         TypeError: `key` is no random key, `logits` not real, `where` not bool, `axis` not one
             int, or `shape` not of ints.
         ValueError: `where` or `temperature` does not broadcast, `axis` is out of range,
-            `temperature` is a negative Python number, `method` or `ties` is unknown, or there
-            are more classes than an int32 can number.
+            `temperature` is a negative Python number, `method` or `ties` is unknown,
+            `method` is "gumbel" with `axis_name`, or there are more classes than an int32 can
+            number.
 
     Example:
         >>> logits = jnp.array([[0.0, -jnp.inf, -jnp.inf], [-jnp.inf, -jnp.inf, 0.0]])
@@ -100,25 +115,38 @@ def sample(
         raise ValueError(f"`method` must be one of {METHODS}, got {method!r}.")
     if ties not in TIES:
         raise ValueError(f"`ties` must be one of {TIES}, got {ties!r}.")
+    if axis_name is not None and method != "inverse":
+        raise ValueError(
+            '`method` must be "inverse" with `axis_name`, because all devices would draw the'
+            f" same noise for other entries, got {method!r}."
+        )
     shape = _sizes(shape)
-    problem = prepare(logits, axis=axis, where=where, temperature=temperature)
+    problem = prepare(
+        logits, axis=axis, where=where, temperature=temperature, axis_name=axis_name
+    )
     axis = resolve_one_axis(axis, problem.logits.ndim)
     slices = problem.logits.shape[:axis] + problem.logits.shape[axis + 1 :]
     x, per_row = _as_rows(problem, axis)
     num_draws = math.prod(shape)
-    if statically_greater(x.shape[1], int(jnp.iinfo(jnp.int32).max)):
-        raise ValueError(f"`logits` have {x.shape[1]} classes, more than an int32 can number.")
+    row = AlongAxes((1,), problem.mesh_axes)
+    if statically_greater(row.length(x), int(jnp.iinfo(jnp.int32).max)):
+        raise ValueError(
+            f"`logits` have {row.length(x)} classes, more than an int32 can number."
+        )
     if x.size == 0 or num_draws == 0:
         return jnp.full((*shape, *slices), -1, jnp.int32)
     if method == "inverse":
         bits = _random.bits(key, (len(x), num_draws))
-        index = _inverse_cdf.draw(x, per_row, bits).T
+        if row.mesh_axes:
+            index = _inverse_cdf.draw_over_devices(row, x, per_row, bits).T
+        else:
+            index = _inverse_cdf.draw(x, per_row, bits).T
     else:
         index = _by_gumbel(key, x, per_row, num_draws)
     if ties == "first" and per_row is not None:
         # A temperature below the normal numbers may be flushed to 0, and counts as 0.
         greedy = (jnp.abs(per_row) < jnp.finfo(x.dtype).tiny)[None] & (index >= 0)
-        index = jnp.where(greedy, _first_largest(x)[None], index)
+        index = jnp.where(greedy, _first_largest(row, x)[None], index)
     return index.reshape(*shape, *slices)
 
 
@@ -130,12 +158,13 @@ def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(check_int(size, name="shape", least=0) for size in sizes)
 
 
-def _first_largest(x: Array) -> Array:
+def _first_largest(row: AlongAxes, x: Array) -> Array:
     """The first of the largest entries of each row."""
     # Two plain reductions, because XLA's CPU backend takes an argmax entry by entry.
-    is_peak = x == jnp.max(x, 1, keepdims=True)
-    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
-    return jnp.min(jnp.where(is_peak, places, x.shape[1]), 1)
+    peak = row.max(x) if row.mesh_axes else jnp.max(x, 1, keepdims=True)
+    places = jnp.where(x == peak, row.places(x, jnp.int32), row.length(x))
+    first = jnp.min(places, 1)
+    return lax.pmin(first, row.mesh_axes) if row.mesh_axes else first
 
 
 def _as_rows(problem: Problem, axis: int) -> tuple[Array, Array | None]:
@@ -253,7 +282,7 @@ def gumbel_given_argmax(
     found = jnp.any(is_label, axis, keepdims=True)
     # The noise at the label becomes the noise of the maximum.
     spare = jnp.sum(jnp.where(is_label, noise, 0), axis, keepdims=True)
-    total = log_sum(x, (axis,))
+    total = log_sum(AlongAxes((axis,)), x)
     unlimited = jnp.any(is_label & (x == jnp.inf), axis, keepdims=True)
     # A finite logit beside an infinite one is never the largest.
     found &= unlimited | (total != jnp.inf)

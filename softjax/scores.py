@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from softjax._api import NONNEGATIVE, api
 from softjax._elementary import capped, log1p
 from softjax._inputs import Axis, per_class, per_slice, prepare, resolve_one_axis, to_float
+from softjax._mesh import AxisName
 from softjax._slices import AlongAxes
 
 __all__ = [
@@ -58,13 +59,14 @@ def soft_cap(logits: ArrayLike, cap: ArrayLike) -> Array:
     return jnp.where(kept, capped(jnp.where(kept, x, 0), cap), -jnp.inf).astype(dtype)
 
 
-@api("axis")
+@api("axis", "axis_name", spread=("logits", "where"))
 def scalable_scores(
     logits: ArrayLike,
     scale: ArrayLike = 1.0,
     *,
     axis: Axis = -1,
     where: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Scales logits by the logarithm of how many there are (scalable softmax).
 
@@ -75,6 +77,8 @@ def scalable_scores(
         scale: factor s, one number or one per slice; differentiable.
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Scores `[*shape]` in the dtype of `logits`; -inf where dropped.
@@ -90,8 +94,8 @@ def scalable_scores(
     Reference:
         Nakanishi (2025), Scalable-softmax is superior for attention.
     """
-    problem = prepare(logits, axis=axis, where=where)
-    x, slices = problem.logits, AlongAxes(problem.axes)
+    problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
+    x, slices = problem.logits, AlongAxes(problem.axes, problem.mesh_axes)
     scale = per_slice(scale, x, problem.axes, name="scale")
     kept = x != -jnp.inf
     count = slices.sum(kept.astype(x.dtype))

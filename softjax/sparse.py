@@ -21,6 +21,7 @@ from softjax._cpu import blocked_over_slices
 from softjax._elementary import expm1_over, expm1_over_twice, log1p_over
 from softjax._float import high_half, two_difference
 from softjax._inputs import Axis, per_slice, prepare
+from softjax._mesh import AxisName
 from softjax._rootfinding import bracketed_newton, newton_from_left
 from softjax._scores import centre
 from softjax._slices import Slices
@@ -31,13 +32,14 @@ MAX_ALPHA = 1e4
 __all__ = ["entmax", "entmax15", "sparsemax"]
 
 
-@api("axis", temperature=NONNEGATIVE)
+@api("axis", "axis_name", spread=("logits", "where"), temperature=NONNEGATIVE)
 def sparsemax(
     logits: ArrayLike,
     *,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Projects the logits onto the probability simplex.
 
@@ -48,6 +50,8 @@ def sparsemax(
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
         temperature: T in [0, inf], as in `softmax`; differentiable.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Probabilities `[*shape]` in the dtype of `logits`; exactly 0 at and below the
@@ -71,7 +75,10 @@ def sparsemax(
         Martins and Astudillo (2016), From softmax to sparsemax. Michelot (1986) for the
         search.
     """
-    return probs_of(SPARSEMAX, prepare(logits, axis=axis, where=where, temperature=temperature))
+    problem = prepare(
+        logits, axis=axis, where=where, temperature=temperature, axis_name=axis_name
+    )
+    return probs_of(SPARSEMAX, problem)
 
 
 @blocked_over_slices
@@ -89,7 +96,7 @@ def _solve_sparsemax(
     poison = slices.sum(scores.near * 0)  # NaN if the slice keeps a NaN.
     # The largest weight is at least 1 / n, which bounds tau where n - 1 rounds to n.
     tau = newton_from_left(step, jnp.full_like(peak, -1))
-    tau = jnp.minimum(tau, -1 / _length(logits, peak)) + poison
+    tau = jnp.minimum(tau, -1 / _length(slices, logits, peak)) + poison
     scores = centre(logits, peak + poison, temperature)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
@@ -112,13 +119,14 @@ SPARSEMAX = Family(
 )
 
 
-@api("axis", temperature=NONNEGATIVE)
+@api("axis", "axis_name", spread=("logits", "where"), temperature=NONNEGATIVE)
 def entmax15(
     logits: ArrayLike,
     *,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Maps logits to sparse probabilities halfway between softmax and sparsemax.
 
@@ -130,6 +138,8 @@ def entmax15(
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
         temperature: T in [0, inf], as in `softmax`; differentiable.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Probabilities `[*shape]` in the dtype of `logits`, some exactly 0.
@@ -150,7 +160,10 @@ def entmax15(
     Reference:
         Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models.
     """
-    return probs_of(ENTMAX15, prepare(logits, axis=axis, where=where, temperature=temperature))
+    problem = prepare(
+        logits, axis=axis, where=where, temperature=temperature, axis_name=axis_name
+    )
+    return probs_of(ENTMAX15, problem)
 
 
 @blocked_over_slices
@@ -168,7 +181,7 @@ def _solve_entmax15(
         return square - jnp.sqrt(square), slices.sum_of(above, (halves,), tau)
 
     poison = slices.sum(scores.near * 0)  # NaN if the slice keeps a NaN.
-    tau = newton_from_left(step, jnp.full_like(peak, -1), _close(halves, peak)) + poison
+    tau = newton_from_left(step, jnp.full_like(peak, -1), _close(slices, halves, peak)) + poison
     scores = centre(logits, peak + poison, temperature)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
@@ -236,15 +249,17 @@ def _excess(
     return excess + total(lambda *args: cut(*args)[1])
 
 
-def _close(entries: Array, rows: Array) -> float:
+def _close(slices: Slices, entries: Array, rows: Array) -> float:
     """The length d of a last step, which leaves an error of at most n d^2 = eps."""
-    return math.sqrt(float(jnp.finfo(entries.dtype).eps) / _length(entries, rows))
+    return math.sqrt(float(jnp.finfo(entries.dtype).eps) / _length(slices, entries, rows))
 
 
-def _length(entries: Array, rows: Array) -> float:
+def _length(slices: Slices, entries: Array, rows: Array) -> float:
     """The number of entries per slice; infinite if the size is open, as in an export."""
     is_open = not isinstance(entries.size, int)
-    return math.inf if is_open else max(1, entries.size // max(1, rows.size))
+    if is_open:
+        return math.inf
+    return max(1, entries.size * slices.num_devices // max(1, rows.size))
 
 
 def _margins(near: Array, errors: Array, tau: Array) -> tuple[Array, Array]:
@@ -266,7 +281,13 @@ def _root(probs: Array, _: None) -> Array:
 ENTMAX15 = Family(_solve_entmax15, slope=_root)
 
 
-@api("axis", temperature=NONNEGATIVE, alpha=(1, MAX_ALPHA))
+@api(
+    "axis",
+    "axis_name",
+    spread=("logits", "where"),
+    temperature=NONNEGATIVE,
+    alpha=(1, MAX_ALPHA),
+)
 def entmax(
     logits: ArrayLike,
     alpha: ArrayLike = 1.5,
@@ -274,6 +295,7 @@ def entmax(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Maps logits to probabilities by alpha-entmax, from softmax (1) to sparsemax (2) and on.
 
@@ -288,6 +310,8 @@ def entmax(
         axis: axis, axes, or None for all, along which a slice runs.
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
         temperature: T in [0, inf], as in `softmax`; differentiable.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Probabilities `[*shape]` in the dtype of `logits`; some exactly 0 where alpha > 1.
@@ -313,7 +337,9 @@ def entmax(
         Peters, Niculae and Martins (2019), Sparse sequence-to-sequence models; Correia,
         Niculae and Martins (2019), Adaptively sparse transformers, for d/dalpha.
     """
-    problem = prepare(logits, axis=axis, where=where, temperature=temperature)
+    problem = prepare(
+        logits, axis=axis, where=where, temperature=temperature, axis_name=axis_name
+    )
     alpha = per_slice(alpha, problem.logits, problem.axes, name="alpha")
     return probs_of(ENTMAX, problem, alpha=alpha)
 

@@ -168,7 +168,7 @@ def _log_probs(scores: Array, indices: Array) -> Array:
     again = jnp.take_along_axis(drawn, place, -1) != order
     chosen = jnp.where(inside & ~again, jnp.take_along_axis(scores, place, -1), -jnp.inf)
     # The mass left after each draw is summed from the end, where nothing cancels.
-    never = log_sum(jnp.where(drawn == k, scores, -jnp.inf), (scores.ndim - 1,))
+    never = log_sum(AlongAxes((scores.ndim - 1,)), jnp.where(drawn == k, scores, -jnp.inf))
     later = jnp.concatenate([chosen[..., 1:], never], -1)
     later = lax.associative_scan(_log_add, later, reverse=True, axis=chosen.ndim - 1)
     possible = chosen > -jnp.inf

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from softjax._api import NONNEGATIVE, api
 from softjax._cpu import blocked_over_slices
 from softjax._inputs import Axis, per_slice, prepare, resolve_axes
+from softjax._mesh import AxisName
 from softjax._rootfinding import bracketed_newton, from_ordered, largest_threshold, ordered
 from softjax._scores import centre_at
 from softjax._slices import AlongAxes
@@ -29,13 +30,23 @@ __all__ = ["soft_top_k"]
 
 
 def _refuse_large_k(given: dict[str, Any]) -> None:
+    if given.get("axis_name") is not None:
+        return  # The slice has more entries than there are on this device.
     k, shape = given.get("k"), np.shape(given.get("logits", 0))
     size = math.prod(shape[i] for i in resolve_axes(given.get("axis", -1), len(shape)))
     if isinstance(k, (int, float)) and k > size:
         raise ValueError(f"`k` must be at most the size of a slice, {size}, got {k}.")
 
 
-@api("kind", "axis", temperature=NONNEGATIVE, k=NONNEGATIVE, refuse=_refuse_large_k)
+@api(
+    "kind",
+    "axis",
+    "axis_name",
+    spread=("logits", "where"),
+    temperature=NONNEGATIVE,
+    k=NONNEGATIVE,
+    refuse=_refuse_large_k,
+)
 def soft_top_k(
     logits: ArrayLike,
     k: ArrayLike,
@@ -44,6 +55,7 @@ def soft_top_k(
     axis: Axis = -1,
     where: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Spreads k units of weight over the entries, at most one on each.
 
@@ -60,6 +72,8 @@ def soft_top_k(
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
         temperature: T in [0, inf], as in `softmax`; differentiable. At 0 the k largest
             entries have weight 1, and ties for the last place share it.
+        axis_name: mesh axis, or axes, over which the slices are spread, inside of
+            `jax.shard_map`; None: not spread.
 
     Returns:
         Weights in [0, 1], `[*shape]`, in the dtype of `logits`.
@@ -83,7 +97,9 @@ def soft_top_k(
     """
     if kind not in _TOP_K:
         raise ValueError(f"`kind` must be one of {', '.join(_TOP_K)}, got {kind!r}.")
-    problem = prepare(logits, axis=axis, where=where, temperature=temperature)
+    problem = prepare(
+        logits, axis=axis, where=where, temperature=temperature, axis_name=axis_name
+    )
     budget = per_slice(k, problem.logits, problem.axes, name="k")
     return probs_of(_TOP_K[kind], problem, k=budget)
 

@@ -11,7 +11,6 @@ from jax import Array
 from softjax._elementary import expm1_over
 from softjax._slices import AlongAxes
 from softjax._threshold import Family, solve
-from softjax.entropies import pick
 
 
 class LabelLoss(NamedTuple):
@@ -27,55 +26,55 @@ class FenchelYoung(NamedTuple):
     """A Fenchel-Young loss (static): its map, and its value from the map's solution."""
 
     family: Family
-    value: Callable[..., LabelLoss]  # takes (solution, logits, labels, axis, alpha)
+    value: Callable[..., LabelLoss]  # takes (solution, logits, labels, slices, alpha)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def fenchel_young(
-    kind: FenchelYoung, axis: int, logits: Array, labels: Array, alpha: Array
+    kind: FenchelYoung, slices: AlongAxes, logits: Array, labels: Array, alpha: Array
 ) -> Array:
-    solution = solve(kind.family, AlongAxes((axis,)), logits, alpha=alpha)
-    return kind.value(solution, logits, labels, axis, alpha).loss
+    solution = solve(kind.family, slices, logits, alpha=alpha)
+    return kind.value(solution, logits, labels, slices, alpha).loss
 
 
 @fenchel_young.defjvp
 def _fenchel_young_jvp(
-    kind: FenchelYoung, axis: int, primals: Any, tangents: Any
+    kind: FenchelYoung, slices: AlongAxes, primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
     # By the envelope theorem, p is not differentiated: the tangent is <p - e_y, z'>, plus
     # the entropy's derivative in alpha at a fixed p. Where the label leads, p is as exact as
     # the loss.
+    (axis,) = slices.axes
     logits, labels, alpha = primals
     logits_dot, _, alpha_dot = tangents
-    solution = solve(kind.family, AlongAxes((axis,)), logits, alpha=alpha)
-    found = kind.value(solution, logits, labels, axis, alpha)
+    solution = solve(kind.family, slices, logits, alpha=alpha)
+    found = kind.value(solution, logits, labels, slices, alpha)
     # The loss of a dropped label is infinite, and constant, unless the slice keeps a NaN.
-    has_label = pick(logits, labels, axis) != -jnp.inf
+    has_label = slices.pick(logits, labels) != -jnp.inf
     kept = has_label | jnp.isnan(found.loss)
     at_label = jnp.where(jnp.expand_dims(has_label, axis), -found.one_minus_p, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def pair(other_probs: Array, at_label: Array, logits_dot: Array) -> Array:
-        slope = jnp.where(is_label(other_probs, labels, axis), at_label, other_probs)
+        slope = jnp.where(is_label(slices, other_probs, labels), at_label, other_probs)
         slope = jnp.where(jnp.expand_dims(kept, axis), slope, 0)
         terms = jnp.where(slope != 0, slope * logits_dot, 0)
-        return jnp.squeeze(AlongAxes((axis,)).sum(terms), axis)
+        return jnp.squeeze(slices.sum(terms), axis)
 
     loss_dot = pair(found.other_probs, at_label, logits_dot)
-    entropy = functools.partial(_tsallis, found.other_probs, found.nll, axis=axis)
+    entropy = functools.partial(_tsallis, slices, found.other_probs, found.nll)
     entropy_dot = jax.jvp(entropy, (alpha,), (alpha_dot,))[1]
     return found.loss, loss_dot + jnp.where(kept, entropy_dot, 0)
 
 
-def is_label(x: Array, labels: Array, axis: int) -> Array:
+def is_label(slices: AlongAxes, x: Array, labels: Array) -> Array:
     """A mask of the entries that the labels name, which XLA fuses into its reader."""
-    places = jax.lax.broadcasted_iota(labels.dtype, x.shape, axis)
-    return places == jnp.expand_dims(labels, axis)
+    return slices.places(x, labels.dtype) == jnp.expand_dims(labels, slices.axes)
 
 
-def _tsallis(other_probs: Array, nll: Array, alpha: Array, *, axis: int) -> Array:
+def _tsallis(slices: AlongAxes, other_probs: Array, nll: Array, alpha: Array) -> Array:
     """sum(p - p^alpha) / (alpha (alpha - 1)) per slice, and Shannon's entropy at 1."""
     logs = jnp.log(jnp.where(other_probs > 0, other_probs, 1))
     terms = -other_probs * logs * expm1_over((alpha - 1) * logs)
     label_term = jnp.exp(-nll) * nll * expm1_over((1 - alpha) * nll)
-    return jnp.squeeze((AlongAxes((axis,)).sum(terms) + label_term) / alpha, axis)
+    return jnp.squeeze((slices.sum(terms) + label_term) / alpha, slices.axes)

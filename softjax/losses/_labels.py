@@ -17,6 +17,8 @@ from softjax._inputs import (
     resolve_one_axis,
     to_float,
 )
+from softjax._mesh import AxisName, names_of
+from softjax._slices import AlongAxes
 from softjax.losses._reduction import reduce, shares_and_masses
 
 
@@ -26,6 +28,11 @@ class Rows(NamedTuple):
     logits: Array
     classes: Classes  # of the shape of logits without the axis
     axis: int
+    mesh_axes: tuple[str, ...] = ()  # over which the classes are spread
+
+    @property
+    def slices(self) -> AlongAxes:
+        return AlongAxes((self.axis,), self.mesh_axes)
 
     @property
     def labels(self) -> Array:
@@ -56,15 +63,17 @@ def label_rows(
     axis: int,
     where: ArrayLike | None,
     ignore_index: int | None,
+    axis_name: AxisName = None,
 ) -> Rows:
-    problem = prepare(logits, axis=axis, where=where)
+    problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     labels = labels_of(labels, problem.logits.shape, axis)
     logits = problem.logits
-    classes = known_labels(labels, logits.shape[axis], ignore_index)
+    slices = AlongAxes((axis,), problem.mesh_axes)
+    classes = known_labels(labels, slices.length(logits), ignore_index)
     if classes.ignored is not None:
         logits = jnp.where(jnp.expand_dims(classes.ignored, axis), 0, logits)
-    return Rows(logits, classes, axis)
+    return Rows(logits, classes, axis, problem.mesh_axes)
 
 
 def per_label(option: ArrayLike, rows: Rows, name: str) -> Array:
@@ -89,7 +98,7 @@ def label_weights(class_weights: ArrayLike | None, rows: Rows) -> Array | None:
     if class_weights is None:
         return None
     weights = per_class(class_weights, rows.logits.shape[rows.axis], rows.logits.dtype)
-    return weights[rows.labels]
+    return rows.slices.pick_per_class(weights, rows.labels)
 
 
 def reduce_rows(
@@ -99,6 +108,7 @@ def reduce_rows(
     ignore_index: int | None,
     class_weights: ArrayLike | None,
     reduction: str | None,
+    axis_name: AxisName = None,
 ) -> Array:
     """The losses of rows, their sum, or their mean over the labels that count."""
     if reduction is None:
@@ -109,5 +119,6 @@ def reduce_rows(
         ignore_index=ignore_index,
         class_weights=class_weights,
         example_weights=None,
+        class_axes=names_of(axis_name),
     )
     return reduce(losses, shares, masses, reduction)

@@ -60,8 +60,9 @@ def one_minus_p(
         return target, jnp.any(moving), count + 1
 
     start = guess if alpha is None else -jnp.expm1(bend * log1p(-guess))
-    state = *vary((start, jnp.array(True)), logits), jnp.array(0)
-    v = lax.while_loop(lambda state: state[1] & (state[2] < 64), move, state)[0]
+    state = vary((start, jnp.array(True)), logits, but=slices.mesh_axes)
+    unfinished = lambda state: state[1] & (state[2] < 64)
+    v = lax.while_loop(unfinished, move, (*state, jnp.array(0)))[0]
     probs, margin = weigh(v)
     return OneMinusP(v, weight_of(v), slices.sum(probs * margin))
 
@@ -85,7 +86,7 @@ def _weights(
     unit = float(jnp.finfo(logits.dtype).eps)
     bend = jnp.ones_like(label_logit) if alpha is None else alpha - 1
     power, power_lost = two_quotient(jnp.ones_like(bend), bend)
-    places = lax.broadcasted_iota(labels.dtype, logits.shape, slices.axes[0])
+    places = slices.places(logits, labels.dtype)
     # An entry that is a little further behind than 1 / b has no weight, whatever rounding does.
     floor = label_logit - (power * 1.01 + 8 * unit * jnp.abs(label_logit))
     behind = (places == labels) | (logits < floor)

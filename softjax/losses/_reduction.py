@@ -38,8 +38,12 @@ def shares_and_masses(
     ignore_index: int | None,
     class_weights: ArrayLike | None,
     example_weights: ArrayLike | None,
+    class_axes: tuple[str, ...] = (),
 ) -> tuple[Array, Array]:
-    """The factor of each loss in their sum, and its part in the divisor of their mean."""
+    """The factor of each loss in their sum, and its part in the divisor of their mean.
+
+    `class_axes` are the mesh axes over which the class weights are spread.
+    """
     shares = jnp.ones_like(losses)
     if example_weights is not None:
         example_weights, _ = to_float(example_weights, name="example_weights")
@@ -57,14 +61,18 @@ def shares_and_masses(
     if class_weights is None:
         return shares, shares
     weights = per_class(class_weights, None, losses.dtype)
-    known = (labels >= 0) & (labels < weights.size)
-    chosen = weights[jnp.where(known, labels, 0)]
+    classes = AlongAxes((0,), class_axes)
+    known = (labels >= 0) & (labels < classes.length(weights))
+    chosen = classes.pick_per_class(weights, jnp.where(known, labels, 0))
     return shares, shares * jnp.where(known, chosen, 1)
 
 
-def sum_of_counted(losses: Array, shares: Array) -> Array:
-    """The sum of shares * losses, to which a share of 0 adds 0 whatever its loss."""
-    return _sum_of_all(shares * _counted(losses, shares))
+def sum_of_counted(losses: Array, shares: Array, mesh_axes: tuple[str, ...] = ()) -> Array:
+    """The sum of shares * losses, to which a share of 0 adds 0 whatever its loss.
+
+    `mesh_axes` are those over which the examples are spread.
+    """
+    return _sum_of_all(shares * _counted(losses, shares), mesh_axes)
 
 
 def _counted(losses: Array, shares: Array) -> Array:
@@ -72,11 +80,11 @@ def _counted(losses: Array, shares: Array) -> Array:
     return jnp.where((shares != 0) | jnp.isfinite(losses), losses, 0)
 
 
-def over_mass(total: Array, masses: Array) -> Array:
+def over_mass(total: Array, masses: Array, mesh_axes: tuple[str, ...] = ()) -> Array:
     """The mean, and 0 where nothing counts."""
-    mass = _sum_of_all(masses)
+    mass = _sum_of_all(masses, mesh_axes)
     return total / jnp.where(mass == 0, 1, mass)
 
 
-def _sum_of_all(x: Array) -> Array:
-    return AlongAxes((0,)).sum(x.reshape(-1))[0]
+def _sum_of_all(x: Array, mesh_axes: tuple[str, ...]) -> Array:
+    return AlongAxes((0,), mesh_axes).sum(x.reshape(-1))[0]

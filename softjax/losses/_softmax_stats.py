@@ -19,7 +19,6 @@ from jax.custom_derivatives import SymbolicZero
 
 from softjax._slices import AlongAxes
 from softjax._softmax import weights
-from softjax.entropies import pick
 
 
 class Statistics(NamedTuple):
@@ -35,20 +34,20 @@ class Statistics(NamedTuple):
 
 def nll(logits: Array, labels: Array, axis: int) -> Array:
     """-log p of labels in [0, n): `cross_entropy` of prepared logits."""
-    return statistics(axis, logits, labels).nll
+    return statistics(AlongAxes((axis,)), logits, labels).nll
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def statistics(
-    axis: int, logits: Array, labels: Array, class_weights: Array | None = None
+    slices: AlongAxes, logits: Array, labels: Array, class_weights: Array | None = None
 ) -> Statistics:
     """The statistics of prepared logits; `class_weights` broadcast against them."""
-    slices = AlongAxes((axis,))
+    (axis,) = slices.axes
     per_slice = functools.partial(jnp.squeeze, axis=axis)
     peak = slices.max(lax.stop_gradient(logits))
-    entries = logits, _classes(logits, labels, axis)
+    entries = logits, slices.places(logits, labels.dtype)
     rest = per_slice(slices.sum_of(_off_label, entries, peak, jnp.expand_dims(labels, axis)))
-    peak, label_logit = per_slice(peak), pick(logits, labels, axis)
+    peak, label_logit = per_slice(peak), slices.pick(logits, labels)
     label_weight = weights(label_logit, peak, None)
     is_empty = rest + label_weight == 0
     log_total = jnp.log1p(jnp.where(is_empty, 0, rest + (label_weight - 1)))
@@ -63,19 +62,22 @@ def statistics(
         costs = below_peak(expand(peak), logits) + expand(log_total)
         kept = logits != -jnp.inf
         costs = jnp.where(kept & (class_weights != 0), costs * class_weights, 0)
-        uniform_nll = per_slice(slices.sum(costs)) / _count(kept, axis, logits.dtype)
+        uniform_nll = per_slice(slices.sum(costs)) / _count(slices, kept, logits.dtype)
     return Statistics(found, peak + log_total, uniform_nll, peak, rest, label_weight)
 
 
 @functools.partial(statistics.defjvp, symbolic_zeros=True)
-def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics, Statistics]:
+def _statistics_jvp(
+    slices: AlongAxes, primals: Any, tangents: Any
+) -> tuple[Statistics, Statistics]:
     # A rule for three reasons: the derivative at the label keeps its digits, a dropped entry
     # has none, and nothing is remembered but the logits and a few numbers per slice.
     logits, labels, class_weights = primals
     dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents)
-    found = statistics(axis, *primals)
+    (axis,) = slices.axes
+    found = statistics(slices, *primals)
     expand = functools.partial(jnp.expand_dims, axis=axis)
-    total_of = lambda x: jnp.squeeze(AlongAxes((axis,)).sum_of_tangents(x), axis)
+    total_of = lambda x: jnp.squeeze(slices.sum_of_tangents(x), axis)
     zero = jnp.zeros_like(found.nll)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -89,7 +91,7 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
         kept = logits != -jnp.inf
         if logits_dot is not None:
             entries = weights(logits, expand(found.peak), None)
-            is_label = _classes(logits, labels, axis) == expand(labels)
+            is_label = slices.places(logits, labels.dtype) == expand(labels)
             # The label counts also where its weight underflows: its slope is the others' share.
             logits_dot = jnp.where(kept & ((entries != 0) | is_label), logits_dot, 0)
             # An infinite loss is constant.
@@ -110,7 +112,7 @@ def _statistics_jvp(axis: int, primals: Any, tangents: Any) -> tuple[Statistics,
                 costs = below_peak(expand(found.peak), logits)
                 costs += expand(found.logsumexp - found.peak)
                 uniform_dot += total_of(jnp.where(kept, costs, 0) * weights_dot)
-            uniform_dot /= _count(kept, axis, logits.dtype)
+            uniform_dot /= _count(slices, kept, logits.dtype)
         return Statistics(nll_dot, logsumexp_dot, uniform_dot, zero, rest_dot, label_weight_dot)
 
     return found, tangent(logits, labels, class_weights, found, dots)
@@ -120,15 +122,12 @@ def _off_label(logits: Array, classes: Array, peak: Array, labels: Array) -> Arr
     return jnp.where(classes == labels, 0, weights(logits, peak, None))
 
 
-def _classes(logits: Array, labels: Array, axis: int) -> Array:
-    return lax.broadcasted_iota(labels.dtype, logits.shape, axis)
-
-
 def below_peak(peak: Array, logits: Array) -> Array:
     """How far kept logits are below the peak: those that are infinite are peaks."""
     infinite = jnp.isinf(logits)
     return jnp.where(infinite, 0, peak) - jnp.where(infinite, 0, logits)
 
 
-def _count(kept: Array, axis: int, dtype: jnp.dtype) -> Array:
-    return jnp.maximum(jnp.sum(kept, axis, dtype=dtype), 1)
+def _count(slices: AlongAxes, kept: Array, dtype: jnp.dtype) -> Array:
+    count = slices.sum_over_devices(jnp.sum(kept, slices.axes[0], dtype=dtype))
+    return jnp.maximum(count, 1)

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, PROBABILITY, api
 from softjax._inputs import broadcast, check_flag, is_zero, mask, to_float
+from softjax._mesh import AxisName
 from softjax.losses._labels import (
     label_rows,
     label_weights,
@@ -39,6 +40,7 @@ def cross_entropy(
     class_weights: ArrayLike | None = None,
     reduction: str | None = None,
     return_z_loss: Literal[False] = False,
+    axis_name: AxisName = None,
 ) -> Array: ...
 
 
@@ -55,6 +57,7 @@ def cross_entropy(
     class_weights: ArrayLike | None = None,
     reduction: str | None = None,
     return_z_loss: Literal[True],
+    axis_name: AxisName = None,
 ) -> tuple[Array, Array]: ...
 
 
@@ -71,6 +74,7 @@ def cross_entropy(
     class_weights: ArrayLike | None = None,
     reduction: str | None = None,
     return_z_loss: bool,
+    axis_name: AxisName = None,
 ) -> Array | tuple[Array, Array]: ...
 
 
@@ -79,6 +83,8 @@ def cross_entropy(
     "ignore_index",
     "reduction",
     "return_z_loss",
+    "axis_name",
+    spread=("logits", "where", "class_weights"),
     label_smoothing=PROBABILITY,
     z_loss=NONNEGATIVE,
 )
@@ -94,6 +100,7 @@ def cross_entropy(
     class_weights: ArrayLike | None = None,
     reduction: str | None = None,
     return_z_loss: bool = False,
+    axis_name: AxisName = None,
 ) -> Array | tuple[Array, Array]:
     r"""Measures -log p of one label per slice, in nats.
 
@@ -117,6 +124,10 @@ def cross_entropy(
         reduction: "mean" divides the sum by that of the class weights of the labels that are
             not ignored, as PyTorch does; "sum"; or None.
         return_z_loss: whether to return the part of the z-loss too, for a log.
+        axis_name: mesh axis, or axes, over which the classes are spread, inside of
+            `jax.shard_map`; None: not spread. The labels count the classes of all devices,
+            `class_weights` are those of this device's classes, and `reduction` is over this
+            device's rows: `mean_loss` takes the mean over a mesh axis of rows.
 
     Returns:
         One loss per label, of the shape of `labels`, or one number with `reduction`; float32 or
@@ -151,7 +162,7 @@ def cross_entropy(
     """
     check_reduction(reduction)
     check_flag(return_z_loss, name="return_z_loss")
-    rows = label_rows(logits, labels, axis, where, ignore_index)
+    rows = label_rows(logits, labels, axis, where, ignore_index, axis_name)
     smoothing = weights = z_factor = None
     if not is_zero(label_smoothing):
         smoothing = per_label(label_smoothing, rows, "label_smoothing")
@@ -170,7 +181,7 @@ def cross_entropy(
     ) -> tuple[Array, ...]:
         if smoothing is not None and weights is None:
             weights = jnp.ones((1,) * logits.ndim, logits.dtype)
-        found = statistics(rows.axis, logits, rows.labels, weights)
+        found = statistics(rows.slices, logits, rows.labels, weights)
         return cross_entropy_terms(
             found.nll,
             found.logsumexp,
@@ -189,6 +200,7 @@ def cross_entropy(
         ignore_index=ignore_index,
         class_weights=class_weights,
         reduction=reduction,
+        axis_name=axis_name,
     )
     total = reduced(constant_where_infinite(loss + z_term if z_terms else loss))
     return (total, reduced(z_term)) if return_z_loss else total
@@ -197,7 +209,14 @@ def cross_entropy(
 _MAX_GAMMA = 1e18  # its square is finite in float32
 
 
-@api("axis", "ignore_index", "reduction", gamma=(0, _MAX_GAMMA))
+@api(
+    "axis",
+    "ignore_index",
+    "reduction",
+    "axis_name",
+    spread=("logits", "where", "class_weights"),
+    gamma=(0, _MAX_GAMMA),
+)
 def focal_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -208,6 +227,7 @@ def focal_loss(
     ignore_index: int | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Measures -log p of a label, discounted where the model is already right.
 
@@ -224,6 +244,7 @@ def focal_loss(
             hold.
         class_weights: factors w, `[n]`, real; differentiable.
         reduction: as in `cross_entropy`.
+        axis_name: as in `cross_entropy`.
 
     Returns:
         One loss per label, or one number with `reduction`; float32 or wider.
@@ -244,11 +265,11 @@ def focal_loss(
         Lin et al. (2017), Focal loss for dense object detection.
     """
     check_reduction(reduction)
-    rows = label_rows(logits, labels, axis, where, ignore_index)
+    rows = label_rows(logits, labels, axis, where, ignore_index, axis_name)
     gamma = jnp.minimum(per_label(gamma, rows, "gamma"), _MAX_GAMMA)
 
     def loss(logits: Array, gamma: Array, label_weight: Array | None) -> tuple[Array]:
-        nll = statistics(rows.axis, logits, rows.labels).nll
+        nll = statistics(rows.slices, logits, rows.labels).nll
         dropped = nll == jnp.inf
         finite = jnp.where(dropped, 1, nll)
         missing = -jnp.expm1(-finite)
@@ -268,6 +289,7 @@ def focal_loss(
         ignore_index=ignore_index,
         class_weights=class_weights,
         reduction=reduction,
+        axis_name=axis_name,
     )
 
 

@@ -13,9 +13,9 @@ from softjax._api import api
 from softjax._autodiff import with_gradient_of
 from softjax._elementary import expm1_over_twice, log1p
 from softjax._inputs import per_slice
+from softjax._mesh import AxisName
 from softjax._slices import AlongAxes
 from softjax._threshold import Solution
-from softjax.entropies import pick
 from softjax.losses._fenchel_young import FenchelYoung, LabelLoss, fenchel_young, is_label
 from softjax.losses._labels import Rows, label_rows, label_weights, reduce_rows
 from softjax.losses._one_minus_p import one_minus_p, other_probs_at
@@ -26,7 +26,13 @@ from softjax.sparse import ENTMAX, MAX_ALPHA, SPARSEMAX
 __all__ = ["entmax_loss", "sparsemax_loss"]
 
 
-@api("axis", "ignore_index", "reduction")
+@api(
+    "axis",
+    "ignore_index",
+    "reduction",
+    "axis_name",
+    spread=("logits", "where", "class_weights"),
+)
 def sparsemax_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -36,6 +42,7 @@ def sparsemax_loss(
     ignore_index: int | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Measures the regret of `sparsemax` at a label; 0 once the label leads by a margin of 1.
 
@@ -51,6 +58,7 @@ def sparsemax_loss(
             hold.
         class_weights: factors of the losses by their labels, `[n]`, real; differentiable.
         reduction: as in `cross_entropy`.
+        axis_name: as in `cross_entropy`.
 
     Returns:
         One loss per label, or one number with `reduction`; float32 or wider.
@@ -73,7 +81,7 @@ def sparsemax_loss(
         (2020), Learning with Fenchel-Young losses.
     """
     check_reduction(reduction)
-    rows = label_rows(logits, labels, axis, where, ignore_index)
+    rows = label_rows(logits, labels, axis, where, ignore_index, axis_name)
     losses = _losses(_SPARSEMAX, rows, None, class_weights)
     return reduce_rows(
         losses,
@@ -81,10 +89,18 @@ def sparsemax_loss(
         ignore_index=ignore_index,
         class_weights=class_weights,
         reduction=reduction,
+        axis_name=axis_name,
     )
 
 
-@api("axis", "ignore_index", "reduction", alpha=(1, MAX_ALPHA))
+@api(
+    "axis",
+    "ignore_index",
+    "reduction",
+    "axis_name",
+    spread=("logits", "where", "class_weights"),
+    alpha=(1, MAX_ALPHA),
+)
 def entmax_loss(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -95,6 +111,7 @@ def entmax_loss(
     ignore_index: int | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Measures the regret of `entmax` at a label: between cross-entropy and sparsemax loss.
 
@@ -111,6 +128,7 @@ def entmax_loss(
             hold.
         class_weights: factors of the losses by their labels, `[n]`, real; differentiable.
         reduction: as in `cross_entropy`.
+        axis_name: as in `cross_entropy`.
 
     Returns:
         One loss per label, or one number with `reduction`; float32 or wider.
@@ -136,7 +154,7 @@ def entmax_loss(
         and Niculae (2020), Learning with Fenchel-Young losses.
     """
     check_reduction(reduction)
-    rows = label_rows(logits, labels, axis, where, ignore_index)
+    rows = label_rows(logits, labels, axis, where, ignore_index, axis_name)
     alpha = per_slice(alpha, rows.logits, (rows.axis,), name="alpha")
     alpha = jnp.broadcast_to(alpha, rows.kept_shape)
     if rows.classes.ignored is not None:
@@ -148,6 +166,7 @@ def entmax_loss(
         ignore_index=ignore_index,
         class_weights=class_weights,
         reduction=reduction,
+        axis_name=axis_name,
     )
 
 
@@ -159,7 +178,7 @@ def _losses(
     def loss(logits: Array, alpha: Array | None, label_weight: Array | None) -> tuple[Array]:
         if alpha is None:
             alpha = jnp.full((1,) * logits.ndim, 2.0, logits.dtype)
-        loss = fenchel_young(kind, rows.axis, logits, rows.labels, alpha)
+        loss = fenchel_young(kind, rows.slices, logits, rows.labels, alpha)
         return (loss if label_weight is None else times_nll(label_weight, loss),)
 
     (losses,) = rows.losses(loss, rows.logits, alpha, label_weights(class_weights, rows))
@@ -172,7 +191,7 @@ def _sparse_loss(
     solution: Solution,
     logits: Array,
     labels: Array,
-    axis: int,
+    slices: AlongAxes,
     alpha: Array,
 ) -> LabelLoss:
     # With b = alpha - 1 and l = -log p_y the loss is
@@ -182,12 +201,12 @@ def _sparse_loss(
     # an entry of weight 1. Where the label has most of the weight, `one_minus_p` keeps the
     # digits.
     probs = solution.probs
-    other_probs = jnp.where(is_label(probs, labels, axis), 0, probs)
+    other_probs = jnp.where(is_label(slices, probs, labels), 0, probs)
     some = other_probs > 0
     powers = jnp.where(some, jnp.where(some, other_probs, 1) ** alpha, 0)
-    slices = AlongAxes((axis,))
+    (axis,) = slices.axes
     others_sum, powers_sum = slices.sum(other_probs), slices.sum(powers)
-    label_logit = jnp.expand_dims(pick(logits, labels, axis), axis)
+    label_logit = jnp.expand_dims(slices.pick(logits, labels), axis)
     leads = (others_sum < 0.5) & jnp.isfinite(label_logit)
     leads &= (alpha >= 1 + _LEAST_BEND) & (alpha <= 2)
     args = (logits, jnp.expand_dims(labels, axis), jnp.where(leads, label_logit, 0))
@@ -201,8 +220,8 @@ def _sparse_loss(
     other_probs = with_gradient_of(other_probs, jnp.where(leads, exact, other_probs))
     others_sum = with_gradient_of(others_sum, jnp.where(leads, found.others_sum, others_sum))
     powers_sum = with_gradient_of(powers_sum, jnp.where(leads, found.powers_sum, powers_sum))
-    margin = jnp.expand_dims(pick(solution.margins, labels, axis), axis)
-    p = jnp.expand_dims(pick(probs, labels, axis), axis)
+    margin = jnp.expand_dims(slices.pick(solution.margins, labels), axis)
+    p = jnp.expand_dims(slices.pick(probs, labels), axis)
     bend = alpha - 1
     # Where p is small, read -log p from p itself, because 1 - others_sum would cancel.
     near, inside = others_sum < 0.5, p > 0

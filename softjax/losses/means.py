@@ -9,12 +9,13 @@ from jax.typing import ArrayLike
 from softjax._api import PROBABILITY, api
 from softjax._elementary import expm1_over
 from softjax._inputs import computing_dtype, one_number, per_class, to_float
+from softjax._mesh import AxisName, names_of
 from softjax.losses._reduction import over_mass, shares_and_masses, sum_of_counted
 
 __all__ = ["class_balanced_weights", "logit_adjustment", "mean_loss"]
 
 
-@api("ignore_index")
+@api("ignore_index", "axis_name", spread=("losses", "labels", "example_weights"))
 def mean_loss(
     losses: ArrayLike,
     labels: ArrayLike | None = None,
@@ -22,6 +23,7 @@ def mean_loss(
     ignore_index: int | None = None,
     class_weights: ArrayLike | None = None,
     example_weights: ArrayLike | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Averages losses over the examples that count.
 
@@ -36,6 +38,9 @@ def mean_loss(
         class_weights: the factors w, `[n]`, that the losses were computed with (1 without).
         example_weights: factors a, broadcastable to `[*shape]`; differentiable. An example of
             weight 0 does not count, whatever its loss.
+        axis_name: mesh axis, or axes, over which the examples are spread, inside of
+            `jax.shard_map`; None: not spread. (A mean of the devices' means would be another
+            number where they count different numbers of examples.)
 
     Returns:
         One number, in the dtype of `losses` (float32 or wider); 0 where nothing counts, where
@@ -78,7 +83,8 @@ def mean_loss(
         class_weights=class_weights,
         example_weights=example_weights,
     )
-    return over_mass(sum_of_counted(losses, shares), masses)
+    mesh_axes = names_of(axis_name)
+    return over_mass(sum_of_counted(losses, shares, mesh_axes), masses, mesh_axes)
 
 
 @api(beta=PROBABILITY)

@@ -22,6 +22,7 @@ from softjax._inputs import (
     to_array,
     to_float,
 )
+from softjax._mesh import AxisName
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
@@ -34,7 +35,12 @@ __all__ = ["distillation_loss", "soft_cross_entropy"]
 _HOT = 1e15  # above this temperature the loss is its limit to working precision
 
 
-@api("axis", "reduction")
+@api(
+    "axis",
+    "reduction",
+    "axis_name",
+    spread=("logits", "targets", "where", "class_weights"),
+)
 def soft_cross_entropy(
     logits: ArrayLike,
     targets: ArrayLike,
@@ -44,6 +50,7 @@ def soft_cross_entropy(
     example_where: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
     reduction: str | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Measures the expected -log p under target weights, in nats.
 
@@ -60,6 +67,7 @@ def soft_cross_entropy(
         class_weights: factors w of the classes, `[n]`, where `axis` is one; differentiable.
         reduction: "mean" divides the sum by the number of slices that are not left out, as
             PyTorch does with target weights; "sum"; or None.
+        axis_name: as in `cross_entropy`; the targets are those of this device's classes.
 
     Returns:
         One loss per slice, or one number with `reduction`; float32 or wider; inf where a target
@@ -80,7 +88,7 @@ def soft_cross_entropy(
         any order.
     """
     check_reduction(reduction)
-    problem = prepare(logits, axis=axis, where=where)
+    problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
     targets, _ = to_float(targets, name="targets")
     targets = broadcast(
         targets.astype(problem.logits.dtype), problem.logits.shape, name="targets"
@@ -93,7 +101,7 @@ def soft_cross_entropy(
         vector = per_class(class_weights, problem.logits.shape[one], problem.logits.dtype)
         others = tuple(i for i in range(problem.logits.ndim) if i != one)
         weights = jnp.broadcast_to(jnp.expand_dims(vector, others), problem.logits.shape)
-    slices = AlongAxes(problem.axes)
+    slices = AlongAxes(problem.axes, problem.mesh_axes)
 
     def loss(logits: Array, targets: Array, weights: Array | None) -> tuple[Array]:
         if weights is not None:
@@ -108,7 +116,13 @@ def soft_cross_entropy(
     return _losses_of_slices(loss, arrays, problem, example_where, reduction)
 
 
-@api("axis", "reduction", temperature=NONNEGATIVE)
+@api(
+    "axis",
+    "reduction",
+    "axis_name",
+    spread=("student_logits", "teacher_logits", "where"),
+    temperature=NONNEGATIVE,
+)
 def distillation_loss(
     student_logits: ArrayLike,
     teacher_logits: ArrayLike,
@@ -118,6 +132,7 @@ def distillation_loss(
     where: ArrayLike | None = None,
     example_where: ArrayLike | None = None,
     reduction: str | None = None,
+    axis_name: AxisName = None,
 ) -> Array:
     r"""Measures how far a student is from its teacher, both softened by a temperature.
 
@@ -134,6 +149,7 @@ def distillation_loss(
             False leaves a slice out: its loss and gradient are 0, whatever it holds.
         reduction: "mean" divides the sum by the number of slices that are not left out; "sum";
             or None.
+        axis_name: as in `cross_entropy`.
 
     Returns:
         One loss per slice, or one number with `reduction`; float32 or wider, at least 0; inf
@@ -159,7 +175,12 @@ def distillation_loss(
         Hinton, Vinyals and Dean (2015), Distilling the knowledge in a neural network.
     """
     check_reduction(reduction)
-    options: dict[str, Any] = {"axis": axis, "where": where, "temperature": temperature}
+    options: dict[str, Any] = {
+        "axis": axis,
+        "where": where,
+        "temperature": temperature,
+        "axis_name": axis_name,
+    }
     student = prepare(student_logits, **options, name="student_logits")
     teacher = prepare(teacher_logits, **options, name="teacher_logits")
     if student.logits.shape != teacher.logits.shape:
@@ -233,15 +254,16 @@ def _softened_divergence(
     # the rest.
     logits = teacher.logits, student.logits
     nothing = lambda *logits: jnp.zeros_like(row)
-    variance = functools.partial(_half_variance, student.axes)
+    slices = AlongAxes(student.axes, student.mesh_axes)
+    variance = functools.partial(_half_variance, slices)
     limit = lax.cond(jnp.any(hot), variance, nothing, *logits)
     limit = jnp.where(cold, jnp.where(row == jnp.inf, jnp.inf, 0), limit)
     return jnp.where(cold | hot, limit, row)
 
 
-def _half_variance(axes: tuple[int, ...], teacher: Array, student: Array) -> Array:
+def _half_variance(slices: AlongAxes, teacher: Array, student: Array) -> Array:
     """Half the variance of the logits' difference, the loss at an infinite temperature."""
-    slices, dtype = AlongAxes(axes), jnp.promote_types(teacher.dtype, student.dtype)
+    dtype = jnp.promote_types(teacher.dtype, student.dtype)
     kept = [logits != -jnp.inf for logits in (teacher, student)]
     both = kept[0] & kept[1]
     apart = [jnp.where(both, logits, 0).astype(dtype) for logits in (teacher, student)]

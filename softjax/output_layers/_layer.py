@@ -25,6 +25,7 @@ from softjax._inputs import (
     to_array,
     to_float,
 )
+from softjax._slices import AlongAxes
 
 
 class Tokens(NamedTuple):
@@ -182,9 +183,15 @@ def cooled(scores: Array, temperature: Array) -> Array:
     return jnp.where(infinite, scores / lax.stop_gradient(temperature), finite / temperature)
 
 
-def token_labels(layer: Layer, labels: ArrayLike, ignore_index: int | None) -> Classes:
+def token_labels(
+    layer: Layer,
+    labels: ArrayLike,
+    ignore_index: int | None,
+    mesh_axes: tuple[str, ...] = (),
+) -> Classes:
     labels = labels_of(labels, (*layer.shape, 1), len(layer.shape)).reshape(-1)
-    return known_labels(labels, layer.head.weights.shape[0], ignore_index)
+    num_classes = AlongAxes((0,), mesh_axes).length(layer.head.weights)
+    return known_labels(labels, num_classes, ignore_index)
 
 
 def idle_tokens(shares: Array, *tokens: Tokens, known: Array | bool = True) -> Array:

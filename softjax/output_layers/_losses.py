@@ -26,7 +26,9 @@ def token_losses(plan: Plan, tokens: Tokens, head: Head, rows: Classes) -> tuple
         found.nll,
         found.logsumexp,
         found.uniform_nll,
-        label_weight=None if weights is None else weights[rows.labels],
+        label_weight=None
+        if weights is None
+        else plan.slices.pick_per_class(weights, rows.labels),
         smoothing=smoothing,
         z_loss=tokens.z_loss,
     )

@@ -20,6 +20,7 @@ from softjax._float import where_finite
 from softjax._inputs import check_int, computing_dtype
 from softjax._mesh import vary
 from softjax._scan import scan_blocks
+from softjax._slices import AlongAxes
 from softjax.losses._softmax_stats import statistics as row_statistics
 from softjax.output_layers._layer import Head, Tokens, layer_scores, leaves_of, replaced
 
@@ -37,6 +38,11 @@ class Plan(NamedTuple):
     dense: bool
     uniform: bool = False
     entropy: bool = False
+    mesh_axes: tuple[str, ...] = ()  # over which the classes are spread
+
+    @property
+    def slices(self) -> AlongAxes:
+        return AlongAxes((1,), self.mesh_axes)
 
 
 class Found(NamedTuple):
@@ -53,23 +59,28 @@ class Found(NamedTuple):
     log_total: Array | None = None  # log(sum(exp(s - peak)))
 
 
-def plan_for(tokens: Tokens, head: Head, block_size: int | None) -> Plan:
+def plan_for(
+    tokens: Tokens, head: Head, block_size: int | None, mesh_axes: tuple[str, ...] = ()
+) -> Plan:
     num_tokens, num_classes = tokens.features.shape[0], head.weights.shape[0]
     if block_size is not None:
         size = check_int(block_size, name="block_size", least=1)
-        return Plan(min(size, num_classes), dense=False)
+        return Plan(min(size, num_classes), dense=False, mesh_axes=mesh_axes)
     block = max(LEAST, ENTRIES // max(1, min(num_tokens, TOKENS)))
     dense = num_tokens * num_classes <= DENSE
-    return Plan(min(block, num_classes), dense)
+    return Plan(min(block, num_classes), dense, mesh_axes=mesh_axes)
 
 
 def statistics(plan: Plan, tokens: Tokens, head: Head, labels: Array) -> Found:
     """The statistics of the logits of a layer that `plan` asks for, at labels in [0, V)."""
+    if plan.mesh_axes:
+        # Once before all loops: its transpose is the sum over devices of the tokens' gradient.
+        tokens = vary(tokens, head)
     if plan.dense:
         # For few logits the derivative keeps their weights, and forms no logits again.
         scores, _ = layer_scores(tokens, head)
         weights = class_row(head, scores.dtype) if plan.uniform else None
-        found = row_statistics(1, scores, labels, weights)
+        found = row_statistics(plan.slices, scores, labels, weights)
         return Found(found.nll, found.logsumexp, found.uniform_nll)
     return by_tokens(lambda some: _stream(plan, some[0], head, some[1]), (tokens, labels))
 
@@ -127,10 +138,16 @@ def _stream(plan: Plan, tokens: Tokens, head: Head, labels: Array) -> Found:
         _Uniform(zero, zero, zero) if plan.uniform else None,
     )
 
+    if plan.mesh_axes:
+        labels -= plan.slices.first_place(head.weights.shape[0], labels.dtype)
+
     def visit(seen: _Seen, start: Array, some: Head) -> _Seen:
         return _merge(seen, _observe(plan, start, tokens, some, labels))
 
-    return _finish(by_classes(plan.block, visit, vary(seen, tokens), head))
+    seen = by_classes(plan.block, visit, vary(seen, tokens), head)
+    if plan.mesh_axes:
+        seen = _merge_devices(plan, head.weights.shape[0], seen)
+    return _finish(seen)
 
 
 def _observe(plan: Plan, start: Array, tokens: Tokens, head: Head, labels: Array) -> _Seen:
@@ -182,6 +199,44 @@ def _merge(a: _Seen, b: _Seen) -> _Seen:
     return seen._replace(uniform=uniform)
 
 
+def _merge_devices(plan: Plan, length: int, seen: _Seen) -> _Seen:
+    """The state of the classes of all devices, each of which has `length` of them."""
+    mesh_axes = plan.mesh_axes
+    total = functools.partial(lax.psum, axis_name=mesh_axes)
+    highest = lambda x: lax.pmax(lax.stop_gradient(x), mesh_axes)
+
+    def from_owner(owns: Array, score: Array) -> Array:
+        """The score of the one device that owns it; -inf where none does."""
+        owners, score = total((owns.astype(score.dtype), jnp.where(owns, score, 0)))
+        return jnp.where(owners > 0, score, -jnp.inf)
+
+    apart, others, leader, uniform = seen
+    if leader is None:
+        apart = from_owner(apart != -jnp.inf, apart)
+    else:
+        # The first of the devices whose leaders tie owns the leader of all. The other leaders
+        # join the others. A NaN counts as a leader.
+        raw = highest(leader.raw)
+        here = leader.argmax + plan.slices.first_place(length, leader.argmax.dtype)
+        none = jnp.iinfo(here.dtype).max
+        argmax = lax.pmin(jnp.where(leader.raw < raw, none, here), mesh_axes)
+        owns = argmax == here
+        lesser = jnp.where(owns, -jnp.inf, apart)
+        values = (SCALE * lesser)[:, None, None]
+        others = online.merge(others, online.observe(lesser[:, None], values))
+        apart = from_owner(owns, apart)
+        chosen = from_owner(leader.chosen != -jnp.inf, leader.chosen)
+        leader = _Leader(raw, argmax, chosen)
+    peak = highest(others.peak)
+    scale = jnp.exp(others.peak - where_finite(peak))
+    sums = total((others.total * scale, others.sums * scale[:, None]))
+    merged = _Seen(apart, online.OnlineState(peak, *sums), leader, None)
+    if uniform is not None:
+        raised = jnp.where(uniform.mass == 0, 0, _gap(merged.peak, seen.peak)) * uniform.mass
+        uniform = _Uniform(*total(uniform._replace(costs=uniform.costs + raised)))
+    return merged._replace(uniform=uniform)
+
+
 def _finish(seen: _Seen) -> Found:
     apart, others, leader, uniform = seen
     top = seen.peak
@@ -229,10 +284,13 @@ def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
     # the tangents. The label's 1 - p comes from the value, because 1 - exp(log p) would cancel.
     tokens, head, labels = primals
     found = _stream(plan, *primals)
+    if plan.mesh_axes:
+        labels -= plan.slices.first_place(head.weights.shape[0], labels.dtype)
     tokens_dot, head_dot = nonzero(tangents[:2])
     is_finite = (found.nll != jnp.inf)[:, None]  # An infinite loss is constant.
     missing = jnp.where(is_finite[:, 0], -jnp.expm1(-found.nll), 0)
     fixed = tokens, wide_tangents(tokens_dot), labels, found._replace(argmax=None), missing
+    fixed = vary(fixed, head) if plan.mesh_axes else fixed
 
     def visit(dots: Found, start: Array, heads: Any) -> Found:
         return jax.tree.map(jnp.add, dots, tangent(start, heads, fixed))
@@ -269,6 +327,7 @@ def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
 
     start = jax.tree.map(jnp.zeros_like, found._replace(argmax=None))
     dots: Found = by_classes(plan.block, visit, vary(start, tokens), (head, head_dot))
+    dots = jax.tree.map(plan.slices.sum_over_devices, dots)
     return found, dots._replace(argmax=zero_from_primal(found.argmax, symbolic_zeros=True))
 
 

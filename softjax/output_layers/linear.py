@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, POSITIVE, PROBABILITY, api
 from softjax._inputs import check_flag, per_class
+from softjax._mesh import AxisName, names_of
 from softjax.losses._reduction import check_reduction, over_mass, reduce, shares_and_masses
 from softjax.output_layers._layer import idle_tokens, prepare_layer, token_labels, without
 from softjax.output_layers._losses import (
@@ -49,6 +50,7 @@ def linear_cross_entropy(
     block_size: int | None = None,
     forward_gradient: bool = False,
     return_z_loss: Literal[False] = False,
+    axis_name: AxisName = None,
 ) -> Array: ...
 
 
@@ -70,6 +72,7 @@ def linear_cross_entropy(
     block_size: int | None = None,
     forward_gradient: bool = False,
     return_z_loss: Literal[True],
+    axis_name: AxisName = None,
 ) -> tuple[Array, Array]: ...
 
 
@@ -91,6 +94,7 @@ def linear_cross_entropy(
     block_size: int | None = None,
     forward_gradient: bool = False,
     return_z_loss: bool,
+    axis_name: AxisName = None,
 ) -> Array | tuple[Array, Array]: ...
 
 
@@ -100,6 +104,8 @@ def linear_cross_entropy(
     "block_size",
     "forward_gradient",
     "return_z_loss",
+    "axis_name",
+    spread=("weights", "bias", "class_weights"),
     temperature=POSITIVE,
     soft_cap=POSITIVE,
     z_loss=NONNEGATIVE,
@@ -122,6 +128,7 @@ def linear_cross_entropy(
     block_size: int | None = None,
     forward_gradient: bool = False,
     return_z_loss: bool = False,
+    axis_name: AxisName = None,
 ) -> Array | tuple[Array, Array]:
     r"""Measures `cross_entropy` of a linear layer whose logits are never stored.
 
@@ -156,6 +163,10 @@ def linear_cross_entropy(
             (JAX raises a TypeError; gradients can be differentiated in both modes) and
             `reduction=None`; `block_size` is then that of the tokens taken at once.
         return_z_loss: whether to return the part of the z-loss too, for a log.
+        axis_name: mesh axis, or axes, over which the classes are spread, inside of
+            `jax.shard_map`; None: not spread. `weights`, `bias` and `class_weights` are those
+            of this device's classes, and the labels count the classes of all devices.
+            `reduction` is over this device's tokens, as in `cross_entropy`.
 
     Returns:
         One number, or one loss per token with `reduction=None`; float32 or wider. With
@@ -165,7 +176,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: an argument is not real, `labels` not integer, or `bias` bool.
         ValueError: shapes do not fit, `reduction` or `block_size` is none of the above, or
-            `forward_gradient` meets `reduction=None` or `return_z_loss`.
+            `forward_gradient` meets `reduction=None`, `return_z_loss` or `axis_name`.
 
     Example:
         >>> print(linear_cross_entropy(jnp.ones((2, 3)), jnp.zeros((4, 3)), jnp.array([0, 1])))
@@ -199,8 +210,14 @@ def linear_cross_entropy(
             "`return_z_loss` must be False with `forward_gradient`, which knows the gradient of"
             " one number alone."
         )
+    mesh_axes = names_of(axis_name)
+    if forward_gradient and mesh_axes:
+        raise ValueError(
+            "`forward_gradient` must be False with `axis_name`, because it finds the"
+            " gradient of each block of tokens before the devices add up their sums."
+        )
     layer = prepare_layer(features, weights, bias, temperature, soft_cap)
-    head, rows = layer.head, token_labels(layer, labels, ignore_index)
+    head, rows = layer.head, token_labels(layer, labels, ignore_index, mesh_axes)
     if class_weights is not None:
         class_weights = per_class(class_weights, head.weights.shape[0], layer.dtype)
         head = head._replace(class_weights=class_weights)
@@ -210,6 +227,7 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         class_weights=class_weights,
         example_weights=example_weights,
+        class_axes=mesh_axes,
     )
     tokens = layer.tokens._replace(
         label_smoothing=layer.optional(label_smoothing, "label_smoothing"),
@@ -222,7 +240,7 @@ def linear_cross_entropy(
         tokens = without(tokens, idle)
         shares, masses = (jnp.where(idle.reshape(x.shape), 0, x) for x in (shares, masses))
         rows = rows._replace(known=rows.known | idle, ignored=idle)
-    plan = plan_for(tokens, head, block_size)
+    plan = plan_for(tokens, head, block_size, mesh_axes)
     if forward_gradient:
         total = total_with_gradient(block_size, (tokens, head), rows)
         return over_mass(total, masses) if reduction == "mean" else total
@@ -234,7 +252,13 @@ def linear_cross_entropy(
     return (loss, z_term) if return_z_loss else loss
 
 
-@api("block_size", temperature=POSITIVE, soft_cap=POSITIVE)
+@api(
+    "block_size",
+    "axis_name",
+    spread=("weights", "bias"),
+    temperature=POSITIVE,
+    soft_cap=POSITIVE,
+)
 def linear_statistics(
     features: ArrayLike,
     weights: ArrayLike,
@@ -244,6 +268,7 @@ def linear_statistics(
     temperature: ArrayLike = 1.0,
     soft_cap: ArrayLike | None = None,
     block_size: int | None = None,
+    axis_name: AxisName = None,
 ) -> Statistics:
     r"""Computes the usual statistics of the logits of a linear layer, without storing them.
 
@@ -258,6 +283,7 @@ def linear_statistics(
         temperature: T > 0, one number or one per token; differentiable.
         soft_cap: c > 0, before the temperature, as in `linear_cross_entropy`; differentiable.
         block_size: classes formed at once; chosen from the shapes by default.
+        axis_name: as in `linear_cross_entropy`.
 
     Returns:
         (logsumexp, entropy, argmax, log_prob), each `[...]`: float32 or wider, but argmax int32
@@ -278,8 +304,10 @@ def linear_statistics(
     """
     layer = prepare_layer(features, weights, bias, temperature, soft_cap)
     asked = jnp.zeros(layer.shape, jnp.int32) if labels is None else labels
-    rows = token_labels(layer, asked, None)
-    plan = plan_for(layer.tokens, layer.head, block_size)._replace(dense=False, entropy=True)
+    mesh_axes = names_of(axis_name)
+    rows = token_labels(layer, asked, None, mesh_axes)
+    plan = plan_for(layer.tokens, layer.head, block_size, mesh_axes)
+    plan = plan._replace(dense=False, entropy=True)
     found = statistics(plan, layer.tokens, layer.head, rows.labels)
     log_prob = None if labels is None else -rows.finish(found.nll)
     parts: Any = found.logsumexp, found.entropy, found.argmax, log_prob

@@ -33,7 +33,7 @@ from softjax._inputs import (
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
-from softjax.entropies import pick, softmax_entropy
+from softjax.entropies import softmax_entropy
 from softjax.sampling import sample
 
 __all__ = ["policy_entropy", "policy_log_prob", "policy_probs", "select_action"]
@@ -293,7 +293,7 @@ def mixture(problem: Problem, epsilon: ArrayLike, ties: Ties = "random") -> Mixt
         x = jnp.where(cold & ~_is_first_peak(x, problem.axes), -jnp.inf, x)
     solution = solve(SOFTMAX, slices, x, problem.temperature)
     if is_zero(epsilon):
-        entropy = softmax_entropy(problem.axes, x, problem.temperature)
+        entropy = softmax_entropy(slices, x, problem.temperature)
         return Mixture(solution.probs, solution.margins, entropy)
     legal = problem.logits != -jnp.inf
     # Count in integers, because float32 has no odd number above 2^24.
@@ -367,4 +367,4 @@ def per_step(x: Array, shape: tuple[int, ...], name: str, target: str) -> Array:
 def chosen(log_probs: Array, actions: Array, axis: int) -> Array:
     """The log-probability of each action; -1 stands for none where there is none."""
     nothing = jnp.all(log_probs == -jnp.inf, axis) & equal(actions, -1)
-    return jnp.where(nothing, -jnp.inf, pick(log_probs, actions, axis))
+    return jnp.where(nothing, -jnp.inf, AlongAxes((axis,)).pick(log_probs, actions))
