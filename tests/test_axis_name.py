@@ -59,6 +59,7 @@ C = (np.exp(0.3 * normal(4, CLASSES)), PartitionSpec("classes"))
 X = (normal(5, ROWS, 6), COLUMN)
 V = (normal(6, CLASSES, 6), PartitionSpec("classes", None))
 B = (np.where(np.arange(CLASSES) % 7 == 5, -INF, normal(7, CLASSES)), PartitionSpec("classes"))
+KEPT = (np.array([True, False, True, True, True, True, False, True]), PartitionSpec("classes"))
 PAIRS = (
     (normal(8, 8, 6), PartitionSpec("classes", None)),
     (normal(9, 8, 6), PartitionSpec("classes", None)),
@@ -256,6 +257,20 @@ CASES = {
         )
         for symmetric in (True, False)
     },
+    "info_nce where": Case(
+        lambda q, k, t, w, **on: sj.info_nce(q, k, temperature=jnp.exp(t), where=w, **on),
+        PAIRS,
+        (KEPT,),
+        out=ONE,
+    ),
+    "siglip_loss where": Case(
+        lambda q, k, t, w, **on: sj.siglip_loss(
+            q, k, temperature=jnp.exp(t), bias=t, where=w, **on
+        ),
+        PAIRS,
+        (KEPT,),
+        out=ONE,
+    ),
     "siglip_loss": Case(
         lambda q, k, t, **on: sj.siglip_loss(q, k, temperature=jnp.exp(t), bias=t, **on),
         PAIRS,
