@@ -19,11 +19,20 @@ from softjax._autodiff import with_gradient_of
 from softjax._divergence import nats_between
 from softjax._elementary import expm1_over_twice, log1p
 from softjax._float import two_difference, where_finite
-from softjax._inputs import Axis, Problem, labels_of, per_slice, prepare, resolve_one_axis
+from softjax._inputs import (
+    Axis,
+    Problem,
+    known_labels,
+    labels_of,
+    per_slice,
+    prepare,
+    resolve_one_axis,
+)
 from softjax._mesh import AxisName
 from softjax._scores import centre
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX, normalizer
+from softjax._softmax_stats import statistics
 from softjax._threshold import Solution, solve
 
 __all__ = ["entropy", "jensen_shannon_divergence", "kl_divergence", "log_prob"]
@@ -186,8 +195,8 @@ def log_prob(
             `jax.shard_map`; None: not spread. The labels count the classes of all devices.
 
     Returns:
-        One number per label, in the dtype of `logits`; -inf for a dropped label, NaN for a
-        label outside [0, n), which is never taken for another class.
+        One number per label, in the dtype of `logits`; -inf for a dropped label, NaN in a slice
+        that keeps a NaN and for a label outside [0, n), which is never taken for another class.
 
     Raises:
         TypeError: `logits` is not real, `labels` not integer, `where` not bool, or `axis`
@@ -200,14 +209,16 @@ def log_prob(
         [-6.9314718e-01 -1.9287499e-22]
 
     Note:
-        O(n); as precise as `log_softmax`. Both modes, any order.
+        O(n); as precise as `log_softmax`. It is minus `cross_entropy`, whose derivative it
+        has: the gradient takes no array besides itself. Both modes, any order.
     """
     problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     labels = labels_of(labels, problem.logits.shape, axis)
     slices = AlongAxes((axis,), problem.mesh_axes)
-    solution = solve(SOFTMAX, slices, problem.logits)
-    return slices.pick(solution.margins, labels).astype(problem.dtype)
+    classes = known_labels(labels, slices.length(problem.logits), None)
+    nll = statistics(slices, problem.logits, classes.labels).nll
+    return -jnp.where(classes.known, nll, jnp.nan).astype(problem.dtype)
 
 
 @api("axis", "axis_name", spread=("p_logits", "q_logits", "where"), weight=PROBABILITY)

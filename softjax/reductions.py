@@ -6,7 +6,8 @@ exactly zero. A slice that keeps nothing gives -inf; a kept NaN gives NaN.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import functools
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,7 @@ from softjax._float import where_finite
 from softjax._inputs import Axis, broadcast, check_flag, per_slice, prepare, to_float
 from softjax._mesh import AxisName
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX
-from softjax._threshold import solve
+from softjax._softmax import Normalizer, normalizer, weights
 
 __all__ = ["logmeanexp", "logsumexp", "mellowmax"]
 
@@ -139,10 +139,28 @@ def logsumexp(
     return next(pair), next(pair)
 
 
+@jax.custom_jvp
 def log_sum(slices: AlongAxes, logits: Array) -> Array:
     """`logsumexp` of prepared logits, with the axes kept."""
-    solution = solve(SOFTMAX, slices, logits)
-    return slices.max(jax.lax.stop_gradient(logits)) + solution.threshold
+    found = normalizer(slices, logits, None)
+    return found.peak + found.log_total
+
+
+@log_sum.defjvp
+def _log_sum_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    # A rule for two reasons: a dropped entry has derivative 0 whatever stands there, and only
+    # the logits and two numbers per slice are remembered.
+    slices, logits = primals
+    found = normalizer(slices, logits, None)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def tangent(logits: Array, found: Normalizer, dot: Array) -> Array:
+        entries = weights(logits, found.peak, None)
+        # The second test implies the first, without which XLA stores the mask for a GPU.
+        counts = (logits != -jnp.inf) & (entries != 0)
+        return slices.sum_of_tangents(entries / found.divisor * jnp.where(counts, dot, 0))
+
+    return found.peak + found.log_total, tangent(logits, found, tangents[1])
 
 
 def _weighted(slices: AlongAxes, logits: Array, weights: ArrayLike) -> tuple[Array, Array]:

@@ -160,7 +160,12 @@ CASES = {
         ((SOME_Y[0], ONE),),
         out=ONE,
     ),
-    "log_prob": Case(lambda z, y, w, **on: sj.log_prob(z, y, where=w, **on), (Z,), (SOME_Y, W)),
+    "log_prob": Case(
+        lambda z, y, w, **on: sj.log_prob(z, y, where=w, **on),
+        (Z,),
+        (SOME_Y, W),
+        reduces=(2, 2, 3),
+    ),
     "focal_loss": Case(
         lambda z, c, g, y, w, **on: sj.focal_loss(
             z, y, gamma=g, where=w, ignore_index=-1, class_weights=c, **on

@@ -17,10 +17,10 @@ from softjax._api import POSITIVE, api
 from softjax._inputs import check_int
 from softjax._random import bits, check_key
 from softjax._scan import scan_blocks
+from softjax._softmax_stats import nll
 from softjax._uint64 import WORD, Wide
 from softjax.losses._labels import reduce_rows
 from softjax.losses._reduction import check_reduction
-from softjax.losses._softmax_stats import nll
 from softjax.output_layers._layer import (
     Head,
     Tokens,
