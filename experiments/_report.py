@@ -188,6 +188,7 @@ body { max-width: 50rem; margin: 0 auto; padding: 1rem; font: 1rem/1.5 system-ui
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; overflow-wrap: normal; }
 th, td { padding: 0.25rem 0.75rem 0.25rem 0; text-align: left; border-bottom: 1px solid gray; }
+td:nth-child(2) { white-space: nowrap; }
 figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; background: white; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; font-size: 0.9rem; }

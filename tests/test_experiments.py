@@ -6,6 +6,8 @@ import importlib
 import io
 import json
 import math
+import shutil
+import subprocess
 import wave
 
 import jax
@@ -687,6 +689,55 @@ def test_all_and_report(tmp_path, capsys):
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"1 of {len(judged)} targets were missed: {judged[0]['measure']}" in text
     assert "<strong>NO</strong>" in text
+
+
+BROWSER = shutil.which("chromium")
+PHONE = 380  # pixels
+
+# The page tells its frame, which is as wide as a phone, what a reader would see of it.
+PROBE = """<script>addEventListener("load", () => parent.postMessage({
+  width: document.documentElement.scrollWidth,
+  pictures: [...document.images].map(picture => picture.naturalWidth),
+}, "*"))</script>"""
+FRAME = f"""<!DOCTYPE html><iframe src="page.html" style="width: {PHONE}px; border: 0"></iframe>
+<script>addEventListener("message", told => document.body.textContent =
+  JSON.stringify(told.data))</script>"""
+
+
+def seen_by_a_browser(text, folder):
+    """The width of the page, the widths of its pictures, and what the console says."""
+    (folder / "page.html").write_text(text.replace("</body>", PROBE + "</body>"))
+    (folder / "frame.html").write_text(FRAME)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    flags += ["--virtual-time-budget=20000", f"--user-data-dir={folder / 'profile'}"]
+    command = [BROWSER, *flags, "--dump-dom", (folder / "frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    body = done.stdout.partition("<body>")[2].partition("</body>")[0]
+    errors = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(body), errors
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs the browser chromium")
+def test_report_in_a_browser(tmp_path):
+    """No error, no horizontal scroll on a phone, and every picture is loaded."""
+    runs = tmp_path / "runs"
+    for script in ("toy", "argmax"):
+        assert _gallery.main([script], ["--quick", "--out", str(runs)]) == 0
+    assert command_line.main(["report", "--out", str(runs)]) == 0
+    text = (runs / "report.html").read_text(encoding="utf-8")
+    seen, errors = seen_by_a_browser(text, tmp_path)
+    assert not errors
+    assert seen["width"] <= PHONE
+    assert len(seen["pictures"]) == len(list(runs.glob("*/*/*.png")))
+    assert all(seen["pictures"])
+
+    # A page with all three faults is seen to have them.
+    bad = '<img src="none.png"><div style="width: 999px">.</div><script>none()</script>'
+    seen, errors = seen_by_a_browser(text.replace("</main>", bad + "</main>"), tmp_path)
+    assert "none is not defined" in errors[0]
+    assert seen["width"] > PHONE
+    assert seen["pictures"][-1] == 0
 
 
 def test_readme_is_current():
