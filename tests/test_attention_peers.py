@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import inspect
-import pathlib
 import re
 import warnings
 
@@ -117,16 +116,14 @@ else:
                 self.skipTest("quantised arrays and unnormalised averages are not offered")
 
 
-# flax: the recipe of the README, beside flax's own attention.
-
-README = pathlib.Path(__file__).parents[1] / "README.md"
+# flax: the recipe in the docstring of `attentions`, beside flax's own attention.
 
 
 def flax_recipe():
-    """The function of the README."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    """The function of the docstring."""
+    blocks = re.findall(r"```python\n(.*?)```", sj.attentions.__doc__, re.S)
     (block,) = (block for block in blocks if "def attention_fn" in block)
-    names = {"sj": sj}
+    names = {}
     exec(block, names)
     return names["attention_fn"]
 

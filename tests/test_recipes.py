@@ -1,6 +1,5 @@
-"""The recipes of the README, beside their definitions in NumPy."""
+"""The recipes in the docstring of `attentions`, beside their definitions in NumPy."""
 
-import pathlib
 import re
 
 import jax
@@ -9,19 +8,17 @@ import numpy as np
 import pytest
 
 import softjax as sj
-from softjax import masks
 from tests.helpers import assert_close
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
 BATCH, LENGTH, HEADS, WIDTH = 2, 6, 3, 4
 
 
 @pytest.fixture(scope="module")
 def recipes():
-    """The functions of the README by name."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    """The functions of the docstring by name."""
+    blocks = re.findall(r"```python\n(.*?)```", sj.attentions.__doc__, re.S)
     (code,) = [block for block in blocks if "def forgetting_attention" in block]
-    scope = {"jnp": jnp, "sj": sj, "masks": masks}
+    scope = {}
     exec(code, scope)
     return scope
 
