@@ -1,4 +1,4 @@
-"""Why not argmax, and why not a sigmoid for each class?
+"""Why not argmax, or a sigmoid per class?
 
 A linear classifier of handwritten digits is trained three times from the same weights: by the
 cross-entropy of softmax, by the squared error of the one-hot argmax, and by a sigmoid with a

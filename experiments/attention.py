@@ -1,4 +1,4 @@
-"""Which map from scores to weights lets attention find one token among ever more?
+"""Which map finds one token among ever more?
 
 Two tasks, small transformers, all maps of one registry and several seeds. In max-retrieval
 (Velickovic et al. 2024, Softmax is not enough for sharp out-of-distribution) a query must give

@@ -1,4 +1,4 @@
-"""What does a baseline buy a gradient bandit, and which softmax explores best?
+"""Which bandit finds the best arm?
 
 The 10-armed testbed of Sutton and Barto (2018, chapter 2), 2000 runs of 1000 steps. First the
 gradient bandit, whose preferences move by the gradient of `policy_gradient_loss`, on arms worth

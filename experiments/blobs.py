@@ -1,4 +1,4 @@
-"""Does a small network reach the published result on four blobs, whatever map it ends in?
+"""Does every map separate four blobs as published?
 
 The published Keras run: 1000 points around four centres, 250 of them for testing; dense layers
 of 12, 8 and 4 units, relu, He-uniform; Adam at 1e-3, 30 epochs, batches of 5; test loss

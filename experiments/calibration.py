@@ -1,4 +1,4 @@
-"""Are the outputs of a network probabilities, and what helps where they are not?
+"""Are outputs probabilities, and what helps if not?
 
 Dense networks learn handwritten digits from 400 images, 15 % of them with a wrong label. The
 wrong labels are put in on purpose: the networks learn them by heart and become over-confident.

@@ -1,4 +1,4 @@
-"""How well do small networks classify real images, with softmax and its sparse kin on top?
+"""How well does each map classify images?
 
 A dense network and a small convolutional one are trained on scikit-learn's handwritten digits
 (or on the MNIST, CIFAR or .npz files in `--data-dir`), with softmax, sparsemax or entmax15 as

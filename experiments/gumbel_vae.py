@@ -1,4 +1,4 @@
-"""Which estimate of the gradient trains discrete latent variables best?
+"""Which gradient trains discrete latent variables best?
 
 A variational autoencoder of handwritten digits, 8 x 8 and binarised, whose latent variables are
 a few classes each: an encoder gives their logits, a sample is decoded to the probability of

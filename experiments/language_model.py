@@ -1,4 +1,4 @@
-"""How many nats per character does a small language model need on text that it has not read?
+"""How well does a small model predict text?
 
 The model reads a window of characters, embeds them, and passes them through two dense layers to
 the features from which a linear layer predicts the next character. It is trained on the first

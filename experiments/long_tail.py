@@ -1,4 +1,4 @@
-"""What helps a classifier whose rarest class has a hundredth of the commonest one's examples?
+"""What helps a classifier with rare classes?
 
 Handwritten digits with a long tail: 120 training images of the commonest class, fewer and fewer
 of the others, and one of the rarest; which digit is rare differs from seed to seed. Four ways,

@@ -1,4 +1,4 @@
-"""Can a map of one's own take the place of softmax?
+"""Can a map of your own replace softmax?
 
 Softmax is exp(z - t), where the threshold t makes the sum 1. Any function that rises from 0 may
 stand in place of exp. Here it is exp(m) - 1 where m is positive, and 0 elsewhere: a map with

@@ -1,4 +1,4 @@
-"""Does a network that knows a few classes see that an input belongs to none of them?
+"""Does a network notice inputs of no known class?
 
 A dense network learns to tell two, and then six, of the ten handwritten digits apart, and is
 shown digits that it does not know; it can only answer with one that it knows. Half of the

@@ -1,4 +1,4 @@
-"""Which losses do wrong labels and far points pull along?
+"""Which losses do wrong labels and far points pull?
 
 A linear classifier of handwritten digits is trained on labels of which a share is wrong, and
 once more with the wrongly labelled images multiplied by a factor, so that they lie far from all

@@ -1,4 +1,4 @@
-"""What does a softmax do, number by number, on a table of seven rows?
+"""What does a softmax do, number by number?
 
 One hidden layer of four tanh units and a softmax over three classes are fitted to the table
 that tutorials show. The output layer starts at zero, so that the answers before training are

@@ -1,4 +1,4 @@
-"""How close does softmax regression come to the best possible rule for vowels?
+"""How close is softmax regression to the rule of Bayes?
 
 A vowel is heard by its formants, the resonances of the mouth. The ten English vowels of "heed",
 "hid", ... are drawn, not recorded: a man, a woman or a child says one of them, and the

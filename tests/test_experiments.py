@@ -768,7 +768,7 @@ def test_report_writes_the_readme(tmp_path, monkeypatch, capsys):
         (folder / "environment.json").write_text(json.dumps(made), encoding="utf-8")
         (folder / "pictures.json").write_text("{}", encoding="utf-8")
     assert command_line.main(["report", "--readme", "--out", str(tmp_path / "runs")]) == 0
-    figure = "rows: 6 (≥ 7); 1 of 2 targets"
+    figure = "rows: 6; 1/2"
     assert json.loads(figures.read_text(encoding="utf-8")) == {
         "blobs": "as it was",
         "toy": figure,
