@@ -305,7 +305,8 @@ class Classes(NamedTuple):
 
 def known_labels(labels: Array, num_classes: int, ignore_index: int | None) -> Classes:
     """Labels as classes in [0, num_classes)."""
-    last = min(num_classes - 1, int(jnp.iinfo(labels.dtype).max))
+    last, most = num_classes - 1, int(jnp.iinfo(labels.dtype).max)
+    last = most if statically_greater(last, most) else last
     inside = (labels >= 0) & (labels <= last)
     ignored = None if ignore_index is None else equal(labels, ignore_index)
     known = inside if ignored is None else inside | ignored

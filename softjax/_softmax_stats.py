@@ -90,7 +90,9 @@ def _statistics_jvp(
         nll_dot = logsumexp_dot = rest_dot = label_weight_dot = zero
         kept = logits != -jnp.inf
         if logits_dot is not None:
-            entries = weights(logits, expand(found.peak), None)
+            # A dropped entry has no second derivative either, whatever its tangent is.
+            kept_logits = jnp.where(kept, logits, -jnp.inf)
+            entries = weights(kept_logits, expand(found.peak), None)
             is_label = slices.places(logits, labels.dtype) == expand(labels)
             # The label counts also where its weight underflows: its slope is the others' share.
             logits_dot = jnp.where(kept & ((entries != 0) | is_label), logits_dot, 0)

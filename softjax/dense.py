@@ -64,6 +64,7 @@ def softmax(
 
         In parts, on any number of devices, each of which holds some of the columns:
 
+        >>> import jax
         >>> mesh, columns = jax.make_mesh((1,), ("classes",)), jax.P(None, "classes")
         >>> call = lambda z: softmax(z, axis_name="classes")
         >>> split = jax.shard_map(call, mesh=mesh, in_specs=columns, out_specs=columns)

@@ -218,7 +218,9 @@ def log_prob(
     slices = AlongAxes((axis,), problem.mesh_axes)
     classes = known_labels(labels, slices.length(problem.logits), None)
     nll = statistics(slices, problem.logits, classes.labels).nll
-    return -jnp.where(classes.known, nll, jnp.nan).astype(problem.dtype)
+    # A label that is dropped or unknown has a constant result.
+    nll = jnp.where(nll == jnp.inf, jnp.inf, jnp.where(classes.known, nll, jnp.nan))
+    return (0 - nll).astype(problem.dtype)
 
 
 @api("axis", "axis_name", spread=("p_logits", "q_logits", "where"), weight=PROBABILITY)

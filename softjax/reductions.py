@@ -21,7 +21,8 @@ from softjax._float import where_finite
 from softjax._inputs import Axis, broadcast, check_flag, per_slice, prepare, to_float
 from softjax._mesh import AxisName
 from softjax._slices import AlongAxes
-from softjax._softmax import Normalizer, normalizer, weights
+from softjax._softmax import SOFTMAX, normalizer
+from softjax._threshold import solve
 
 __all__ = ["logmeanexp", "logsumexp", "mellowmax"]
 
@@ -148,19 +149,17 @@ def log_sum(slices: AlongAxes, logits: Array) -> Array:
 
 @log_sum.defjvp
 def _log_sum_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    # A rule for two reasons: a dropped entry has derivative 0 whatever stands there, and only
-    # the logits and two numbers per slice are remembered.
+    # A rule to save memory: it remembers the logits alone, and forms the softmax again.
     slices, logits = primals
-    found = normalizer(slices, logits, None)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def tangent(logits: Array, found: Normalizer, dot: Array) -> Array:
-        entries = weights(logits, found.peak, None)
+    def tangent(logits: Array, dot: Array) -> Array:
+        probs = solve(SOFTMAX, slices, logits).probs
         # The second test implies the first, without which XLA stores the mask for a GPU.
-        counts = (logits != -jnp.inf) & (entries != 0)
-        return slices.sum_of_tangents(entries / found.divisor * jnp.where(counts, dot, 0))
+        counts = (logits != -jnp.inf) & (probs != 0)
+        return slices.sum_of_tangents(probs * jnp.where(counts, dot, 0))
 
-    return found.peak + found.log_total, tangent(logits, found, tangents[1])
+    return log_sum(slices, logits), tangent(logits, tangents[1])
 
 
 def _weighted(slices: AlongAxes, logits: Array, weights: ArrayLike) -> tuple[Array, Array]:

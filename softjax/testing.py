@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from softjax._inputs import check_int
+
 __all__ = ["check_map"]
 
 Map = Callable[..., Array]
@@ -48,6 +50,7 @@ def check_map(fn: Map, *, num_classes: int = 7, seed: int = 0) -> None:
     Raises:
         AssertionError: a promise is broken; the message names it, the logits and the result.
         ValueError: `num_classes` is below 3.
+        TypeError: `num_classes` is no integer.
 
     Example:
         >>> import jax, jax.numpy as jnp, softjax
@@ -63,8 +66,7 @@ def check_map(fn: Map, *, num_classes: int = 7, seed: int = 0) -> None:
         Finite differences are taken in float32, so a derivative that is wrong by less than
         about 1 % may pass. Points where a map has a kink are left out.
     """
-    if num_classes < 3:
-        raise ValueError(f"`num_classes` is {num_classes}; at least 3 are needed.")
+    num_classes = check_int(num_classes, name="num_classes", least=3)
     rng = np.random.default_rng(seed)
     _check_transformations(fn, num_classes, rng)
     programs = Programs(fn)  # Compiled, because one program serves many logits.
@@ -178,7 +180,7 @@ def _check_ties(programs: Programs, num_classes: int, rng: np.random.Generator) 
 def _check_masks(programs: Programs, num_classes: int, rng: np.random.Generator) -> None:
     logits, cotangent = _draw(rng, num_classes), _draw(rng, num_classes)
     keep = np.broadcast_to(np.arange(num_classes) % 3 != 1, logits.shape)
-    alone = programs.probs(logits[:, keep[0]])
+    alone, slope = programs.pulled(logits[:, keep[0]], cotangent[:, keep[0]])
     for name, beneath in (
         ("-inf", -np.inf),
         ("where over NaN", np.nan),
@@ -196,6 +198,9 @@ def _check_masks(programs: Programs, num_classes: int, rng: np.random.Generator)
         is_same = _near(np.asarray(probs)[:, keep[0]], alone, 1e-5)
         problem = "the probabilities are not those of the kept logits alone"
         _require(is_same, promise, problem, given, probs)
+        is_same = _near(np.asarray(gradient)[:, keep[0]], slope, 1e-4)
+        problem = "the gradient is not that of the kept logits alone"
+        _require(is_same, promise, problem, given, gradient)
         is_zero = keep | (np.asarray(gradient) == 0)
         problem = "the gradient of a dropped entry is not 0"
         _require(is_zero, promise, problem, given, gradient)
@@ -224,12 +229,18 @@ def _check_saturation(programs: Programs, num_classes: int, rng: np.random.Gener
 
 def _check_dtypes(programs: Programs, num_classes: int, rng: np.random.Generator) -> None:
     for dtype in ("bfloat16", "float16"):
-        logits = _draw(rng, num_classes).astype(dtype)
-        probs, exact = programs.probs(logits), programs.probs(logits.astype(jnp.float32))
+        logits, cotangent = (_draw(rng, num_classes).astype(dtype) for _ in range(2))
+        probs, slope = programs.pulled(logits, cotangent)
+        wide = (x.astype(jnp.float32) for x in (logits, cotangent))
+        exact, exact_slope = programs.pulled(*wide)
         promise = f"dtypes ({dtype})"
         _require_simplex(promise, logits, probs)
         is_near = _near(probs, exact, 4 * float(jnp.finfo(dtype).eps))
         _require(is_near, promise, "the result is not that of float32", logits, probs)
+        # The cotangent of the largest scale bounds what rounding it adds.
+        slack = 4 * float(jnp.finfo(dtype).eps) * float(jnp.abs(cotangent).max())
+        is_near = _near(slope, exact_slope, slack)
+        _require(is_near, promise, "the gradient is not that of float32", logits, slope)
 
 
 def _check_derivatives(programs: Programs, num_classes: int, rng: np.random.Generator) -> None:

@@ -3,6 +3,7 @@
 import itertools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -204,6 +205,36 @@ def test_log_prob_labels():
     small = sj.log_prob(jnp.zeros((2, 3)), jnp.array([0, 2], "uint8"))
     assert_close(small, [-np.log(3)] * 2, rtol=1e-15)
     assert jnp.isnan(sj.log_prob(jnp.zeros((2, 300)), jnp.array([-1, 0], "int8")))[0]
+
+
+def test_log_prob_of_a_dropped_label_is_constant():
+    logits = jnp.array([0.0, 1.0, -INF])
+    for call in (sj.log_prob, sj.cross_entropy):
+        for label in (2, 3):
+            slope = jax.grad(lambda z, c=call, y=label: c(z, y) ** 2)(logits)
+            np.testing.assert_array_equal(slope, np.zeros(3))
+    assert not np.signbit(sj.log_prob(jnp.array([2e3, 0.0]), 0))  # It is 0, not -0.
+
+
+@pytest.mark.parametrize("call", [sj.log_prob, sj.cross_entropy])
+def test_a_dropped_entry_has_no_second_derivative(call):
+    """Also where its own tangent is infinite, as that of log(0) is."""
+    total = lambda p: call(jnp.log(p), 0)
+    for outer, inner in itertools.product((jax.jacfwd, jax.jacrev), repeat=2):
+        hessian = outer(inner(total))(jnp.array([0.2, 0.8, 0.0]))
+        sign = 1 if call is sj.log_prob else -1
+        assert_close(sign * hessian[:2, :2], np.array([[-24, 1], [1, 1.0]]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("call", [sj.log_prob, sj.cross_entropy])
+def test_losses_of_labels_are_exported_for_any_number_of_classes(call):
+    rows, classes = jax.export.symbolic_shape("rows, classes")
+    shapes = [((rows, classes), jnp.float64), ((rows,), jnp.int32)]
+    grad = jax.jit(jax.value_and_grad(lambda z, y: call(z, y).sum()))
+    exported = jax.export.export(grad)(*(jax.ShapeDtypeStruct(*x) for x in shapes))
+    args = jnp.asarray(draw(0, (3, 5))[0]), jnp.array([0, 4, 2], jnp.int32)
+    for got, wanted in zip(exported.call(*args), grad(*args), strict=True):
+        assert_close(got, wanted, rtol=1e-14, atol=1e-15)
 
 
 def test_log_prob_derivatives():

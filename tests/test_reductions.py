@@ -1,5 +1,7 @@
 """logsumexp, logmeanexp and mellowmax."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -314,3 +316,22 @@ def test_logits_that_are_rounded_anew_for_the_maximum():
     total = jax.jit(lambda z: sj.logsumexp(sj.log_softmax(z), axis=0))
     wanted = oracles.logsumexp(oracles.log_softmax(z), axis=0)
     assert_close(total(z), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["logsumexp", "logmeanexp", "mellowmax"])
+def test_a_dropped_entry_has_no_second_derivative(name):
+    """Also where its own tangent is infinite, as that of log(0) is."""
+    options = {"mellowmax": {"omega": 1.0}}.get(name, {})
+    total = lambda p: getattr(sj, name)(jnp.log(p), **options)
+    for outer, inner in itertools.product((jax.jacfwd, jax.jacrev), repeat=2):
+        hessian = outer(inner(total))(jnp.array([0.2, 0.8, 0.0]))
+        assert_close(hessian[:2, :2], -np.ones((2, 2)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("row", [[2e38, 2e38, 0.0], [-2e38, -2e38, -INF], [INF, INF, 2.0]])
+def test_hessians_of_extreme_logits(row):
+    """The two that are equal share the mass, so the curvature is p (1 - p) = 1 / 4."""
+    hessian = jax.hessian(sj.logsumexp)(jnp.array(row, "float32"))
+    expected = np.zeros((3, 3))
+    expected[:2, :2] = [[0.25, -0.25], [-0.25, 0.25]]
+    assert_close(hessian, expected, rtol=1e-6)

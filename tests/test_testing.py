@@ -86,6 +86,31 @@ def half_slope(probs):
 half_slope.defjvp(lambda primals, tangents: (primals[0], tangents[0] / 2))
 
 
+@jax.custom_jvp
+def double_slope(probs):
+    return probs
+
+
+double_slope.defjvp(lambda primals, tangents: (primals[0], tangents[0] * 2))
+
+
+def steep_under_a_mask(z, where=None):
+    """The slope is wrong only where entries are masked."""
+    return plain(z) if where is None else double_slope(plain(z, where))
+
+
+def steep_beside_a_dropped_entry(z, where=None):
+    """The slope is wrong only in slices that drop an entry by -inf."""
+    probs = plain(z, where)
+    return jnp.where(jnp.any(z == -jnp.inf, -1, keepdims=True), double_slope(probs), probs)
+
+
+def flat_in_half_precision(z, where=None):
+    """Only float32 has a slope."""
+    probs = plain(z, where)
+    return probs if z.dtype == jnp.float32 else jax.lax.stop_gradient(probs)
+
+
 def on_the_host(z, where=None):
     """Not traceable: it asks for a number."""
     return plain(z, where) * float(jnp.sum(plain(z, where)) > -1)
@@ -129,6 +154,9 @@ BROKEN = {
         "dtypes",
         "not that of float32",
     ),
+    "masked slope": (steep_under_a_mask, "masks (where", "kept logits alone"),
+    "slope beside -inf": (steep_beside_a_dropped_entry, "masks (-inf)", "kept logits alone"),
+    "flat halves": (flat_in_half_precision, "dtypes", "gradient is not that of float32"),
     "no slope": (
         lambda z, where=None: jax.lax.stop_gradient(plain(z, where)),
         "derivatives",
@@ -187,5 +215,5 @@ def test_modes_that_differ_are_refused():
 
 
 def test_too_few_classes():
-    with pytest.raises(ValueError, match="`num_classes` is 2"):
+    with pytest.raises(ValueError, match="`num_classes` must be at least 3, got 2"):
         check_map(sj.softmax, num_classes=2)

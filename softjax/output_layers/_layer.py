@@ -56,7 +56,7 @@ class Layer(NamedTuple):
     def per_token(self, option: ArrayLike, name: str) -> Array:
         """An option as one number per token, [N]."""
         value, _ = to_float(option, name=name)
-        value = broadcast(value.astype(self.dtype), self.shape, name=name, target="labels")
+        value = broadcast(value.astype(self.dtype), self.shape, name=name, target="the tokens")
         return value.reshape(-1)
 
     def optional(self, option: ArrayLike, name: str) -> Array | None:

@@ -171,18 +171,18 @@ def _terms(p: Array, q: Array, ratio: Array, weight: Array) -> tuple[Array, Arra
 
 @_terms.defjvp
 def _terms_jvp(primals: Any, tangents: Any) -> Any:
-    # A rule to save memory: the derivative of a term is p' log(p / m) + m' (1 - p / m), and an
-    # infinite term is constant.
+    # A rule to save memory: the derivative of a term is p' log(p / m) + m' (1 - p / m), and m'
+    # where p is 0. An infinite term is constant.
     (p, q, _, weight), (p_dot, q_dot, _, weight_dot) = primals, tangents
     mixture_dot = weight * p_dot + (1 - weight) * q_dot + weight_dot * (p - q)
 
-    def dot(p_dot: Array, log: Array) -> Array:
+    def dot(p: Array, p_dot: Array, log: Array) -> Array:
         finite = jnp.where(jnp.isinf(log), 0, log)
-        change = p_dot * finite - mixture_dot * jnp.expm1(finite)
+        change = p_dot * finite - mixture_dot * jnp.where(p == 0, -1, jnp.expm1(finite))
         return jnp.where(jnp.isinf(log), 0, change)
 
     log_p, log_q = _logs(*primals)
-    return _terms(*primals), (dot(p_dot, log_p), dot(q_dot, log_q))
+    return _terms(*primals), (dot(p, p_dot, log_p), dot(q, q_dot, log_q))
 
 
 def _logs(p: Array, q: Array, ratio: Array, weight: Array) -> tuple[Array, Array]:
