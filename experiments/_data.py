@@ -71,7 +71,7 @@ class Text(NamedTuple):
 
 
 class Names(NamedTuple):
-    """Short texts, the class of each, and the thing that each names, which classes share."""
+    """Short texts. Each has a class, and names a thing that texts of other classes name too."""
 
     name: str
     texts: list[str]
@@ -226,7 +226,7 @@ def read_wav(path: Path) -> tuple[NDArray, int]:
 
 
 def read_tsv(path: Path) -> list[tuple[str, str]]:
-    """A label and a text from each line of a UTF-8 file; a tabulator stands between them.
+    """A label and a text from each line of a UTF-8 file, with a tab between them.
 
     Raises:
         ValueError: a line is not of this form, or there is one label alone.

@@ -62,7 +62,8 @@ def readme_with(text: str, docstrings: Mapping[str, str], figures: Mapping[str, 
 def _figure(measures: Sequence[Mapping[str, Any]]) -> str:
     """A measure, and how many targets were reached.
 
-    It is the first whose target is one bound, other than 0; controls mostly have two.
+    It is the first measure whose target is a single bound other than 0, because controls mostly
+    have two bounds.
     """
     judged = [record for record in measures if record["passed"] is not None]
     told = next((r for r in judged if bool(r["at_least"]) != bool(r["at_most"])), judged[0])

@@ -47,7 +47,7 @@ from experiments._run import (
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
-FAMILIES = {  # Codes of the languages, by what they descend from.
+FAMILIES = {  # Codes of the languages, by family.
     "Germanic": ("en", "de", "nl", "sv", "da"),
     "Romance": ("fr", "es", "pt"),
     "Slavic": ("cs", "sk"),

@@ -64,7 +64,7 @@ def _solve(logits: Array, where: Array | None) -> tuple[Array, Array, Array]:
         return jnp.where(total >= 1, middle, low)
 
     low = jax.lax.fori_loop(1, 25, halve, low)
-    # One step of Newton's method hardly moves, and its derivative is that of the solution.
+    # One step of Newton's method hardly moves t, and gives it the derivative of the solution.
     excess = lambda t: jnp.sum(_weights(scores - t), axis=-1, keepdims=True) - 1
     value, slope = jax.jvp(excess, (low,), (jnp.ones_like(low),))
     return scores, low - value / jnp.minimum(slope, -1), keep
@@ -82,7 +82,7 @@ def expm1max_loss(logits: Array, labels: Array) -> Array:
     A constant makes it 0 where p = y (Blondel, Martins, Niculae 2020, on such losses).
     """
     scores, threshold, _ = _solve(logits, None)
-    threshold = jax.lax.stop_gradient(threshold)  # The sum is 1, so no gradient goes that way.
+    threshold = jax.lax.stop_gradient(threshold)  # The loss has slope 1 - sum(p) = 0 in it.
     margins = jnp.maximum(scores - threshold, 0)
     own = jnp.take_along_axis(scores, labels[..., None], axis=-1)
     conjugate = threshold[..., 0] + jnp.sum(jnp.expm1(margins) - margins, axis=-1)
@@ -90,7 +90,7 @@ def expm1max_loss(logits: Array, labels: Array) -> Array:
 
 
 SCALES = np.geomspace(0.1, 10, 13)  # Standard deviations of the logits.
-BROKEN: dict[str, Callable[..., Array]] = {  # The control: one promise each.
+BROKEN: dict[str, Callable[..., Array]] = {  # The control: each breaks one promise.
     "simplex": lambda z, where=None: 1.01 * expm1max(z, where=where),
     "permutation": lambda z, where=None: expm1max(
         z + jnp.broadcast_to(jnp.arange(z.shape[-1]) / 10, z.shape).astype(z.dtype), where=where
@@ -163,7 +163,7 @@ def _by_sorting(logits: NDArray) -> NDArray:
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
     """Whether the map passes, the errors, and whether broken maps are refused by name."""
     passed = arrays["found"] == arrays["promises"]
-    # Without the numbers, as where they are all NaN, nothing is known.
+    # If an error is not finite, nothing is known, so both shares below are NaN.
     known = np.where(np.isfinite(arrays["error"]).all(), 1.0, np.nan)
     limit = config.max_error
     return [

@@ -4,16 +4,17 @@ A vowel is heard by its formants, the resonances of the mouth. The ten English v
 "hid", ... are drawn, not recorded: a man, a woman or a child says one of them, and the
 logarithms of its first three formants are normal. Their means are those that Peterson and
 Barney published (1952, table II), their spreads those of the 1520 measurements of that study,
-as the program Praat lists them; that the three are independent is our assumption. So the best
-rule, that of Bayes, is known, and its error is the least that any classifier can have. Softmax
+as the program Praat lists them. We assume that the three are independent. So the best rule,
+that of Bayes, is known, and its error is the least that any classifier can have. Softmax
 regression learns from frames of the same kind: on the formants, on their squares and products
 too, and on formants and squares for each kind of speaker, where that is told.
 
 Expected: the rule of Bayes is a softmax of quadratic functions for each kind of speaker, so the
-last arm contains it, and its loss exceeds the best one by d / (2 n) nats for d = 189 free
-weights and n frames: within a factor of 2. Where the speaker is not told the best rule is no
-softmax of quadratic functions, but they come within 3 points of its error, and nearer than
-linear functions. Control: on average no arm has a smaller loss than the rule of Bayes.
+last arm contains it. The loss of this arm exceeds the best one by d / (2 n) nats, within a
+factor of 2, for d = 189 free weights and n frames. Where the speaker is not told, the best rule
+is no softmax of quadratic functions. The error of quadratic functions is within 3 points of the
+best error, and closer to it than the error of linear functions. Control: on average no arm has
+a smaller loss than the rule of Bayes.
 
 `--data-dir` takes WAV files in folders by class, whose formants are found by linear prediction;
 there the best rule is unknown, and nothing is judged.

@@ -31,8 +31,9 @@ bfloat16 are computed in float32, and the result has their dtype again. Narrower
 float32, and integers give the default float. An argument that is not understood raises an error
 that names it. Numbers in arrays cannot be refused under `jit`: a temperature out of its range
 gives NaN. Precision is promised on CPUs, where XLA flushes float32 numbers below 1.2e-38 to 0.
-JAX before 0.12 forgets custom derivatives where the reverse of a scan is differentiated in
-reverse again: a sparse map, or a temperature that solves an equation, raises its error there.
+JAX before 0.12 loses custom derivatives when the reverse-mode derivative of a scan is
+differentiated in reverse mode again. JAX then raises an error for sparse maps, and for
+temperatures that solve an equation.
 
 Modules that begin with an underscore are private: `_api` checks and jits, `_inputs` checks
 arrays, `_slices`, `_threshold` and `_softmax` hold the algorithm that all maps share, and the

@@ -40,8 +40,8 @@ def api(
     arrays as `as_given` takes them. `ranges` names arguments that are numbers, and a Python
     number outside of its range is refused. This must happen before `jit`, which hides the
     number; the docstrings say what becomes of numbers in arrays, which are always hidden.
-    `refuse` may look at all arguments that were given. `spread` names the arguments of which
-    each device holds a part along the mesh axes of `axis_name`, if the function has that.
+    `refuse` receives all arguments that were given. If the function has the option `axis_name`,
+    each device holds a part of the arguments that `spread` names.
 
     With `jit=False` the arguments are only checked, and functions may be among them.
     """

@@ -93,7 +93,7 @@ def draw_over_devices(
 ) -> Array:
     """`draw` from rows that are spread over devices: the same classes, bit for bit.
 
-    A draw finds its device by the totals of the devices, and that device finds the class.
+    The totals of the devices tell which device a draw falls on. That device finds the class.
     """
     size = slices.length(x)
     block = size if size <= FEW else _block_size(size)

@@ -4,10 +4,10 @@ There the state of a loop, and the results of the branches of a condition, must 
 same axes before and after. JAX makes the operands of each operation vary alike, and sums over
 the devices in its transpose. The library makes its arguments vary alike once, at the door.
 
-The axes that `axis_name` names are apart. Each device there holds a part of every slice, so
-entries vary over these axes and numbers per slice do not. A sum over a slice is then the sum of
-the devices' sums, and nothing else in the mathematics changes. `check_axes` refuses what would
-give a wrong result.
+The mesh axes that `axis_name` names are different. Each device along them holds a part of every
+slice, so entries vary over these axes and numbers per slice do not. A sum over a slice is then
+the sum of the devices' sums, and nothing else in the mathematics changes. `check_axes` refuses
+what would give a wrong result.
 """
 
 import math
@@ -22,7 +22,7 @@ AxisName = str | tuple[str, ...] | None
 
 
 def names_of(axis_name: AxisName) -> tuple[str, ...]:
-    """The names of the mesh axes over which slices are spread; none if it is None."""
+    """The names of the mesh axes over which slices are spread; an empty tuple for None."""
     if axis_name is None:
         return ()
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
@@ -42,7 +42,8 @@ def check_axes(
     """Refuses, while tracing, mesh axes and arguments that would give a wrong result.
 
     The arguments that `spread` names hold a part of each slice, so they must vary over the mesh
-    axes; those among them that are `optional` need not. All others must not vary there.
+    axes. Those that are also `optional` may vary there or not. All other arguments must not
+    vary there.
     """
     mapped = jax.sharding.get_abstract_mesh().manual_axes
     for name in mesh_axes:
@@ -81,9 +82,9 @@ def num_devices(mesh_axes: tuple[str, ...]) -> int:
 
 
 def vary(tree: Tree, *others: Any, but: tuple[str, ...] = ()) -> Tree:
-    """The tree, with all arrays as varying as all of them and `others` are together.
+    """The tree, with arrays that vary over each axis over which any of them or `others` does.
 
-    Over the axes `but` they stay as they are.
+    Nothing changes over the axes in `but`.
     """
     axes: frozenset[str] = frozenset().union(*map(_axes, jax.tree.leaves((tree, others))))
     axes -= set(but)

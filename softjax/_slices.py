@@ -4,8 +4,8 @@ A slice runs along axes of an array, or gathers the entries of one segment. Both
 entries to one number per slice (`sum`, `sum_of`, `max`) and broadcast such numbers to the
 entries again. All the mathematics is written in these words.
 
-A slice along axes may go on over the devices of a mesh, inside of `shard_map`. Every reduction
-then ends in a collective, whose result is the same on all these devices.
+Inside of `shard_map`, a slice along axes may be spread over the devices of a mesh. Every
+reduction then ends in a collective, whose result is the same on all these devices.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ class AlongAxes:
         return jnp.max(x, self.axes, keepdims=True, initial=-jnp.inf)
 
     def sum_over_devices(self, per_device: Array) -> Array:
-        """The sum of numbers of which each device has its own, such as a sum over its part."""
+        """The sum over devices of what each one computed, such as the sum of its part."""
         return lax.psum(per_device, self.mesh_axes) if self.mesh_axes else per_device
 
     def broadcast(self, per_slice: Array) -> Array:
@@ -136,7 +136,7 @@ def _sum_jvp(axes: tuple[int, ...], primals: Any, tangents: Any) -> tuple[Array,
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _max_over_devices(slices: AlongAxes, x: Array) -> Array:
-    # On CPU `pmax` may drop a NaN, as a maximum does. A sum does not.
+    # On CPUs `pmax` may drop a NaN, as a maximum may. A sum never drops one.
     return lax.pmax(AlongAxes(slices.axes).max(x), slices.mesh_axes)
 
 
@@ -144,7 +144,7 @@ def _max_over_devices(slices: AlongAxes, x: Array) -> Array:
 def _max_over_devices_jvp(
     slices: AlongAxes, primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
-    # A rule, because JAX has no derivative of `pmax`. Ties share it, as in a maximum.
+    # This rule is needed because JAX cannot differentiate `pmax`. Ties share the derivative.
     (x,), (x_dot,) = primals, tangents
     largest = _max_over_devices(slices, x)
     is_largest = (x == largest).astype(x.dtype)

@@ -166,8 +166,8 @@ def _tangents(
     step += pressed
 
     if sink_prob is None:
-        # `custom_linear_solve` makes all that it closes over vary alike, and then forms the
-        # program again, so this must vary alike from the start.
+        # `custom_linear_solve` makes all arrays that it closes over vary alike, and then traces
+        # the function again. So these arrays must vary alike before the call.
         inverse = vary(per_mass, slopes)
         project = functools.partial(_projected, family.is_even, slices, slopes, inverse)
         probs_dot = _project(project, slopes, unmasked)

@@ -86,7 +86,7 @@ def fit_temperature(
         a peak of its slice, inf where the labels are no more likely than by chance, 1 where no
         temperature is better than another. A row with a dropped label or a kept +inf does not
         count, because its likelihood is the same at all temperatures. NaN where a label that
-        counts is unknown, a constant, or beside a kept NaN, which shows in the gradient too.
+        counts is unknown, with gradient 0, and where its slice keeps a NaN, with gradient NaN.
 
     Raises:
         TypeError: `logits` is not real, `labels` or `groups` not integer, `where` not bool, or
@@ -188,7 +188,7 @@ def _fit(slices: BySegment, x: Array, labels: Array, known: Array) -> Array:
     temperature = jnp.where(is_certain, 0, temperature)
     temperature = jnp.where(is_flat, 1, temperature)
     temperature = jnp.where(slices.sum(broken.astype(x.dtype)) > 0, jnp.nan, temperature)
-    # A square of NaN, of which the derivative is NaN too.
+    # Adds the square of each NaN, so that the derivative is NaN too.
     spoilt = jnp.where(jnp.isnan(x), x, 0)
     return temperature + slices.sum(jnp.sum(spoilt * spoilt, -1))
 
@@ -564,7 +564,7 @@ def conformal_threshold(
     place = jnp.maximum(place, 1)
     ordered = jnp.concatenate([ordered, jnp.full(1, jnp.inf, scores.dtype)])
     found = jnp.where(place <= size, ordered[jnp.clip(place - 1, 0, scores.size)], jnp.inf)
-    return found * jnp.where(broken, jnp.nan, 1)  # It shows in the gradient too.
+    return found * jnp.where(broken, jnp.nan, 1)  # A NaN reaches the gradient too.
 
 
 @api("axis", "kind", "num_free", penalty=NONNEGATIVE)

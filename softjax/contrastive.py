@@ -65,7 +65,8 @@ def info_nce(
             key, whatever they hold: the loss is that of the other pairs alone.
         axis_name: mesh axis, or axes, over which the pairs are spread, inside of
             `jax.shard_map`; None: not spread. Each device compares its own queries with the
-            keys of all devices, `[N, D]`, which it gathers (and the other way round).
+            keys of all devices, `[N, D]`, which it gathers. With `symmetric` it also compares
+            its own keys with all queries.
 
     Returns:
         One number, float32 or wider, at least 0; 0 where no pair is left.
@@ -173,7 +174,7 @@ def siglip_loss(
     pairs = AlongAxes((0,), names_of(axis_name))
     keys, kept_keys = pairs.gather(keys), None if kept is None else pairs.gather(kept)
     places = _own_places(pairs, queries)[:, None]
-    # Once before the loop, or its transpose would sum over devices in each block.
+    # This comes before the loop, because its transpose would sum over devices in each block.
     queries, rate, bias = vary((queries, rate, bias), keys)
 
     @jax.checkpoint
@@ -216,9 +217,9 @@ def _own_places(pairs: AlongAxes, queries: Array) -> Array:
 def _pairs(
     queries: ArrayLike, keys: ArrayLike, where: ArrayLike | None
 ) -> tuple[Array, Array, Array | None]:
-    """Both in one dtype, because the two directions must see the same similarities.
+    """Both in one dtype, because both directions must have the same similarities.
 
-    With them comes the mask of the pairs; a pair that it leaves out is replaced by zeros.
+    The third result is the mask of the pairs. A pair that it leaves out is replaced by zeros.
     """
     queries, keys = real_array(queries, name="queries"), real_array(keys, name="keys")
     if queries.ndim != 2 or keys.shape != queries.shape:

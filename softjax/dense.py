@@ -62,7 +62,7 @@ def softmax(
         >>> print(softmax(jnp.array([0.0, 0.0, -jnp.inf])))
         [0.5 0.5 0. ]
 
-        In parts, on any number of devices, each of which holds some of the columns:
+        Spread over devices, each of which holds some of the columns:
 
         >>> import jax
         >>> mesh, columns = jax.make_mesh((1,), ("classes",)), jax.P(None, "classes")
@@ -125,8 +125,8 @@ def log_softmax(
         may be flushed to 0, so a log-probability closer to 0 than n times that number loses
         them. O(n) time; the result alone is kept for the derivative, whose entry at a confident
         peak is the sum of the others, not 1 - p. In forward mode that entry is the difference
-        of two sums, right to a few eps of the largest tangent. Temporary memory as `softmax`,
-        but two arrays for the gradient. Both modes, any order.
+        of two sums, with an error of a few eps of the largest tangent. Temporary memory as
+        `softmax`, but two arrays for the gradient. Both modes, any order.
 
     Reference:
         Blanchard, Higham and Higham (2021), Accurately computing the log-sum-exp and softmax

@@ -209,8 +209,8 @@ def log_prob(
         [-6.9314718e-01 -1.9287499e-22]
 
     Note:
-        O(n); as precise as `log_softmax`. It is minus `cross_entropy`, whose derivative it
-        has: the gradient takes no array besides itself. Both modes, any order.
+        O(n); as precise as `log_softmax`. It is minus `cross_entropy`, and has its derivative
+        rule: the gradient needs no array but its own. Both modes, any order.
     """
     problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
     axis = resolve_one_axis(axis, problem.logits.ndim)

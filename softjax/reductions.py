@@ -155,7 +155,7 @@ def _log_sum_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tangent(logits: Array, dot: Array) -> Array:
         probs = solve(SOFTMAX, slices, logits).probs
-        # The second test implies the first, without which XLA stores the mask for a GPU.
+        # The second test implies the first. Without the first, XLA stores the mask on a GPU.
         counts = (logits != -jnp.inf) & (probs != 0)
         return slices.sum_of_tangents(probs * jnp.where(counts, dot, 0))
 

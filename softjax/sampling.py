@@ -79,8 +79,8 @@ def sample(
             which is the limit of small temperatures; "first" draws the first of them, whatever
             the key. (In bfloat16 one row in sixty of 32000 random logits has a tie.)
         axis_name: mesh axis, or axes, over which the classes are spread, inside of
-            `jax.shard_map`; None: not spread. The draws are those of the whole slices with the
-            same key. "gumbel" is refused, because all devices would draw the same noise.
+            `jax.shard_map`; None: not spread. The draws are the same as from whole slices with
+            the same key. "gumbel" is refused, because all devices would draw the same noise.
 
     Returns:
         Classes, int32, `[*shape, *slices]`, the slices being the axes of the logits without

@@ -21,8 +21,8 @@ from softjax._inputs import check_int
 __all__ = ["check_map"]
 
 Map = Callable[..., Array]
-SCALES = (0.01, 1.0, 3.0, 10.0)  # of the logits of four slices
-STEP = 1e-2  # of finite differences in float32, where rounding and curvature cost alike
+SCALES = (0.01, 1.0, 3.0, 10.0)  # standard deviations of the logits in each of four slices
+STEP = 1e-2  # of finite differences: rounding and curvature then cause like errors
 
 
 def check_map(fn: Map, *, num_classes: int = 7, seed: int = 0) -> None:
@@ -31,12 +31,12 @@ def check_map(fn: Map, *, num_classes: int = 7, seed: int = 0) -> None:
     .. math:: p = f(z) \in \Delta, \qquad f(P z) = P f(z) \text{ for permutations } P
 
     The promises: float32, bfloat16 and float16 logits give probabilities of their shape and
-    dtype, which are not negative and sum to one; an entry that is -inf, or that `where`
-    masks whatever stands there, has probability and derivative exactly 0, and the others are
-    as if it were not there; a slice that keeps nothing is all zeros; permuted logits give
-    permuted probabilities, and equal logits equal ones; logits of any finite size give no
-    NaN; both modes of differentiation agree with finite differences; and `jit`, `vmap` and
-    one slice at a time change nothing.
+    dtype, which are not negative and sum to one; an entry that is -inf, or that `where` masks,
+    whatever it holds, has probability and derivative exactly 0, and the others are as if it
+    were not there; a slice that keeps nothing is all zeros; permuted logits give permuted
+    probabilities, and equal logits equal ones; logits of any finite size give no NaN; both
+    modes of differentiation agree with finite differences; and `jit`, `vmap` and one slice at a
+    time change nothing.
 
     Args:
         fn: the map: `fn(logits, where=mask)`, along the last axis, `[*shape, K]`; the mask is
@@ -82,7 +82,7 @@ def check_map(fn: Map, *, num_classes: int = 7, seed: int = 0) -> None:
 
 
 class Programs:
-    """The map, and the map with its pulled-back cotangent, compiled once for each shape."""
+    """The map, its tangents and its pulled-back cotangents, compiled once for each shape."""
 
     def __init__(self, fn: Map) -> None:
         self.probs = jax.jit(fn)
@@ -237,7 +237,7 @@ def _check_dtypes(programs: Programs, num_classes: int, rng: np.random.Generator
         _require_simplex(promise, logits, probs)
         is_near = _near(probs, exact, 4 * float(jnp.finfo(dtype).eps))
         _require(is_near, promise, "the result is not that of float32", logits, probs)
-        # The cotangent of the largest scale bounds what rounding it adds.
+        # The largest cotangent bounds the error that the rounding of cotangents adds.
         slack = 4 * float(jnp.finfo(dtype).eps) * float(jnp.abs(cotangent).max())
         is_near = _near(slope, exact_slope, slack)
         _require(is_near, promise, "the gradient is not that of float32", logits, slope)

@@ -31,7 +31,7 @@ __all__ = ["soft_top_k"]
 
 def _refuse_large_k(given: dict[str, Any]) -> None:
     if given.get("axis_name") is not None:
-        return  # The slice has more entries than there are on this device.
+        return  # This device holds only a part of the slice.
     k, shape = given.get("k"), np.shape(given.get("logits", 0))
     size = math.prod(shape[i] for i in resolve_axes(given.get("axis", -1), len(shape)))
     if isinstance(k, (int, float)) and k > size:

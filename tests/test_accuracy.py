@@ -79,7 +79,7 @@ def worst(actual, exact, dtype, lost=0.0):
 
 
 def thinned(n):
-    """Every how many cases are taken: few of the long ones."""
+    """One case in this many is tested, because long cases are slow."""
     return 7 if n > 1000 else 1
 
 
@@ -334,7 +334,7 @@ def test_entmax_of_any_alpha(alpha, dtype):
     "name", ["softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15", "entmax"]
 )
 def test_half_precision_is_float32_rounded_once(name, n, dtype):
-    """So the bounds above hold, and 0.5 ulp of the dtype, and what they are of that."""
+    """So the error is at most 0.5 ulp of the dtype, plus the bounds above in float32."""
     function = getattr(sj, name)
     options = {"alpha": 1.25} if name == "entmax" else {}
     for temperature in (None,) if name == "logsumexp" else (1.0, 0.3):

@@ -18,7 +18,7 @@ def lines(*args, **options):
     return found
 
 
-# What a call took before there was a table: sequences, T, S, heads, options, tile.
+# The tile that each call must take: sequences, T, S, heads, options, tile.
 CHOICES = [
     (1, 64, 64, 4, {}, (64, 64)),
     (2, 512, 512, 8, {}, (512, 512)),

@@ -36,13 +36,13 @@ HEAVY = LOGITS[:, :1] + 1
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call, floats and other arguments with how they lie on the mesh, and so the result."""
+    """A call, its float and other arguments with a spec each, and the spec of its result."""
 
     call: Callable[..., Any]
     floats: tuple[Any, ...]
     others: tuple[Any, ...] = ()
     out: PartitionSpec = PER_SLICE
-    # How many all-reduces at most, of the value, the gradient and the tangent, and in loops.
+    # The most all-reduces of the value, the gradient and the tangent, and the most in loops.
     reduces: tuple[int, int, int] | None = None
     in_loops: int = 0
 
@@ -346,7 +346,7 @@ def sharded(case, on, axis_name="classes"):
 
 
 def on_axes(specs, axis_name):
-    """Specs whose classes lie on other axes, and whose rows lie on none that is among them."""
+    """Specs with the classes on the axes `axis_name`, and the rows on none of these."""
 
     def moved(name):
         if name == "rows" and name in axis_name:
@@ -479,7 +479,7 @@ def test_values_in_single_precision(name):
 @pytest.mark.slow
 @cases()
 def test_gradients_that_are_taken_inside(name):
-    """With one psum of the result, if that is spread, and none of the gradient."""
+    """They need one psum of the result if it is spread, and none of the gradient."""
     case = CASES[name]
     floats, others = arguments(case)
     places = tuple(spec for _, spec in case.floats + case.others)

@@ -68,7 +68,7 @@ def test_all_options_together(block_size):
 
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_a_small_divergence_keeps_its_digits(block_size):
-    """To what the rounding of the logits leaves: eps over how far they are apart."""
+    """The relative error is about eps, the rounding of the logits, over their distance."""
     args = draw()
     for apart in (1e-2, 1e-5, 1e-8):
         moved = args["weights"] + apart * jnp.sin(args["weights"])
@@ -388,7 +388,7 @@ def test_jensen_shannon_of_dropped_classes():
 
 @pytest.mark.parametrize("block_size", [4, None])
 def test_a_small_jensen_shannon_divergence_keeps_its_digits(block_size):
-    """To what the rounding of the logits leaves: eps over how far they are apart."""
+    """The relative error is about eps, the rounding of the logits, over their distance."""
     args = {name: x for name, x in mixed().items() if name in HEADS[:2]}
     call = jax.jit(
         lambda x, w, moved: sj.linear_jensen_shannon_divergence(

@@ -218,7 +218,7 @@ def test_log_prob_of_a_dropped_label_is_constant():
 
 @pytest.mark.parametrize("call", [sj.log_prob, sj.cross_entropy])
 def test_a_dropped_entry_has_no_second_derivative(call):
-    """Also where its own tangent is infinite, as that of log(0) is."""
+    """This holds also where its tangent is infinite, as that of log(0) is."""
     total = lambda p: call(jnp.log(p), 0)
     for outer, inner in itertools.product((jax.jacfwd, jax.jacrev), repeat=2):
         hessian = outer(inner(total))(jnp.array([0.2, 0.8, 0.0]))

@@ -320,7 +320,7 @@ def test_logits_that_are_rounded_anew_for_the_maximum():
 
 @pytest.mark.parametrize("name", ["logsumexp", "logmeanexp", "mellowmax"])
 def test_a_dropped_entry_has_no_second_derivative(name):
-    """Also where its own tangent is infinite, as that of log(0) is."""
+    """This holds also where its tangent is infinite, as that of log(0) is."""
     options = {"mellowmax": {"omega": 1.0}}.get(name, {})
     total = lambda p: getattr(sj, name)(jnp.log(p), **options)
     for outer, inner in itertools.product((jax.jacfwd, jax.jacrev), repeat=2):

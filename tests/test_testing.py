@@ -49,7 +49,7 @@ def plain(z, where=None, centre=True):
 
 
 def first_of_ties(z, where=None):
-    """Half of what its equals have goes to the first of the largest."""
+    """Tied logits share unevenly: half of all mass goes to the first of the largest."""
     probs = plain(z, where)
     chosen = jax.nn.one_hot(jnp.argmax(probs, axis=-1), z.shape[-1], dtype=z.dtype)
     return jnp.where(probs.sum(-1, keepdims=True) > 0, (probs + chosen) / 2, 0)

@@ -296,7 +296,7 @@ def _check_hessian(found):
 
 
 def _check_narrow_gradients(found):
-    """They are rounded like their argument; the values are, before the sine is taken."""
+    """Gradients are rounded like their argument; values are rounded before the sine."""
     got = ravel_pytree(found.narrow_grads)[0]
     assert all(grad.dtype == jnp.dtype("float32") for grad in found.narrow_grads)
     unit = eps("float32")

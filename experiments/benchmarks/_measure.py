@@ -360,7 +360,7 @@ def write(folder: Path | None, name: str, results: Mapping[str, Any]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1, allow_nan=False)
-    # A run that is cut while it writes must not lose what stood there.
+    # A run that is stopped while it writes must not lose the old file.
     part = folder / f"{name}.json.part"
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(folder / f"{name}.json")

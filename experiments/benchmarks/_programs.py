@@ -1,7 +1,8 @@
-"""Compiles for a device that the machine lacks, and counts what the program holds.
+"""Compiles for a device that need not be present, and counts what the program does.
 
-XLA needs a description of a GPU, and no GPU, to compile for it. What a program moves over
-memory is read from its text: each kernel reads its operands once and writes its results once.
+To compile for a GPU, XLA needs only a description of it. The bytes that a program moves to and
+from memory are counted from its text: each kernel reads its operands once and writes its
+results once.
 """
 
 import collections
@@ -57,7 +58,7 @@ class Target:
 def _found(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # The package that would hold it is not there.
+    except ModuleNotFoundError:  # Its parent package is not installed.
         return False
 
 
@@ -103,7 +104,7 @@ class Counts:
     kernels: int = 0  # launched, each as often as its loop turns
     bytes: int = 0  # that the kernels read and write
     loops: int = 0
-    unknown_loops: int = 0  # whose turns are not known, and counted once
+    unknown_loops: int = 0  # whose number of turns is unknown, and taken as one
     conditionals: int = 0  # decided, each as often as its loop turns
     custom_calls: dict[str, int] = dataclasses.field(default_factory=dict)  # by target
 
@@ -196,7 +197,7 @@ def _counted(computations: dict[str, Computation], name: str) -> Counts:
                 total.add(part, 1 if turns is None else turns)
         elif op.kind == "conditional":
             total.conditionals += 1
-            # The branch that moves most counts, because any of them may be taken.
+            # The branch that moves the most bytes is counted, because any branch may be taken.
             branches = inner(
                 op.called("branch_computations", "true_computation", "false_computation")
             )
@@ -230,7 +231,8 @@ def _kernel(
     if op.kind == "custom-call":
         found = re.search(r'custom_call_target="([^"]+)"', op.line)
         calls = {found.group(1) if found else "unknown": 1}
-        # A library's room to work in, the last result, holds nothing beforehand or afterwards.
+        # The last result is the library's workspace, which holds no data before or after the
+        # call.
         room = re.search(r"[su]8\[\d+\](\{[^}]*\})?\)$", op.shape)
         writes -= num_bytes(room.group()) if room else 0
     return Counts(kernels=1, bytes=sum(reads) + writes, custom_calls=calls)

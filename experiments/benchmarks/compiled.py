@@ -1,6 +1,6 @@
 """How many passes over memory does each function make on an H200, and on a TPU v5e?
 
-XLA compiles for a device that the machine lacks, so passes are counted and not timed: kernels
+XLA compiles for a device that need not be present, so passes are counted, not timed: kernels
 launched, bytes moved over the bytes of the largest array (units), loops, conditionals, calls of
 a vendor's library, and temporary memory, beside `jax.nn`, optax and `jax.random`. Expected: no
 more units than the peer. More of them refute it.
@@ -73,8 +73,9 @@ HEAD += ["library calls", "temporary MiB", "peer", "its kernels", "its units", "
 def main(args: Sequence[str]) -> int:
     """Runs, prints the table and, with --out, writes `compiled-<target>.json`."""
     options = measure.options(__doc__, args, "compiled", target=tuple(programs.TARGETS))
-    jax.config.update("jax_disable_most_optimizations", False)  # They are what is counted.
-    # The machine's own device is not used, and a plugin without its device would complain.
+    # Optimised programs are counted.
+    jax.config.update("jax_disable_most_optimizations", False)
+    # Nothing runs on an accelerator, and a plugin without its device would report an error.
     jax.config.update("jax_platforms", "cpu")
     target = programs.TARGETS[options.target]
     if target.missing:

@@ -1,11 +1,11 @@
 """Is what was counted also what takes the time, on the device that is at hand?
 
-Made for a GPU that can be had for ten minutes: accuracy, rows, attention and the rest, in less
-than nine, and the file is written after each figure, so that a run that is cut keeps what it
-has. Each program makes many calls, because a short call is mostly dispatch; rivals are timed in
-turn; results are compared with float64 in the same run. Expected: softjax takes as many times
-as long as its peer as it moves more bytes (`compiled-h200.json`), within a quarter. Each ratio
-outside of that refutes a counted prediction, and is listed.
+A run takes less than nine minutes: accuracy, rows, attention and the rest. The file is written
+after each figure, so that a run that is stopped keeps its figures. Each program makes many
+calls, because a short call is mostly dispatch; rivals are timed in turn; results are compared
+with float64 in the same run. Expected: softjax takes as many times as long as its peer as it
+moves more bytes (`compiled-h200.json`), within a quarter. Each ratio outside of that refutes a
+counted prediction, and is listed.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ def run(sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def contests(sizes: Sizes) -> Iterator[Contest]:
-    """All contests, in the order in which they tell most."""
+    """All contests, the most informative first."""
     cases = [case for case in compiled.cases(sizes.arrays) if case.name[:9] != "attention"]
     rows = [case for case in cases if case.shape in sizes.arrays.rows]
     first = [case for case in rows if case.shape == sizes.arrays.rows[0]]
@@ -224,7 +224,7 @@ def repeated(function: Function, calls: int) -> Function:
 def _measured(
     contest: Contest, sizes: Sizes, counted: Mapping[Any, float], deadline: float
 ) -> list[dict[str, Any]]:
-    """One record for each arm. What fails is recorded too, because a run is dear."""
+    """One record for each arm. The failure of an arm is recorded, and the others go on."""
     records = {arm: _head(contest, arm) for arm in contest.arms}
     if time.perf_counter() > deadline:
         return [record | {"failed": LATE} for record in records.values()]

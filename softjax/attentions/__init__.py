@@ -31,9 +31,9 @@ def differential_attention(q, k, q2, k2, v, weight):
     return sj.attention(q, k, v) - weight * sj.attention(q2, k2, v)
 ```
 
-The multi-head attention of flax, linen and nnx, takes the function below. It raises an error
-for what softjax does not offer. A query that sees nothing gets 0, where flax averages all
-values.
+The multi-head attention layers of flax (linen and nnx) take the function below. It raises an
+error for an option that softjax does not offer. A query that sees nothing gets 0, where flax
+averages all values.
 
 ```python
 import jax.numpy as jnp

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from softjax._inputs import check_int
 
-# Up to these sizes the dense form takes no more time than the streamed one, and a third of its
-# compile time.
+# Up to these sizes the dense form takes no more time than the streamed one, and compiles in a
+# third of the time.
 DENSE_SCORES = 2**23  # scores
 DENSE_SCORES_PER_HEAD = 2**19  # scores of one head of one sequence
-DENSE_KEYS = 128  # so few keys are always dense, because their scores are small
+DENSE_KEYS = 128  # up to so many keys the dense form is taken for any queries
 TILE_SCORES = 2**19  # scores of a tile, about
 MOST_QUERIES = 512  # queries of a block, at most
 LEAST_KEYS = 32  # keys of a block, at least
@@ -69,7 +69,7 @@ def choose(call: Call, implementation: str | None) -> Backend:
 
 
 def check_name(implementation: str | None) -> None:
-    """Raises an error for the name of no backend."""
+    """Raises an error for a name that no backend has."""
     if implementation not in (None, *(b.name for b in BACKENDS)):
         raise ValueError(
             f'`implementation` must be None, "dense" or "streamed", got {implementation!r}.'
@@ -106,13 +106,14 @@ def _tiles(call: Call) -> tuple[int, int]:
     heads, num_queries, num_keys, block_size = call
     if block_size is not None:
         return min(block_size[0], num_queries), min(block_size[1], num_keys)
-    # A block has twice as many queries as keys, because it costs a pass over all keys.
+    # A tile has twice as many queries as keys, because each block of queries costs a pass over
+    # all keys.
     side = 1 << int(math.log2(max(1, TILE_SCORES / (2 * heads))) / 2)
     key_block = max(LEAST_KEYS, min(MOST_QUERIES // 2, side))
     query_block = _even(num_queries, 2 * key_block)
     key_block = _even(num_keys, max(key_block, 2 * key_block**2 // query_block))
     if (query_block, key_block) == (num_queries, num_keys):
-        key_block = -(-num_keys // 2)  # A streamed form has two tiles at least.
+        key_block = -(-num_keys // 2)  # The streamed form has at least two tiles.
     return query_block, key_block
 
 

@@ -190,9 +190,9 @@ def attention(
             however the scores are formed.
         block_size: tokens of a block, or a pair for queries and keys; chosen by default.
         implementation: "dense" forms all scores at once and remembers the weights; "streamed"
-            forms them tile by tile and never keeps one; None takes the first for short
-            sequences, and `explain_attention` tells which. The results are the same but for
-            rounding.
+            forms them tile by tile and never keeps one; None takes "dense" for short sequences
+            and "streamed" for others; `explain_attention` tells which. The results are the same
+            but for rounding.
         return_lse: whether to return also the logarithm of the sum of exponentials; as `sink`,
             for softmax alone.
 

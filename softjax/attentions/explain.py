@@ -56,7 +56,7 @@ def explain_attention(
         dropout_rate: as in `attention`.
         dropout_key: as in `attention`.
         block_size: as in `attention`.
-        implementation: as in `attention`; one that cannot serve the call is no error here.
+        implementation: as in `attention`; one that cannot serve the call raises no error here.
         return_lse: as in `attention`.
 
     Returns:
@@ -75,8 +75,8 @@ def explain_attention(
         streamed: 128 tiles of 512 x 256; taken.
 
     Note:
-        A backend that is not taken by default serves a call that names it, unless it says that
-        it cannot.
+        A backend that is not taken by default can be named, unless its line says that it cannot
+        serve.
     """
     given = dict(locals())
     check_name(implementation)

@@ -68,7 +68,7 @@ def shares_and_masses(
 
 
 def sum_of_counted(losses: Array, shares: Array, mesh_axes: tuple[str, ...] = ()) -> Array:
-    """The sum of shares * losses, to which a share of 0 adds 0 whatever its loss.
+    """The sum of shares * losses, where a share of 0 adds 0, whatever its loss is.
 
     `mesh_axes` are those over which the examples are spread.
     """

@@ -127,14 +127,14 @@ def cross_entropy(
         axis_name: mesh axis, or axes, over which the classes are spread, inside of
             `jax.shard_map`; None: not spread. The labels count the classes of all devices,
             `class_weights` are those of this device's classes, and `reduction` is over this
-            device's rows: `mean_loss` takes the mean over a mesh axis of rows.
+            device's rows. `mean_loss` can average the rows of all devices.
 
     Returns:
         One loss per label, of the shape of `labels`, or one number with `reduction`; float32 or
         wider, and never negative. With `return_z_loss`, the pair (loss, z-loss), both reduced
         alike, of which the first contains the second. A dropped label, or a +inf at another
         class, makes the loss inf, which is constant: no logit has a derivative. A class weight
-        of 0, or a smoothing of 1, counts it for nothing.
+        of 0, or a smoothing of 1, counts that inf as 0.
 
     Raises:
         TypeError: `logits` is not real, `labels` not integer, `where` not bool, or `axis` not

@@ -39,8 +39,8 @@ def mean_loss(
         example_weights: factors a, broadcastable to `[*shape]`; differentiable. An example of
             weight 0 does not count, whatever its loss.
         axis_name: mesh axis, or axes, over which the examples are spread, inside of
-            `jax.shard_map`; None: not spread. (A mean of the devices' means would be another
-            number where they count different numbers of examples.)
+            `jax.shard_map`; None: not spread. The mean of the devices' means differs from this
+            if they count different numbers of examples.
 
     Returns:
         One number, in the dtype of `losses` (float32 or wider); 0 where nothing counts, where

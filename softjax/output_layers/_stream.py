@@ -74,7 +74,8 @@ def plan_for(
 def statistics(plan: Plan, tokens: Tokens, head: Head, labels: Array) -> Found:
     """The statistics of the logits of a layer that `plan` asks for, at labels in [0, V)."""
     if plan.mesh_axes:
-        # Once before all loops: its transpose is the sum over devices of the tokens' gradient.
+        # This comes before all loops, because its transpose sums the tokens' gradient over
+        # devices.
         tokens = vary(tokens, head)
     if plan.dense:
         # For few logits the derivative keeps their weights, and forms no logits again.
@@ -214,8 +215,8 @@ def _merge_devices(plan: Plan, length: int, seen: _Seen) -> _Seen:
     if leader is None:
         apart = from_owner(apart != -jnp.inf, apart)
     else:
-        # The first of the devices whose leaders tie owns the leader of all. The other leaders
-        # join the others. A NaN counts as a leader.
+        # The first of the devices whose leaders tie owns the leader of all. The leaders of the
+        # other devices are added to `others`. A NaN counts as a leader.
         raw = highest(leader.raw)
         here = leader.argmax + plan.slices.first_place(length, leader.argmax.dtype)
         none = jnp.iinfo(here.dtype).max

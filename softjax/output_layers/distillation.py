@@ -40,7 +40,7 @@ from softjax.output_layers._stream import (
 
 __all__ = ["linear_distillation_loss"]
 
-TwoTokens = tuple[Tokens, Tokens]  # the teacher's and the student's, as in all that follows
+TwoTokens = tuple[Tokens, Tokens]  # the teacher's, then the student's, as in all pairs below
 TwoHeads = tuple[Head, Head]
 
 _FIRST = 8  # classes from which the distance of the logits is estimated
@@ -106,9 +106,9 @@ def linear_distillation_loss(
         O(N V (D + D')) time. Nothing of the size N V is kept, in either mode, at any order, but
         for up to 2^22 logits, as in `linear_cross_entropy`: one pass over both layers, and one
         more for the derivative. Where both are close, the small divergence keeps its digits, as
-        far as the logits have them. Logits of +inf share no mass: the loss is then 0, infinite
-        or NaN. Wrap the teacher in `jax.lax.stop_gradient` to save its
-        part of the derivative.
+        far as the logits have them. Logits of +inf do not share the mass here, so they make the
+        loss 0, infinite or NaN. Wrap the teacher in `jax.lax.stop_gradient` to save its part of
+        the derivative.
 
     Reference:
         Hinton, Vinyals and Dean (2015), Distilling the knowledge in a neural network.
@@ -144,7 +144,7 @@ def linear_distillation_loss(
 
 
 def _no_hotter(layer: Layer) -> Layer:
-    """Temperatures up to where the loss no longer depends on them."""
+    """The layer, with temperatures cut off where the loss no longer depends on them."""
     temperature = layer.tokens.temperature
     if temperature is None:
         return layer
@@ -161,7 +161,7 @@ def match_pair(
 ) -> tuple[TwoTokens, TwoHeads, Array]:
     """The tokens and the heads of both, and the factors of the tokens' losses.
 
-    Tokens that are left out hold nothing that reaches a gradient.
+    Tokens that are left out reach no gradient, whatever they hold.
     """
     _check_alike(student, teacher)
     shares, _ = shares_and_masses(

@@ -65,8 +65,8 @@ def linear_jensen_shannon_divergence(
         teacher_weights: W', `[V, D']`, of any dtype; differentiable.
         weight: w of the teacher's p in the mixture m, in [0, 1], one number or one per token;
             differentiable.
-        temperature: T in (0, inf], one number or one per token; differentiable. The divergence
-            is not multiplied by its square, as `linear_distillation_loss` is.
+        temperature: T in (0, inf], one number or one per token; differentiable. Unlike
+            `linear_distillation_loss`, the divergence is not multiplied by T^2.
         bias: b, `[V]`; differentiable. -inf drops a class.
         teacher_bias: b', `[V]`; differentiable. -inf drops a class.
         soft_cap: c > 0 of c tanh(s / c), before the temperature; one number, differentiable.

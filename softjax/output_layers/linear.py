@@ -191,8 +191,9 @@ def linear_cross_entropy(
         is why it is not the default. Products are taken in the dtype of the features and
         accumulated in float32 or wider, in the derivative too. The loss of a confident token
         and its gradient keep their digits, as in `cross_entropy`; a dropped label has loss inf
-        and derivative 0, and a class weight of 0 counts it for nothing. Scores are divided by
-        the temperature, whose derivative in float32 is NaN below 1e-20. Both modes, any order.
+        and derivative 0, and a class weight of 0 counts that inf as 0. The derivative in the
+        temperature is NaN below 1e-20 in float32, because scores are divided by it. Both modes,
+        any order.
 
     Reference:
         Wijmans et al. (2025), Cut your losses in large-vocabulary language models; the
