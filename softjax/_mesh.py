@@ -50,8 +50,8 @@ def check_axes(
         if name not in mapped:
             raise ValueError(
                 "`axis_name` must name mesh axes of a `jax.shard_map` around the call, which"
-                f" are {', '.join(mapped) or 'none here'}, got {name!r}. (The axis of a `vmap`"
-                " is no mesh axis.)"
+                f" are {', '.join(mapped) or 'none here'}, got {name!r}. The axis of a `vmap`"
+                " is no mesh axis."
             )
     if not set(mesh_axes) <= _axes(lax.axis_index(mesh_axes)):
         raise ValueError(
@@ -67,7 +67,7 @@ def check_axes(
                 raise ValueError(
                     f"`{argument}` must vary over the mesh axes {', '.join(mesh_axes)} of"
                     f" `axis_name`, because each device holds a part of it, {found}"
-                    " (`jax.lax.pcast` makes an array that is the same on all devices vary.)"
+                    " `jax.lax.pcast` makes an array that is the same on all devices vary."
                 )
             if argument not in spread and set(mesh_axes) & _axes(x):
                 raise ValueError(

@@ -34,11 +34,11 @@ class Statistics(NamedTuple):
 
 def nll(logits: Array, labels: Array, axis: int) -> Array:
     """-log p of labels in [0, n): `cross_entropy` of prepared logits."""
-    return statistics(AlongAxes((axis,)), logits, labels).nll
+    return row_statistics(AlongAxes((axis,)), logits, labels).nll
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def statistics(
+def row_statistics(
     slices: AlongAxes, logits: Array, labels: Array, class_weights: Array | None = None
 ) -> Statistics:
     """The statistics of prepared logits; `class_weights` broadcast against them."""
@@ -66,8 +66,8 @@ def statistics(
     return Statistics(found, peak + log_total, uniform_nll, peak, rest, label_weight)
 
 
-@functools.partial(statistics.defjvp, symbolic_zeros=True)
-def _statistics_jvp(
+@functools.partial(row_statistics.defjvp, symbolic_zeros=True)
+def _row_statistics_jvp(
     slices: AlongAxes, primals: Any, tangents: Any
 ) -> tuple[Statistics, Statistics]:
     # A rule for three reasons: the derivative at the label keeps its digits, a dropped entry
@@ -75,7 +75,7 @@ def _statistics_jvp(
     logits, labels, class_weights = primals
     dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents)
     (axis,) = slices.axes
-    found = statistics(slices, *primals)
+    found = row_statistics(slices, *primals)
     expand = functools.partial(jnp.expand_dims, axis=axis)
     total_of = lambda x: jnp.squeeze(slices.sum_of_tangents(x), axis)
     zero = jnp.zeros_like(found.nll)

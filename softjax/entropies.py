@@ -32,7 +32,7 @@ from softjax._mesh import AxisName
 from softjax._scores import centre
 from softjax._slices import AlongAxes
 from softjax._softmax import SOFTMAX, normalizer
-from softjax._softmax_stats import statistics
+from softjax._softmax_stats import row_statistics
 from softjax._threshold import Solution, solve
 
 __all__ = ["entropy", "jensen_shannon_divergence", "kl_divergence", "log_prob"]
@@ -217,7 +217,7 @@ def log_prob(
     labels = labels_of(labels, problem.logits.shape, axis)
     slices = AlongAxes((axis,), problem.mesh_axes)
     classes = known_labels(labels, slices.length(problem.logits), None)
-    nll = statistics(slices, problem.logits, classes.labels).nll
+    nll = row_statistics(slices, problem.logits, classes.labels).nll
     # A label that is dropped or unknown has a constant result.
     nll = jnp.where(nll == jnp.inf, jnp.inf, jnp.where(classes.known, nll, jnp.nan))
     return (0 - nll).astype(problem.dtype)

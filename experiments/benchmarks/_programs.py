@@ -66,7 +66,7 @@ CUDA = ("jax-cuda13-pjrt", "jax-cuda13-plugin")
 TARGETS = {
     "h200": Target("NVIDIA H200", "cuda", "jax_plugins.xla_cuda13", "aot-gpu", CUDA),
     "v5e": Target("TPU v5e", "tpu", "libtpu", "aot-tpu", ("libtpu",)),
-    "cpu": Target("this machine's CPU", "cpu", None, None),
+    "cpu": Target("the host's CPU", "cpu", None, None),
 }
 
 

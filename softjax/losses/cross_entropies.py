@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from softjax._api import NONNEGATIVE, PROBABILITY, api
 from softjax._inputs import broadcast, check_flag, is_zero, mask, to_float
 from softjax._mesh import AxisName
-from softjax._softmax_stats import statistics
+from softjax._softmax_stats import row_statistics
 from softjax.losses._labels import (
     label_rows,
     label_weights,
@@ -181,7 +181,7 @@ def cross_entropy(
     ) -> tuple[Array, ...]:
         if smoothing is not None and weights is None:
             weights = jnp.ones((1,) * logits.ndim, logits.dtype)
-        found = statistics(rows.slices, logits, rows.labels, weights)
+        found = row_statistics(rows.slices, logits, rows.labels, weights)
         return cross_entropy_terms(
             found.nll,
             found.logsumexp,
@@ -269,7 +269,7 @@ def focal_loss(
     gamma = jnp.minimum(per_label(gamma, rows, "gamma"), _MAX_GAMMA)
 
     def loss(logits: Array, gamma: Array, label_weight: Array | None) -> tuple[Array]:
-        nll = statistics(rows.slices, logits, rows.labels).nll
+        nll = row_statistics(rows.slices, logits, rows.labels).nll
         dropped = nll == jnp.inf
         finite = jnp.where(dropped, 1, nll)
         missing = -jnp.expm1(-finite)

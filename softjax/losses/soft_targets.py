@@ -149,7 +149,8 @@ def distillation_loss(
             False leaves a slice out: its loss and gradient are 0, whatever it holds.
         reduction: "mean" divides the sum by the number of slices that are not left out; "sum";
             or None.
-        axis_name: as in `cross_entropy`.
+        axis_name: mesh axis, or axes, over which the classes are spread, inside of
+            `jax.shard_map`; None: not spread. `reduction` is over this device's rows.
 
     Returns:
         One loss per slice, or one number with `reduction`; float32 or wider, at least 0; inf

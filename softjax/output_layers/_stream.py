@@ -21,7 +21,7 @@ from softjax._inputs import check_int, computing_dtype
 from softjax._mesh import vary
 from softjax._scan import scan_blocks
 from softjax._slices import AlongAxes
-from softjax._softmax_stats import statistics as row_statistics
+from softjax._softmax_stats import row_statistics
 from softjax.output_layers._layer import Head, Tokens, layer_scores, leaves_of, replaced
 
 ENTRIES = 2**20  # logits formed at once

@@ -194,7 +194,7 @@ def _check_alike(student: Layer, teacher: Layer) -> None:
         )
 
 
-class Found(NamedTuple):
+class Divergences(NamedTuple):
     """The divergence of each token, and the log-sums of both layers.
 
     Where all classes are close, log(p / q) is x + shift, and not a difference of logarithms.
@@ -217,7 +217,7 @@ class _Seen(NamedTuple):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def compare(block: int, tokens: TwoTokens, heads: TwoHeads) -> Found:
+def compare(block: int, tokens: TwoTokens, heads: TwoHeads) -> Divergences:
     """One pass over the vocabulary of both."""
     anchor = anchor_of(tokens, heads)
     shape, dtype = anchor.shape, anchor.dtype
@@ -251,7 +251,9 @@ def compare(block: int, tokens: TwoTokens, heads: TwoHeads) -> Found:
     nats = jnp.where(close, near, far)
     endless = (seen.missing > 0) & ~jnp.isnan(nats)
     nats = jnp.where(seen.teacher.total == 0, 0, jnp.where(endless, jnp.inf, nats))
-    return Found(nats, where_finite(teacher), where_finite(student), shift, close.astype(dtype))
+    return Divergences(
+        nats, where_finite(teacher), where_finite(student), shift, close.astype(dtype)
+    )
 
 
 def pair_scores(
@@ -279,14 +281,14 @@ def anchor_of(tokens: TwoTokens, heads: TwoHeads) -> Array:
 
 
 @functools.partial(compare.defjvp, symbolic_zeros=True)
-def _compare_jvp(block: int, primals: Any, tangents: Any) -> tuple[Found, Found]:
+def _compare_jvp(block: int, primals: Any, tangents: Any) -> tuple[Divergences, Divergences]:
     # This is a rule to save memory: the tangent visits the blocks once more, and each visit is
     # checkpointed.
     tokens, heads = primals
     found = compare(block, *primals)
     tokens_dots, heads_dots = nonzero(tangents)
     is_finite = (found.nats != jnp.inf)[:, None]
-    known = Found(*(jnp.where(jnp.isinf(x), 0, x)[:, None] for x in found))
+    known = Divergences(*(jnp.where(jnp.isinf(x), 0, x)[:, None] for x in found))
     fixed = tokens, wide_tangents(tokens_dots), known, anchor_of(*primals)[:, None]
 
     def visit(state: Any, start: Array, heads: Any) -> Any:
@@ -311,11 +313,11 @@ def _compare_jvp(block: int, primals: Any, tangents: Any) -> tuple[Found, Found]
     zero = jnp.zeros_like(found.nats)
     state = vary((zero,) * 3, tokens)
     nats, taught, learned = by_classes(block, visit, state, (heads, heads_dots))
-    return found, Found(nats, taught, learned, learned - taught, zero)
+    return found, Divergences(nats, taught, learned, learned - taught, zero)
 
 
 def probs_and_ratio(
-    t: Array, s: Array, known: Found, anchor: Array
+    t: Array, s: Array, known: Divergences, anchor: Array
 ) -> tuple[Array, Array, Array]:
     """Both probabilities of some classes, and log(p / q), which is 0 if either is dropped."""
     taught, learned, both = _kept(t, s)
