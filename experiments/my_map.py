@@ -51,7 +51,7 @@ def _weights(margins: Array) -> Array:
 
 
 def _solve(logits: Array, where: Array | None) -> tuple[Array, Array, Array]:
-    """Centred scores, with -1 where dropped, their threshold, and what is kept."""
+    """Centred scores, with -1 where dropped, their threshold, and the mask of kept entries."""
     keep = (logits != -jnp.inf) & (True if where is None else where)
     wide = jnp.where(keep, logits, 0).astype(jnp.promote_types(logits.dtype, jnp.float32))
     peak = jnp.max(wide, axis=-1, keepdims=True, where=keep, initial=-jnp.inf)

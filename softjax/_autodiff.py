@@ -1,8 +1,9 @@
-"""Values that carry the derivative of another expression."""
+"""Values that carry the derivative of another expression, or none."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -17,3 +18,8 @@ def with_gradient_of(soft: Array, hard: Array) -> Array:
 @with_gradient_of.defjvp
 def _with_gradient_of_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     return with_gradient_of(*primals), tangents[0]
+
+
+def constant_where_infinite(x: Array) -> Array:
+    """The values, without a derivative where they are infinite."""
+    return jnp.where(jnp.isinf(x), jax.lax.stop_gradient(x), x)

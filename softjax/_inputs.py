@@ -299,6 +299,7 @@ class Classes(NamedTuple):
 
     def finish(self, loss: Array) -> Array:
         """The loss, a constant NaN where the label is unknown, and 0 where it is ignored."""
+        # A product with NaN would turn the cotangent 0 of a loss that does not count into NaN.
         loss = jnp.where(self.known, loss, jnp.nan)
         return loss if self.ignored is None else jnp.where(self.ignored, 0, loss)
 

@@ -403,10 +403,8 @@ def brier_score(
     places = slices.places(p, classes.labels.dtype)
     targets = (places == jnp.expand_dims(classes.labels, axis)).astype(p.dtype)
     distances = slices.sum_over_devices(jnp.sum((p - targets) ** 2, axis))
-    scores = jnp.where(classes.known, distances, jnp.nan)
-    if classes.ignored is None:
-        return reduce_kept(scores, None, reduction)
-    return reduce_kept(jnp.where(classes.ignored, 0, scores), ~classes.ignored, reduction)
+    counted = None if classes.ignored is None else ~classes.ignored
+    return reduce_kept(classes.finish(distances), counted, reduction)
 
 
 @api("axis", "member_axis", "space")

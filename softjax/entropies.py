@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._api import PROBABILITY, api
-from softjax._autodiff import with_gradient_of
+from softjax._autodiff import constant_where_infinite, with_gradient_of
 from softjax._divergence import nats_between
 from softjax._elementary import expm1_over_twice, log1p
 from softjax._float import two_difference, where_finite
@@ -218,8 +218,7 @@ def log_prob(
     slices = AlongAxes((axis,), problem.mesh_axes)
     classes = known_labels(labels, slices.length(problem.logits), None)
     nll = row_statistics(slices, problem.logits, classes.labels).nll
-    # A label that is dropped or unknown has a constant result.
-    nll = jnp.where(nll == jnp.inf, jnp.inf, jnp.where(classes.known, nll, jnp.nan))
+    nll = classes.finish(constant_where_infinite(nll))
     return (0 - nll).astype(problem.dtype)
 
 

@@ -161,8 +161,7 @@ def _sizes(shape: int | Sequence[int]) -> tuple[int, ...]:
 def _first_largest(row: AlongAxes, x: Array) -> Array:
     """The first of the largest entries of each row."""
     # Two plain reductions, because XLA's CPU backend takes an argmax entry by entry.
-    peak = row.max(x) if row.mesh_axes else jnp.max(x, 1, keepdims=True)
-    places = jnp.where(x == peak, row.places(x, jnp.int32), row.length(x))
+    places = jnp.where(x == row.max(x), row.places(x, jnp.int32), row.length(x))
     first = jnp.min(places, 1)
     return lax.pmin(first, row.mesh_axes) if row.mesh_axes else first
 

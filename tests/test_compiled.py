@@ -1,4 +1,4 @@
-"""What XLA makes of the functions for an H200: kernels, and passes over memory.
+"""Kernels, and passes over memory, of the functions when compiled for an H200.
 
 The counter is tested on programs for the CPU, whose counts are known. The tests that are marked
 `aot` compile for an H200, which needs the plugin of the extra `aot-gpu` and no GPU.
@@ -157,8 +157,8 @@ def test_every_case_has_its_shapes():
 # On an H200.
 
 
-# The most units of value, gradient and both, and the most kernels of both: what was counted
-# with jax 0.10.2 and 0.12.0.1. A change of the library may lower them.
+# Bounds for the units of value, gradient and both, and for the kernels of both. They are the
+# counts with jax 0.10.2 and 0.12.0.1, and a change of the library may lower them.
 UNITS = {
     ("softmax", (65536, 1024)): (4.1, 13.3, 10.1, 7),
     ("softmax", (1048576, 21)): (5.8, 13.0, 13.0, 7),

@@ -183,7 +183,7 @@ def test_quick_run(tmp_path, capsys, name):
     with np.load(folder / "arrays.npz") as archive:
         arrays = dict(archive)
     curves = {key: array for key, array in arrays.items() if key.startswith("curves/")}
-    # `precision` and `my_map` train nothing; the others judge what is trained already.
+    # `precision` and `my_map` train nothing; the others judge trained models.
     untrained = "precision", "my_map"
     assert curves or name in ("calibration", "open_set", "outliers", "vowels", *untrained)
     for key, array in curves.items():

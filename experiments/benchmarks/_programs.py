@@ -37,7 +37,7 @@ class Target:
     platform: str  # JAX's name of it
     module: str | None  # the plugin that compiles for it
     extra: str | None  # of this project, which installs the plugin
-    packages: tuple[str, ...] = ()  # whose versions decide what is compiled
+    packages: tuple[str, ...] = ()  # The compiled program depends on their versions.
 
     @property
     def missing(self) -> str:

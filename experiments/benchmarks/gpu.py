@@ -1,4 +1,4 @@
-"""Is what was counted also what takes the time, on the device that is at hand?
+"""Do the counted passes predict the times on this device?
 
 A run takes less than nine minutes: accuracy, rows, attention and the rest. The file is written
 after each figure, so that a run that is stopped keeps its figures. Each program makes many

@@ -56,8 +56,7 @@ def call_of(
 
 
 def choose(call: Call, implementation: str | None) -> Backend:
-    """The backend that is named, or else the first that keeps every promise."""
-    check_name(implementation)
+    """The backend of a checked name, or for None the first that keeps every promise."""
     if implementation is None:
         return next(b for b in BACKENDS if not (b.why_unable(call) or b.why_not_default(call)))
     backend = next(b for b in BACKENDS if b.name == implementation)

@@ -83,10 +83,8 @@ def explain_attention(
     # A bad call raises its errors here. Any implementation may be explained.
     jax.eval_shape(lambda: attention(**given | {"implementation": None}))
     call = call_of(jnp.shape(queries), jnp.shape(keys)[-3], block_size)
-    able = [b for b in BACKENDS if not b.why_unable(call)]
-    taken = None
-    if implementation is None or implementation in [b.name for b in able]:
-        taken = choose(call, implementation)
+    is_unable = any(b.name == implementation and b.why_unable(call) for b in BACKENDS)
+    taken = None if is_unable else choose(call, implementation)
     return "\n".join(_line(backend, call, taken) for backend in BACKENDS)
 
 

@@ -45,16 +45,8 @@ class Rows(NamedTuple):
     def losses(
         self, function: Callable[..., tuple[Array, ...]], *arrays: Any
     ) -> tuple[Array, ...]:
-        """function(*arrays): NaN for unknown labels, and 0 for ignored ones.
-
-        Both are constants, chosen by a select: a product with NaN would turn the cotangent 0 of
-        an example that a mean leaves out into NaN.
-        """
-        known, ignored = self.classes.known, self.classes.ignored
-        results = (jnp.where(known, loss, jnp.nan) for loss in function(*arrays))
-        if ignored is None:
-            return tuple(results)
-        return tuple(jnp.where(ignored, 0, loss) for loss in results)
+        """function(*arrays): NaN for unknown labels, and 0 for ignored ones."""
+        return tuple(map(self.classes.finish, function(*arrays)))
 
 
 def label_rows(

@@ -36,11 +36,6 @@ def cross_entropy_terms(
     return loss, z_loss * finite**2
 
 
-def constant_where_infinite(loss: Array) -> Array:
-    """The loss, without a derivative where it is infinite."""
-    return jnp.where(jnp.isinf(loss), jax.lax.stop_gradient(loss), loss)
-
-
 def times_nll(factor: Array, nll: Array) -> Array:
     """Computes factor * nll; 0 where the factor is 0, and constant where nll is infinite."""
     infinite = nll == jnp.inf

@@ -11,6 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, PROBABILITY, api
+from softjax._autodiff import constant_where_infinite
 from softjax._inputs import broadcast, check_flag, is_zero, mask, to_float
 from softjax._mesh import AxisName
 from softjax._softmax_stats import row_statistics
@@ -22,7 +23,7 @@ from softjax.losses._labels import (
     spread_weights,
 )
 from softjax.losses._reduction import check_reduction, reduce_kept
-from softjax.losses._terms import constant_where_infinite, cross_entropy_terms, times_nll
+from softjax.losses._terms import cross_entropy_terms, times_nll
 
 __all__ = ["cross_entropy", "focal_loss", "sigmoid_focal_loss"]
 

@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, api
+from softjax._autodiff import constant_where_infinite
 from softjax._inputs import (
     Axis,
     Problem,
@@ -28,7 +29,6 @@ from softjax._softmax import SOFTMAX
 from softjax._threshold import solve
 from softjax.entropies import divergence
 from softjax.losses._reduction import check_reduction, reduce_kept
-from softjax.losses._terms import constant_where_infinite
 
 __all__ = ["distillation_loss", "soft_cross_entropy"]
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+from softjax._autodiff import constant_where_infinite
 from softjax._inputs import Classes, computing_dtype
 from softjax._mesh import vary
 from softjax._scan import scan_blocks
 from softjax.losses._reduction import sum_of_counted
-from softjax.losses._terms import constant_where_infinite, cross_entropy_terms
+from softjax.losses._terms import cross_entropy_terms
 from softjax.output_layers._layer import Head, Tokens, common_dtype, leaves_of, replaced
 from softjax.output_layers._stream import ENTRIES, Plan, statistics
 

@@ -114,15 +114,9 @@ def linear_distillation_loss(
         Hinton, Vinyals and Dean (2015), Distilling the knowledge in a neural network.
     """
     check_reduction(reduction)
-    student = prepare_layer(features, weights, bias, temperature, soft_cap)
-    teacher = prepare_layer(
-        teacher_features,
-        teacher_weights,
-        teacher_bias,
-        temperature,
-        teacher_soft_cap,
-        prefix="teacher_",
-        features_name="teacher_features",
+    student, teacher = prepare_pair(
+        (features, weights, bias, temperature, soft_cap),
+        (teacher_features, teacher_weights, teacher_bias, temperature, teacher_soft_cap),
     )
     student, teacher = map(_no_hotter, (student, teacher))
     tokens, heads, shares = match_pair(student, teacher, where, example_weights)
@@ -151,6 +145,12 @@ def _no_hotter(layer: Layer) -> Layer:
     limit = 2.0**57 if temperature.dtype == jnp.float64 else 2.0**38
     temperature = jnp.minimum(temperature, limit)
     return layer._replace(tokens=layer.tokens._replace(temperature=temperature))
+
+
+def prepare_pair(student: Iterable[Any], teacher: Iterable[Any]) -> tuple[Layer, Layer]:
+    """Both layers, from the arguments of `prepare_layer` for each."""
+    taught = prepare_layer(*teacher, prefix="teacher_", features_name="teacher_features")
+    return prepare_layer(*student), taught
 
 
 def match_pair(

@@ -19,7 +19,7 @@ from softjax._inputs import computing_dtype
 from softjax._mesh import vary
 from softjax.entropies import divergence_terms, jensen_shannon_divergence, mixture_log_ratios
 from softjax.losses._reduction import check_reduction, reduce
-from softjax.output_layers._layer import Tokens, prepare_layer
+from softjax.output_layers._layer import Tokens
 from softjax.output_layers._stream import by_classes, by_tokens, plan_for
 from softjax.output_layers.distillation import (
     TwoHeads,
@@ -28,6 +28,7 @@ from softjax.output_layers.distillation import (
     compare,
     match_pair,
     pair_scores,
+    prepare_pair,
     probs_and_ratio,
 )
 
@@ -104,15 +105,9 @@ def linear_jensen_shannon_divergence(
         On-policy distillation of language models.
     """
     check_reduction(reduction)
-    student = prepare_layer(features, weights, bias, temperature, soft_cap)
-    teacher = prepare_layer(
-        teacher_features,
-        teacher_weights,
-        teacher_bias,
-        temperature,
-        teacher_soft_cap,
-        prefix="teacher_",
-        features_name="teacher_features",
+    student, teacher = prepare_pair(
+        (features, weights, bias, temperature, soft_cap),
+        (teacher_features, teacher_weights, teacher_bias, temperature, teacher_soft_cap),
     )
     tokens, heads, shares = match_pair(student, teacher, where, example_weights)
     weight = student.per_token(weight, "weight").astype(shares.dtype)
