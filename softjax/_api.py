@@ -169,6 +169,8 @@ def as_static(name: str, value: Any) -> Any:
             return bool(value)
         if jnp.issubdtype(value.dtype, np.integer):
             return int(value)
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iu":
+        return tuple(value.tolist())
     if kind.__hash__ is None or isinstance(value, jax.Array):
         raise TypeError(
             f"`{name}` must be an int, a flag, a name or a tuple of these, got {kind.__name__}."

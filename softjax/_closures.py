@@ -5,6 +5,7 @@ derivative rule of its own must receive all of them as arguments.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -43,6 +44,20 @@ def jit_unless_asked(
         return cast(Callee, call)
 
     return decorate
+
+
+def check_takes(function: Callable[..., Any], *parameters: str, name: str) -> None:
+    """Refuses a function that cannot be called with as many arguments."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # Some callables do not tell.
+        return
+    try:
+        signature.bind(*parameters)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a function of ({', '.join(parameters)}), got one of {signature}."
+        ) from None
 
 
 def hoist(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Any]:

@@ -107,7 +107,8 @@ def as_given(x: Any, *, name: str, functions: bool = False) -> Any:
     if is_function or jax.tree_util.all_leaves([x]):
         if functions:
             return x
-        raise TypeError(f"`{name}` must be an array or a number, got {type(x).__name__}.")
+        wanted = "a key of jax.random" if name == "key" else "an array or a number"
+        raise TypeError(f"`{name}` must be {wanted}, got {type(x).__name__}.")
     leaves, structure = jax.tree.flatten(x, is_leaf=_stands_for_an_array)
     held = [as_given(leaf, name=name, functions=functions) for leaf in leaves]
     if all(map(operator.is_, held, leaves)):
@@ -258,10 +259,13 @@ def to_integers(x: ArrayLike, *, name: str, hint: str = "") -> Array:
     return x.astype(jnp.int32) if x.dtype.itemsize < 4 else x
 
 
-def labels_of(labels: ArrayLike, shape: tuple[int, ...], axis: int) -> Array:
+def labels_of(
+    labels: ArrayLike, shape: tuple[int, ...], axis: int, *, soft_hint: str = ""
+) -> Array:
     """Integer labels, one per slice along `axis` of an array of the given shape."""
-    hint = " (weights of all classes are for `soft_cross_entropy`)"
-    labels = to_integers(labels, name="labels", hint=hint)
+    labels = to_array(labels, name="labels")
+    is_soft = labels.shape == shape and jnp.issubdtype(labels.dtype, jnp.floating)
+    labels = to_integers(labels, name="labels", hint=soft_hint if is_soft else "")
     wanted = shape[:axis] + shape[axis + 1 :]
     if labels.shape != wanted:
         raise ValueError(

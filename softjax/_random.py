@@ -25,6 +25,13 @@ def check_key(key: Array, *, name: str = "key") -> None:
         raise TypeError(f"`{name}` must be a key of jax.random, got an array of {key.dtype}.")
     if key.ndim != (0 if typed else 1):
         raise ValueError(f"`{name}` must be one key, got an array of shape {key.shape}.")
+    if not typed:
+        try:
+            jax.eval_shape(jax.random.wrap_key_data, key)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"`{name}` must be a key of jax.random, got {key.dtype} of shape {key.shape}."
+            ) from None
 
 
 def bits(key: Array, shape: tuple[int, ...]) -> Wide:

@@ -194,6 +194,9 @@ def per_score(x: Array, grid: Grid, name: str) -> Array:
     ):
         per_key = x.ndim > 1 and x.shape == (*grid.batch, grid.keys.size)
         hint = f" (One entry per key is `{name}[..., None, None, :]`.)" if per_key else ""
+        if x.ndim > 2 and x.shape == (*grid.batch, *shape[-2:]):
+            wanted = (*grid.batch, 1, *shape[-2:])
+            hint = f" (One array per sequence is `{name}[..., None, :, :]`, {wanted}.)"
         raise ValueError(
             f"`{name}` of shape {x.shape} does not broadcast to [..., N, T, S], {shape}.{hint}"
         )

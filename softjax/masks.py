@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._closures import hoist
+from softjax._closures import check_takes, hoist
 from softjax._inputs import to_array
 from softjax._tiles import (
     Grid,
@@ -348,6 +348,7 @@ class Function(Mask):
                 "the function of `masks.Function` must give an array that broadcasts to the"
                 f" tile {shape} that it is asked about, got the shape {kept.shape}."
             )
+        check_takes(self.keep, "index", name="the function of `masks.Function`")
         return _Bound(captured, keep)
 
 

@@ -179,6 +179,13 @@ def test_what_is_no_argument():
         sj.score_function(lambda x: x, Z)
     with pytest.raises(TypeError, match="`soft_cross_entropy`"):
         sj.cross_entropy(Z, Z)
+    for call in (
+        lambda: sj.cross_entropy(Z, jnp.zeros(3, bool)),
+        lambda: sj.cross_entropy(Z, jnp.zeros(3)),
+        lambda: sj.fit_temperature(Z, Z),
+    ):
+        with pytest.raises(TypeError, match=r"`labels` must be integers, got \w+\.(\n|$)"):
+            call()
 
 
 def test_arguments_by_place_that_are_names():
@@ -363,7 +370,7 @@ def test_integers_of_any_kind_are_ints(kind):
 
 def test_shapes():
     key = jax.random.key(0)
-    for shape in (3, [3], (np.int64(3),), jnp.array(3)):
+    for shape in (3, [3], (np.int64(3),), jnp.array(3), np.array([3])):
         assert_same(sj.gumbel(key, shape), sj.gumbel(key, (3,)))
         assert sj.sample(key, F, shape=shape).shape == (3, 2)
 
@@ -463,6 +470,7 @@ def wrappers():
 
 @pytest.mark.parametrize("title", ["object", "nnx.Param", "nnx.Variable", "equinox"])
 def test_objects_that_stand_for_arrays(title):
+    assert_same(sj.softmax(F, axis=np.array([0, 1])), sj.softmax(F, axis=(0, 1)))
     wrap = wrappers()[title]
     labels, one = jnp.array([0, 1]), jnp.array(1)
     f, w, q = (jnp.asarray(x) for x in (F, W, Q))
@@ -492,6 +500,16 @@ def test_objects_that_stand_for_arrays(title):
 def test_gradients_of_objects_that_stand_for_arrays(title):
     """They are pytrees, so that JAX differentiates with respect to them."""
     wrap, x = wrappers()[title], jnp.cos(jnp.arange(6.0) ** 2).reshape(2, 3)
+def test_keys():
+    with pytest.raises(TypeError, match=r"`key` must be a key of jax\.random, got dict"):
+        sj.sample({"params": jax.random.key(0)}, F)
+    with pytest.raises(TypeError, match=r"`key` must be a key of jax\.random, got object"):
+        sj.sample(object(), F)
+    with pytest.raises(ValueError, match=r"`key` must be a key .*, got uint32 of shape \(3,\)"):
+        sj.sample(jnp.zeros(3, "uint32"), F)
+    assert sj.sample(jax.random.PRNGKey(0), F).shape == (2,)
+
+
     labels, q = jnp.array([0, 1]), x[:, None]
     for loss, z in (
         (lambda z: sj.cross_entropy(z, labels).sum(), x),
@@ -516,6 +534,35 @@ NARROW += ["float8_e5m2fnuz", "float8_e3m4", "float8_e4m3", "float4_e2m1fn"]
 def test_narrow_floats_give_float32(dtype):
     """Dropped entries are -inf there, which most of these dtypes lack."""
     narrow = jnp.asarray(np.array([[0.5, 1.0, -2.0], [3.0, 1.5, 1.0]], "float32"), dtype)
+        (
+            {"score": lambda s: s},
+            TypeError,
+            r"`score` must be a function of \(scores, index\), got one of \(s\)",
+        ),
+        (
+            {"mask": sj.masks.Function(lambda q, k: q >= k)},
+            TypeError,
+            r"`masks\.Function` must be a function of \(index\), got one of \(q, k\)",
+        ),
+        (
+            {"mask": np.ones((2, 2, 2), bool)}
+            | dict.fromkeys(("queries", "keys", "values"), np.ones((2, 2, 5, 3))),
+            ValueError,
+            r"per sequence is `mask\[\.\.\., None, :, :\]`, \(2, 1, 2, 2\)",
+        ),
+        (
+            {
+                "queries": jnp.ones((2, 2, 1, 3), "bfloat16"),
+                "keys": np.ones((2, 2, 1, 3), "int8"),
+            },
+            TypeError,
+            "`keys` must have the dtype bfloat16 of `queries`, got int8",
+        ),
+        (
+            {"queries": jnp.ones((2, 2, 1, 3), "float8_e4m3fn"), "keys": np.ones((2, 2, 1, 3))},
+            TypeError,
+            "float8_e4m3fn of `queries`, which counts as float32, got float64",
+        ),
     wide, keep = narrow.astype("float32"), jnp.array([True, True, False])
     for fn in (
         lambda z: sj.softmax(z, where=keep),

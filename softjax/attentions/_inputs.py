@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from softjax._closures import hoist_floats
+from softjax._closures import check_takes, hoist_floats
 from softjax._inputs import (
     computing_dtype,
     nan_unless_positive,
@@ -127,8 +127,10 @@ def _three(
     dtype = dtypes["queries"]
     for name in ("keys", "values"):
         if dtypes[name] != dtype:
+            own, came = jnp.result_type(queries), jnp.result_type(given[name])
+            counts = "" if own == dtype else f", which counts as {dtype}"
             raise TypeError(
-                f"`{name}` must have the dtype {dtype} of `queries`, got {dtypes[name]}."
+                f"`{name}` must have the dtype {own} of `queries`{counts}, got {came}."
             )
     queries, keys, values = (jnp.asarray(x).astype(dtype) for x in given.values())
     shapes = f"{queries.shape}, {keys.shape} and {values.shape}"
@@ -181,6 +183,7 @@ def _with_score(
 ) -> tuple[DiffOperands, Constants]:
     if not callable(score):
         raise TypeError(f"`score` must be a function of (scores, index), got {score!r}.")
+    check_takes(score, "scores", "index", name="`score`")
     scores = vary(jnp.zeros(_tile_shape(constants.grid), dtype), operands)
     index = constants.grid.index(0, 0)
     run, floats, rest = hoist_floats(lambda scores, at: score(scores, at), scores, index)

@@ -56,10 +56,11 @@ def label_rows(
     where: ArrayLike | None,
     ignore_index: int | None,
     axis_name: AxisName = None,
+    soft_hint: str = "",
 ) -> Rows:
     problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
     axis = resolve_one_axis(axis, problem.logits.ndim)
-    labels = labels_of(labels, problem.logits.shape, axis)
+    labels = labels_of(labels, problem.logits.shape, axis, soft_hint=soft_hint)
     logits = problem.logits
     slices = AlongAxes((axis,), problem.mesh_axes)
     classes = known_labels(labels, slices.length(logits), ignore_index)

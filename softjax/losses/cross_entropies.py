@@ -163,7 +163,8 @@ def cross_entropy(
     """
     check_reduction(reduction)
     check_flag(return_z_loss, name="return_z_loss")
-    rows = label_rows(logits, labels, axis, where, ignore_index, axis_name)
+    soft_hint = ": weights of all classes are for `soft_cross_entropy`"
+    rows = label_rows(logits, labels, axis, where, ignore_index, axis_name, soft_hint)
     smoothing = weights = z_factor = None
     if not is_zero(label_smoothing):
         smoothing = per_label(label_smoothing, rows, "label_smoothing")
