@@ -3,10 +3,11 @@
     Causal(offset=0)          keys up to the query's own position
     Window(left, right=0)     keys around the query's position
     Prefix(length)            keys below a length
-    Lengths(lengths)          queries and keys below the length of their sequence
-    Segments(ids)             keys of the query's own document
+    Lengths(query_lengths)    queries and keys below the length of their sequence
+    Lengths(key_lengths=n)    keys below a length
+    Segments(query_ids)       keys of the query's own document
     Dense(keep)               a bool array
-    Function(keep)            a function of the positions
+    Function(keep)            a function of one index, with batch, head, query and key
 
 A mask is an object, not an array. It answers for one tile of scores at a time, and says from
 the bounds of a tile alone whether the tile is empty, partial or full, so that empty tiles can
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
@@ -132,6 +134,19 @@ class Mask:
 @dataclass_transform(frozen_default=True, eq_default=False)
 def _node(cls: type[Node]) -> type[Node]:
     made = dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
+    names, init = [*inspect.signature(made).parameters], made.__init__
+
+    @functools.wraps(init)
+    def init_by_name(self: Node, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in names:
+                raise TypeError(
+                    f"{cls.__name__}() got an unexpected keyword argument {name!r}; it takes"
+                    f" {', '.join(names)}."
+                )
+        init(self, *args, **kwargs)
+
+    made.__init__ = init_by_name  # type: ignore[assignment]
     return jax.tree_util.register_dataclass(made)
 
 
@@ -244,12 +259,10 @@ class Lengths(Mask):
     key_lengths: Any = None
 
     def bind(self, grid: Grid) -> Lengths:
+        if self.query_lengths is None and self.key_lengths is None:
+            raise ValueError("`Lengths` needs `query_lengths` or `key_lengths`, got neither.")
         keys = self.query_lengths if self.key_lengths is None else self.key_lengths
-        if (
-            self.key_lengths is None
-            and keys is not None
-            and grid.queries.size != grid.keys.size
-        ):
+        if self.key_lengths is None and grid.queries.size != grid.keys.size:
             raise ValueError(
                 "`Lengths(n)` holds for queries and keys, which must be equally many, got"
                 f" {grid.queries.size} and {grid.keys.size}: give `key_lengths` too, or alone."
@@ -335,6 +348,7 @@ class Function(Mask):
     keep: Callable[..., Array] = dataclasses.field(metadata={"static": True})
 
     def bind(self, grid: Grid) -> _Bound:
+        check_takes(self.keep, "index", name="the function of `masks.Function`")
         index = grid.index(0, 0)
         keep, captured = hoist(lambda index: self.keep(index), index)
         shape = (grid.rows, grid.heads, grid.queries.block, grid.keys.block)
@@ -348,7 +362,6 @@ class Function(Mask):
                 "the function of `masks.Function` must give an array that broadcasts to the"
                 f" tile {shape} that it is asked about, got the shape {kept.shape}."
             )
-        check_takes(self.keep, "index", name="the function of `masks.Function`")
         return _Bound(captured, keep)
 
 

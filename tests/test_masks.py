@@ -1,7 +1,9 @@
 """Masks: what they keep, what they say of a tile, and how they combine."""
 
 import dataclasses
+import inspect
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -219,7 +221,7 @@ def test_positions_all_over_int32(blocks):
         (masks.Window(None, 3600), key <= query + 3600),
         (masks.Window(2**31 - 3, None), key >= query - 2**31 + 3),
         (masks.Window(-1, 2**31 - 3), (key >= query + 1) & (key <= query + 2**31 - 3)),
-        (masks.Lengths(None, None), key == key),
+        (masks.Lengths(None, end), key < end),
         (masks.Lengths(2**30 + 7, end), (query < 2**30 + 7) & (key < end)),
     ):
         given = (places, places)
@@ -258,6 +260,23 @@ def test_any_number_names_a_document(dtype):
     hashes = np.array([2**31 - 1, 2**31 - 2, 0], "int32")
     mixed = masks.Segments(jnp.asarray(hashes), jnp.asarray(hashes.astype("int64")))
     np.testing.assert_array_equal(mixed.array(3)[0], hashes[:, None] == hashes)
+
+
+def test_names_of_parts():
+    """`help` lists the real ones, and an unknown one is told what there is."""
+    with pytest.raises(
+        TypeError, match=r"Lengths\(\).*'lengths'; it takes query_lengths, key_len"
+    ):
+        masks.Lengths(lengths=3)
+    with pytest.raises(TypeError, match=r"Segments\(\).*'ids'; it takes query_ids, key_ids\."):
+        masks.Segments(ids=3)
+    listed = re.findall(r"^    (\w+)\((.*?)\)  ", masks.__doc__, re.M)
+    assert {name for name, _ in listed} == set(masks.__all__) - {"Mask"}
+    for name, parts in listed:
+        parameters = inspect.signature(getattr(masks, name)).parameters
+        assert all(part.split("=")[0] in parameters for part in parts.split(", "))
+    with pytest.raises(ValueError, match="`Lengths` needs `query_lengths` or `key_lengths`"):
+        masks.Lengths().array(3)
 
 
 def test_what_is_no_mask():
