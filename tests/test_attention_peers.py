@@ -272,6 +272,29 @@ def test_flax_dropout(as_users_run):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_flax_with_masks_and_options_of_softjax(as_users_run):
+    """A mask object is the array that it stands for; `partial` binds options."""
+    nn = pytest.importorskip("flax.linen")
+    nnx = pytest.importorskip("flax.nnx")
+    x, lengths = tokens(), jnp.array([7, 4, 5])
+    mask = masks.Causal() & masks.Lengths(key_lengths=lengths)
+    dense = mask.array(x.shape[1], batch=x.shape[:1])
+    capped = functools.partial(flax_recipe(), soft_cap=0.1)
+    linen = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=flax_recipe())
+    params = linen.init(jax.random.key(0), x)
+    check_alike(linen.apply(params, x, mask=mask), linen.apply(params, x, mask=dense))
+    layers = [
+        nnx.MultiHeadAttention(2, 8, decode=False, rngs=nnx.Rngs(0), attention_fn=fn)
+        for fn in (flax_recipe(), capped)
+    ]
+    plain, bounded = (layer(x, mask=mask) for layer in layers)
+    check_alike(plain, layers[0](x, mask=dense))
+    assert float(jnp.abs(plain - bounded).max()) > 1e-3
+    q, k, v = (tokens(seed, (2, 7, 4, 8)) for seed in range(3))
+    check_alike(capped(q, k, v), sj.attention(q, k, v, soft_cap=0.1))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_flax_options_that_are_not_offered(as_users_run):
     nn = pytest.importorskip("flax.linen")
     nnx = pytest.importorskip("flax.nnx")

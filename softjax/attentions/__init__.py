@@ -31,9 +31,10 @@ def differential_attention(q, k, q2, k2, v, weight):
     return sj.attention(q, k, v) - weight * sj.attention(q2, k2, v)
 ```
 
-The multi-head attention layers of flax (linen and nnx) take the function below. It raises an
-error for an option that softjax does not offer. A query that sees nothing gets 0, where flax
-averages all values.
+The multi-head attention layers of flax (linen and nnx) take the function below. Their `mask`
+may be one of `softjax.masks`, and `functools.partial(attention_fn, soft_cap=50.0)` binds
+options of `softjax.attention`. It raises an error for an option that softjax does not offer. A
+query that sees nothing gets 0, where flax averages all values.
 
 ```python
 import jax.numpy as jnp
@@ -61,6 +62,7 @@ def attention_fn(
     einsum_dot_general=None,
     qk_attn_weights_einsum=None,
     attn_weights_value_einsum=None,
+    **options,  # `attention` refuses those that it does not know.
 ):
     drops = dropout_rate > 0 and not deterministic
     refused = {
@@ -78,11 +80,13 @@ def attention_fn(
     if promote_dtype is not None:
         arrays = promote_dtype(arrays, dtype=dtype)
     dtype = jnp.result_type(*arrays) if dtype is None else dtype
-    seen = None if mask is None else masks.Dense(mask.astype(bool))
+    is_own = mask is None or isinstance(mask, masks.Mask)
+    seen = mask if is_own else masks.Dense(mask.astype(bool))
     if is_causal:
         seen = masks.Causal() if seen is None else masks.Causal() & seen
-    drop = {"dropout_rate": dropout_rate, "dropout_key": dropout_rng} if drops else {}
-    return sj.attention(*(x.astype(dtype) for x in arrays), bias=bias, mask=seen, **drop)
+    if drops:
+        options |= {"dropout_rate": dropout_rate, "dropout_key": dropout_rng}
+    return sj.attention(*(x.astype(dtype) for x in arrays), bias=bias, mask=seen, **options)
 
 
 layer = nn.MultiHeadDotProductAttention(
