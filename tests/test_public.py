@@ -80,6 +80,22 @@ def test_every_public_function_is_in_the_readme():
     assert set(FUNCTIONS) <= named, sorted(set(FUNCTIONS) - named)
 
 
+@pytest.mark.slow
+def test_the_readme_runs_from_top_to_bottom():
+    """In one session, and `attend`, which reads names of its block, still runs at the end."""
+    pytest.importorskip("optax")
+    text, scope = (ROOT / "README.md").read_text(encoding="utf-8"), {}
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        for block in re.findall(r"```python\n(.*?)```", text, re.S):
+            exec(block, scope)
+        out = scope["attend"](*[scope["q"]] * 3)
+    assert out.shape == scope["q"].shape
+
+
 def test_names_are_sorted_unique_and_there():
     assert len(set(sj.__all__)) == len(sj.__all__)
     for name in sj.__all__:
