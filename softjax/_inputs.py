@@ -72,6 +72,14 @@ def nan_unless_positive(option: Array) -> Array:
     return jnp.where(option > 0, option, jnp.nan)
 
 
+def nan_outside(option: Array, low: float, high: float | None = None) -> Array:
+    """The option, or NaN where it is outside of [low, high], where None stands for no end."""
+    inside = option >= low
+    if high is not None:
+        inside &= option <= high
+    return jnp.where(inside, option, jnp.nan)
+
+
 def is_one(temperature: ArrayLike | None) -> bool:
     """Whether it is the default 1.0, which `jit` leaves as a Python number."""
     return temperature is None or (isinstance(temperature, float) and temperature == 1)
@@ -282,7 +290,10 @@ def per_class(
     *,
     name: str = "class_weights",
 ) -> Array:
-    """An option of one number per class, `[num_classes]`, where None allows any number."""
+    """An option of one number per class, `[num_classes]`, where None allows any number.
+
+    Class weights are NaN where they are negative.
+    """
     vector, _ = to_float(value, name=name)
     if vector.ndim != 1 or num_classes not in (None, vector.size):
         count = "a" if num_classes is None else f"for each of {num_classes}"
@@ -291,6 +302,7 @@ def per_class(
             f"`{name}` must be a vector of one number {count} {classes}, got the shape"
             f" {vector.shape}."
         )
+    vector = nan_outside(vector, 0) if name == "class_weights" else vector
     return vector.astype(dtype)
 
 

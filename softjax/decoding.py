@@ -10,7 +10,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import POSITIVE, api
-from softjax._inputs import per_slice, prepare, resolve_one_axis, to_integers
+from softjax._inputs import (
+    nan_unless_positive,
+    per_slice,
+    prepare,
+    resolve_one_axis,
+    to_integers,
+)
 
 __all__ = ["repetition_penalty"]
 
@@ -37,7 +43,7 @@ def repetition_penalty(
         tokens: the tokens written so far, int, `[*batch, L]` or broadcastable to it; a token
             outside [0, V), such as -1 for padding, counts for nothing.
         penalty: theta > 0, one number or one per slice `[*batch, 1]`; 1 changes nothing;
-            differentiable.
+            differentiable. In an array, one out of range makes what has been written NaN.
         presence: a, subtracted once from a token that has been written; one number or one per
             slice, of any sign; differentiable.
         frequency: b, subtracted for each time that a token has been written; likewise.
@@ -73,6 +79,7 @@ def repetition_penalty(
             ("frequency", frequency),
         )
     )
+    penalty = nan_unless_positive(penalty)
     count = _count(tokens, x.shape)
     written, kept = count > 0, x != -jnp.inf
     scores = jnp.where(kept, x, 0)

@@ -7,6 +7,7 @@ Derivatives pass through what is kept. Dropped (-inf) entries stay dropped.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -75,7 +76,7 @@ def top_k_filter(
             `jax.shard_map`; None: not spread.
 
     Returns:
-        Logits `[*shape]`; -inf where dropped.
+        Logits `[*shape]`; -inf where dropped, NaN in a slice whose `k` is out of range.
 
     Raises:
         TypeError: `logits` is not real.
@@ -110,8 +111,9 @@ def top_k_filter(
             return first_of_ties(slices, keys, threshold, k)
         return keys >= slices.broadcast(threshold)
 
-    kept = keep(slices, jax.lax.stop_gradient(x), _count_per_slice(k, x, problem.axes))
-    return _drop(x.astype(problem.dtype), kept)
+    count = _count_per_slice(k, x, problem.axes)
+    kept = keep(slices, jax.lax.stop_gradient(x), count)
+    return _drop(x.astype(problem.dtype), kept, slices.broadcast(count >= 0))
 
 
 def _count_per_slice(k: ArrayLike, x: Array, axes: tuple[int, ...]) -> Array:
@@ -154,7 +156,8 @@ def top_p_filter(
             `jax.shard_map`; None: not spread.
 
     Returns:
-        Logits `[*shape]`; -inf where dropped. Ties with the smallest one kept are kept.
+        Logits `[*shape]`; -inf where dropped, NaN in a slice whose `p` is out of range.
+        Ties with the smallest one kept are kept.
 
     Raises:
         TypeError: `logits` is not real.
@@ -207,7 +210,8 @@ def typical_filter(
             `jax.shard_map`; None: not spread.
 
     Returns:
-        Logits `[*shape]`; -inf where dropped. Ties with the last one kept are kept.
+        Logits `[*shape]`; -inf where dropped, NaN in a slice whose `mass` is out of range.
+        Ties with the last one kept are kept.
 
     Raises:
         TypeError: `logits` is not real.
@@ -276,7 +280,7 @@ def min_p_filter(
             `jax.shard_map`; None: not spread.
 
     Returns:
-        Logits `[*shape]`; -inf where dropped.
+        Logits `[*shape]`; -inf where dropped, NaN in a slice whose `min_p` is out of range.
 
     Raises:
         TypeError: `logits` is not real.
@@ -334,7 +338,7 @@ def epsilon_filter(
             `jax.shard_map`; None: not spread.
 
     Returns:
-        Logits `[*shape]`; -inf where dropped.
+        Logits `[*shape]`; -inf where dropped, NaN in a slice whose `epsilon` is out of range.
 
     Raises:
         TypeError: `logits` is not real.
@@ -391,7 +395,7 @@ def eta_filter(
             `jax.shard_map`; None: not spread.
 
     Returns:
-        Logits `[*shape]`; -inf where dropped.
+        Logits `[*shape]`; -inf where dropped, NaN in a slice whose `epsilon` is out of range.
 
     Raises:
         TypeError: `logits` is not real.
@@ -452,7 +456,7 @@ def top_n_sigma_filter(
             `jax.shard_map`; None: not spread.
 
     Returns:
-        Logits `[*shape]`; -inf where dropped.
+        Logits `[*shape]`; -inf where dropped, NaN in a slice whose `n` is out of range.
 
     Raises:
         TypeError: `logits` is not real.
@@ -470,7 +474,8 @@ def top_n_sigma_filter(
         Tang et al. (2024), Top-n sigma: not all logits are you need,
         https://arxiv.org/abs/2411.07641.
     """
-    return _filter(logits, axis, "n", n, min_tokens_to_keep, _by_deviation, axis_name)
+    rule, highest = _by_deviation, math.inf
+    return _filter(logits, axis, "n", n, min_tokens_to_keep, rule, axis_name, highest=highest)
 
 
 def _by_deviation(slices: AlongAxes, x: Array, n: Array) -> tuple[Array, Array]:
@@ -516,9 +521,13 @@ def _filter(
     rule: Rule,
     axis_name: AxisName,
     *,
+    highest: float = 1.0,
     searches: bool = False,
 ) -> Array:
-    """Keeps what a rule keeps, and in any case the entries of the `least` largest keys."""
+    """Keeps what a rule keeps, and in any case the entries of the `least` largest keys.
+
+    A slice whose option is not in [0, highest] becomes NaN.
+    """
     problem = prepare(logits, axis=axis, axis_name=axis_name)
     slices = AlongAxes(problem.axes, problem.mesh_axes)
     x = jax.lax.stop_gradient(problem.logits)
@@ -533,16 +542,19 @@ def _filter(
         return kept | (keys >= slices.broadcast(threshold))
 
     keep = blocked_over_slices(keep) if searches or least > 1 else keep
-    return _drop(problem.logits.astype(problem.dtype), keep(slices, x, row))
+    known = slices.broadcast((row >= 0) & (row <= highest))
+    return _drop(problem.logits.astype(problem.dtype), keep(slices, x, row), known)
 
 
 @jax.custom_jvp
-def _drop(logits: Array, kept: Array) -> Array:
-    return jnp.where(kept, logits, -jnp.inf)
+def _drop(logits: Array, kept: Array, known: Array) -> Array:
+    """The kept logits, and -inf elsewhere. NaN where it is not known which are kept."""
+    kept = jnp.where(known, kept, logits != -jnp.inf)
+    return jnp.where(kept, jnp.where(known, logits, jnp.nan), -jnp.inf)
 
 
 @_drop.defjvp
-def _drop_jvp(primals: tuple[Array, Array], tangents: Any) -> tuple[Array, Array]:
+def _drop_jvp(primals: tuple[Array, Array, Array], tangents: Any) -> tuple[Array, Array]:
     # A rule to save memory: the result shows which entries are kept, so no mask is stored.
     filtered = _drop(*primals)
 

@@ -16,7 +16,15 @@ from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, api
 from softjax._autodiff import with_gradient_of
-from softjax._inputs import Axis, broadcast, per_slice, resolve_axes, resolve_one_axis, to_float
+from softjax._inputs import (
+    Axis,
+    broadcast,
+    nan_outside,
+    per_slice,
+    resolve_axes,
+    resolve_one_axis,
+    to_float,
+)
 
 __all__ = ["clip_gradient", "reverse_gradient", "score_function", "straight_through"]
 
@@ -220,7 +228,7 @@ def clip_gradient(x: ArrayLike, max_norm: ArrayLike, *, axis: Axis = -1) -> Arra
     Args:
         x: values, `[*shape]`; differentiable.
         max_norm: the largest norm c in [0, inf], one number or one per slice; no derivative
-            goes through it.
+            goes through it. In an array, one out of range gives NaN gradients.
         axis: axis, axes, or None for all, of one gradient: its norm is Euclid's.
 
     Returns:
@@ -247,7 +255,7 @@ def clip_gradient(x: ArrayLike, max_norm: ArrayLike, *, axis: Axis = -1) -> Arra
     """
     wide, dtype = to_float(x, name="x")
     axes = resolve_axes(axis, wide.ndim)
-    max_norm = per_slice(max_norm, wide, axes, name="max_norm")
+    max_norm = nan_outside(per_slice(max_norm, wide, axes, name="max_norm"), 0)
     return _clipped(axes, wide, lax.stop_gradient(max_norm)).astype(dtype)
 
 
@@ -270,7 +278,7 @@ def _clipped_bwd(axes: tuple[int, ...], max_norm: Array, bar: Array) -> tuple[Ar
     scaled = bar / unit
     squares = jnp.sum(jnp.square(scaled), axes, keepdims=True)
     length = jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    long = (squares > 0) & (length > max_norm / unit)
+    long = (squares > 0) & ~(length <= max_norm / unit)  # NaN is not hidden.
     factor = jnp.where(long, max_norm, 1) / length
     return jnp.where(long, scaled * factor, bar), jnp.zeros_like(max_norm)
 

@@ -261,6 +261,103 @@ def test_errors_come_while_tracing():
         jax.eval_shape(lambda z: sj.softmax(z, where=jnp.ones(3, bool)), Z)
 
 
+# Numbers that are out of range. A Python number is refused; in an array it gives NaN.
+
+ROW, LABEL = jnp.array([2.0, 1.0, 0.0, -1.0]), jnp.array(1)
+ONE, HEAD = jnp.ones((1, 3)), jnp.arange(12.0).reshape(4, 3) / 10
+OUT_OF_RANGE = {
+    "top_k_filter k": (lambda o: sj.top_k_filter(ROW, o), [-1.0]),
+    "top_p_filter p": (lambda o: sj.top_p_filter(ROW, o), [-0.5, 1.5]),
+    "min_p_filter min_p": (lambda o: sj.min_p_filter(ROW, o), [-0.5, 1.5]),
+    "typical_filter mass": (lambda o: sj.typical_filter(ROW, o), [-0.5, 1.5]),
+    "epsilon_filter epsilon": (lambda o: sj.epsilon_filter(ROW, o), [-0.5, 1.5]),
+    "eta_filter epsilon": (lambda o: sj.eta_filter(ROW, o), [-0.5, 1.5]),
+    "top_n_sigma_filter n": (lambda o: sj.top_n_sigma_filter(ROW, o), [-0.5]),
+    "cross_entropy label_smoothing": (
+        lambda o: sj.cross_entropy(ROW, LABEL, label_smoothing=o),
+        [-0.5, 2.0],
+    ),
+    "cross_entropy z_loss": (lambda o: sj.cross_entropy(ROW, LABEL, z_loss=o), [-0.5]),
+    "focal_loss gamma": (lambda o: sj.focal_loss(ROW, LABEL, gamma=o), [-0.5]),
+    "sigmoid_focal_loss gamma": (lambda o: sj.sigmoid_focal_loss(ROW, 0, gamma=o), [-0.5]),
+    "sigmoid_focal_loss alpha": (lambda o: sj.sigmoid_focal_loss(ROW, 0, alpha=o), [-0.5, 1.5]),
+    "linear_cross_entropy label_smoothing": (
+        lambda o: sj.linear_cross_entropy(ONE, HEAD, LABEL[None], label_smoothing=o),
+        [-0.5, 2.0],
+    ),
+    "linear_cross_entropy z_loss": (
+        lambda o: sj.linear_cross_entropy(ONE, HEAD, LABEL[None], z_loss=o),
+        [-0.5],
+    ),
+    "clipped_surrogate_loss clip": (
+        lambda o: sj.clipped_surrogate_loss(ROW, LABEL, -1.0, 1.0, clip=o),
+        [-0.2],
+    ),
+    "repetition_penalty penalty": (
+        lambda o: sj.repetition_penalty(ROW, jnp.arange(4), o),
+        [-1.0, 0.0],
+    ),
+    "class_balanced_weights beta": (
+        lambda o: sj.class_balanced_weights(jnp.array([1, 2]), beta=o),
+        [-0.5, 1.5],
+    ),
+    "clip_gradient max_norm": (
+        lambda o: jax.grad(lambda z: jnp.sum(sj.clip_gradient(z, o) * (z + 2)))(ROW),
+        [-0.5],
+    ),
+    "exponential_temperature initial": (
+        lambda o: sj.exponential_temperature(3, initial=o, half_life=1.0),
+        [-0.5],
+    ),
+    "exponential_temperature half_life": (
+        lambda o: sj.exponential_temperature(3, initial=1.0, half_life=o),
+        [-0.5],
+    ),
+    "visit_count_temperature counts": (lambda o: sj.visit_count_temperature(ROW, o), [-1.0]),
+    "target_entropy_temperature target": (
+        lambda o: sj.target_entropy_temperature(ROW, o),
+        [-0.5],
+    ),
+}
+
+
+@pytest.mark.parametrize("title", OUT_OF_RANGE)
+def test_numbers_in_arrays_that_are_out_of_range(title):
+    """A NaN is out of every range."""
+    call, values = OUT_OF_RANGE[title]
+    for value in (np.nan, *values):
+        assert jnp.isnan(call(jnp.array(value))).all(), value
+    for value in values:
+        with pytest.raises(ValueError, match=f"`{title.split()[1]}` must be"):
+            call(value)
+    assert not jnp.isnan(call(jnp.array(0.5))).any()
+
+
+def test_filters_with_an_option_that_is_out_of_range_in_one_row():
+    """The other rows are untouched, and dropped logits stay dropped."""
+    logits = jnp.array([[2.0, -np.inf, 0.0]] * 3)
+    for name in ("top_p_filter", "min_p_filter", "typical_filter", "top_k_filter"):
+        option = jnp.array([[0.5], [-1.0], [np.nan]])
+        out = getattr(sj, name)(logits, option)
+        assert_same(out[0], getattr(sj, name)(logits[0], 0.5))
+        assert_same(out[1:], jnp.array([[np.nan, -np.inf, np.nan]] * 2))
+    out = sj.top_k_filter(logits, jnp.array([[1], [-1], [3]]))
+    assert_same(out[1], jnp.array([np.nan, -np.inf, np.nan]))
+    assert_same(out[2], logits[2])
+
+
+def test_negative_class_weights():
+    """They give NaN, like every number in an array that is out of its range."""
+    bad, labels = jnp.array([1.0, -1.0, 1.0, 1.0]), jnp.array([0, 1, 2])
+    losses = sj.cross_entropy(Z, labels, class_weights=bad)
+    assert_same(jnp.isnan(losses), labels == 1)
+    assert jnp.isnan(sj.mean_loss(jnp.ones(3), labels, class_weights=bad))
+    assert jnp.isnan(sj.soft_cross_entropy(Z, jnp.full(4, 0.25), class_weights=bad)).all()
+    layer = jnp.ones((3, 2)), jnp.ones((4, 2)), labels
+    found = sj.linear_cross_entropy(*layer, class_weights=bad, reduction=None)
+    assert_same(jnp.isnan(found), labels == 1)
+
+
 # Integers that are wider than JAX's.
 
 WIDE = 2**40
@@ -373,6 +470,7 @@ def test_shapes():
     for shape in (3, [3], (np.int64(3),), jnp.array(3), np.array([3])):
         assert_same(sj.gumbel(key, shape), sj.gumbel(key, (3,)))
         assert sj.sample(key, F, shape=shape).shape == (3, 2)
+    assert_same(sj.softmax(F, axis=np.array([0, 1])), sj.softmax(F, axis=(0, 1)))
 
 
 def test_flags_of_any_kind_are_flags():
@@ -402,6 +500,16 @@ def test_a_dropout_key_that_is_none():
         sj.attention(Q, Q, Q, dropout_rate=0.5, dropout_key=keys)
 
 
+def test_keys():
+    with pytest.raises(TypeError, match=r"`key` must be a key of jax\.random, got dict"):
+        sj.sample({"params": jax.random.key(0)}, F)
+    with pytest.raises(TypeError, match=r"`key` must be a key of jax\.random, got object"):
+        sj.sample(object(), F)
+    with pytest.raises(ValueError, match=r"`key` must be a key .*, got uint32 of shape \(3,\)"):
+        sj.sample(jnp.zeros(3, "uint32"), F)
+    assert sj.sample(jax.random.PRNGKey(0), F).shape == (2,)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -425,6 +533,35 @@ def test_a_dropout_key_that_is_none():
             {"score": lambda s, at: s[0]},
             ValueError,
             r"`score` .*\(2, 1, 2, 2\), got \(1, 2, 2\)",
+        ),
+        (
+            {"score": lambda s: s},
+            TypeError,
+            r"`score` must be a function of \(scores, index\), got one of \(s\)",
+        ),
+        (
+            {"mask": sj.masks.Function(lambda q, k: q >= k)},
+            TypeError,
+            r"`masks\.Function` must be a function of \(index\), got one of \(q, k\)",
+        ),
+        (
+            {"mask": np.ones((2, 2, 2), bool)}
+            | dict.fromkeys(("queries", "keys", "values"), np.ones((2, 2, 5, 3))),
+            ValueError,
+            r"per sequence is `mask\[\.\.\., None, :, :\]`, \(2, 1, 2, 2\)",
+        ),
+        (
+            {
+                "queries": jnp.ones((2, 2, 1, 3), "bfloat16"),
+                "keys": np.ones((2, 2, 1, 3), "int8"),
+            },
+            TypeError,
+            "`keys` must have the dtype bfloat16 of `queries`, got int8",
+        ),
+        (
+            {"queries": jnp.ones((2, 2, 1, 3), "float8_e4m3fn"), "keys": np.ones((2, 2, 1, 3))},
+            TypeError,
+            "float8_e4m3fn of `queries`, which counts as float32, got float64",
         ),
         ({"score": lambda s, at: (s, s)}, ValueError, r"`score` must give .*got tuple"),
         ({"score": lambda s, at: None}, ValueError, r"`score` must give .*got NoneType"),
@@ -470,7 +607,6 @@ def wrappers():
 
 @pytest.mark.parametrize("title", ["object", "nnx.Param", "nnx.Variable", "equinox"])
 def test_objects_that_stand_for_arrays(title):
-    assert_same(sj.softmax(F, axis=np.array([0, 1])), sj.softmax(F, axis=(0, 1)))
     wrap = wrappers()[title]
     labels, one = jnp.array([0, 1]), jnp.array(1)
     f, w, q = (jnp.asarray(x) for x in (F, W, Q))
@@ -500,16 +636,6 @@ def test_objects_that_stand_for_arrays(title):
 def test_gradients_of_objects_that_stand_for_arrays(title):
     """They are pytrees, so that JAX differentiates with respect to them."""
     wrap, x = wrappers()[title], jnp.cos(jnp.arange(6.0) ** 2).reshape(2, 3)
-def test_keys():
-    with pytest.raises(TypeError, match=r"`key` must be a key of jax\.random, got dict"):
-        sj.sample({"params": jax.random.key(0)}, F)
-    with pytest.raises(TypeError, match=r"`key` must be a key of jax\.random, got object"):
-        sj.sample(object(), F)
-    with pytest.raises(ValueError, match=r"`key` must be a key .*, got uint32 of shape \(3,\)"):
-        sj.sample(jnp.zeros(3, "uint32"), F)
-    assert sj.sample(jax.random.PRNGKey(0), F).shape == (2,)
-
-
     labels, q = jnp.array([0, 1]), x[:, None]
     for loss, z in (
         (lambda z: sj.cross_entropy(z, labels).sum(), x),
@@ -534,35 +660,6 @@ NARROW += ["float8_e5m2fnuz", "float8_e3m4", "float8_e4m3", "float4_e2m1fn"]
 def test_narrow_floats_give_float32(dtype):
     """Dropped entries are -inf there, which most of these dtypes lack."""
     narrow = jnp.asarray(np.array([[0.5, 1.0, -2.0], [3.0, 1.5, 1.0]], "float32"), dtype)
-        (
-            {"score": lambda s: s},
-            TypeError,
-            r"`score` must be a function of \(scores, index\), got one of \(s\)",
-        ),
-        (
-            {"mask": sj.masks.Function(lambda q, k: q >= k)},
-            TypeError,
-            r"`masks\.Function` must be a function of \(index\), got one of \(q, k\)",
-        ),
-        (
-            {"mask": np.ones((2, 2, 2), bool)}
-            | dict.fromkeys(("queries", "keys", "values"), np.ones((2, 2, 5, 3))),
-            ValueError,
-            r"per sequence is `mask\[\.\.\., None, :, :\]`, \(2, 1, 2, 2\)",
-        ),
-        (
-            {
-                "queries": jnp.ones((2, 2, 1, 3), "bfloat16"),
-                "keys": np.ones((2, 2, 1, 3), "int8"),
-            },
-            TypeError,
-            "`keys` must have the dtype bfloat16 of `queries`, got int8",
-        ),
-        (
-            {"queries": jnp.ones((2, 2, 1, 3), "float8_e4m3fn"), "keys": np.ones((2, 2, 1, 3))},
-            TypeError,
-            "float8_e4m3fn of `queries`, which counts as float32, got float64",
-        ),
     wide, keep = narrow.astype("float32"), jnp.array([True, True, False])
     for fn in (
         lambda z: sj.softmax(z, where=keep),

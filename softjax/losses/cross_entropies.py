@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, PROBABILITY, api
 from softjax._autodiff import constant_where_infinite
-from softjax._inputs import broadcast, check_flag, is_zero, mask, to_float
+from softjax._inputs import broadcast, check_flag, is_zero, mask, nan_outside, to_float
 from softjax._mesh import AxisName
 from softjax._softmax_stats import row_statistics
 from softjax.losses._labels import (
@@ -118,9 +118,9 @@ def cross_entropy(
         ignore_index: a label, of any value, whose rows have loss and gradient 0, whatever they
             hold.
         label_smoothing: epsilon in [0, 1], one number or one per label; differentiable.
-        z_loss: factor c of the squared logarithm of the normaliser, one number or one per
+        z_loss: factor c >= 0 of the squared logarithm of the normaliser, one number or one per
             label; differentiable.
-        class_weights: factors w, `[n]`, real; differentiable. With smoothing they weigh as in
+        class_weights: factors w >= 0, `[n]`; differentiable. With smoothing they weigh as in
             PyTorch's `cross_entropy`.
         reduction: "mean" divides the sum by that of the class weights of the labels that are
             not ignored, as PyTorch does; "sum"; or None.
@@ -132,10 +132,11 @@ def cross_entropy(
 
     Returns:
         One loss per label, of the shape of `labels`, or one number with `reduction`; float32 or
-        wider, and never negative. With `return_z_loss`, the pair (loss, z-loss), both reduced
-        alike, of which the first contains the second. A dropped label, or a +inf at another
-        class, makes the loss inf, which is constant: no logit has a derivative. A class weight
-        of 0, or a smoothing of 1, counts that inf as 0.
+        wider, and never negative; NaN where an option in an array is out of range. With
+        `return_z_loss`, the pair (loss, z-loss), both reduced alike, of which the first
+        contains the second. A dropped label, or a +inf at another class, makes the loss inf,
+        which is constant: no logit has a derivative. A class weight of 0, or a smoothing of 1,
+        counts that inf as 0.
 
     Raises:
         TypeError: `logits` is not real, `labels` not integer, `where` not bool, or `axis` not
@@ -167,11 +168,11 @@ def cross_entropy(
     rows = label_rows(logits, labels, axis, where, ignore_index, axis_name, soft_hint)
     smoothing = weights = z_factor = None
     if not is_zero(label_smoothing):
-        smoothing = per_label(label_smoothing, rows, "label_smoothing")
+        smoothing = nan_outside(per_label(label_smoothing, rows, "label_smoothing"), 0, 1)
         if class_weights is not None:
             weights = spread_weights(class_weights, rows)
     if not is_zero(z_loss):
-        z_factor = per_label(z_loss, rows, "z_loss")
+        z_factor = nan_outside(per_label(z_loss, rows, "z_loss"), 0)
     label_weight = label_weights(class_weights, rows)
 
     def terms(
@@ -244,12 +245,13 @@ def focal_loss(
         where: mask, bool, broadcastable to `[*shape]`; True keeps an entry.
         ignore_index: a label, of any value, whose rows have loss and gradient 0, whatever they
             hold.
-        class_weights: factors w, `[n]`, real; differentiable.
+        class_weights: factors w >= 0, `[n]`; differentiable.
         reduction: as in `cross_entropy`.
         axis_name: as in `cross_entropy`.
 
     Returns:
-        One loss per label, or one number with `reduction`; float32 or wider.
+        One loss per label, or one number with `reduction`; float32 or wider, and at least 0.
+        NaN where an option in an array is out of range.
 
     Raises:
         TypeError: as `cross_entropy`.
@@ -268,7 +270,7 @@ def focal_loss(
     """
     check_reduction(reduction)
     rows = label_rows(logits, labels, axis, where, ignore_index, axis_name)
-    gamma = jnp.minimum(per_label(gamma, rows, "gamma"), _MAX_GAMMA)
+    gamma = jnp.minimum(nan_outside(per_label(gamma, rows, "gamma"), 0), _MAX_GAMMA)
 
     def loss(logits: Array, gamma: Array, label_weight: Array | None) -> tuple[Array]:
         nll = row_statistics(rows.slices, logits, rows.labels).nll
@@ -325,7 +327,7 @@ def sigmoid_focal_loss(
 
     Returns:
         One loss per logit, `[*shape]`, or one number with `reduction`; float32 or wider, at
-        least 0.
+        least 0. NaN where `gamma` or `alpha` in an array is out of range.
 
     Raises:
         TypeError: an argument is not real, or `where` not bool.
@@ -370,8 +372,8 @@ def sigmoid_focal_loss(
     arrays = (
         z if keep is None else jnp.where(keep, z, 0),
         entries(targets, "targets"),
-        entries(gamma, "gamma"),
-        None if alpha is None else entries(alpha, "alpha"),
+        nan_outside(entries(gamma, "gamma"), 0),
+        None if alpha is None else nan_outside(entries(alpha, "alpha"), 0, 1),
     )
     (losses,) = loss(*arrays)
     if keep is not None:

@@ -56,7 +56,8 @@ def sparsemax_loss(
         where: mask, bool, broadcastable to `[*shape]`; True keeps an entry.
         ignore_index: a label, of any value, whose rows have loss and gradient 0, whatever they
             hold.
-        class_weights: factors of the losses by their labels, `[n]`, real; differentiable.
+        class_weights: factors >= 0 of the losses by their labels, `[n]`; differentiable. A
+            negative one is NaN.
         reduction: as in `cross_entropy`.
         axis_name: as in `cross_entropy`.
 
@@ -126,7 +127,8 @@ def entmax_loss(
         where: mask, bool, broadcastable to `[*shape]`; True keeps an entry.
         ignore_index: a label, of any value, whose rows have loss and gradient 0, whatever they
             hold.
-        class_weights: factors of the losses by their labels, `[n]`, real; differentiable.
+        class_weights: factors >= 0 of the losses by their labels, `[n]`; differentiable. A
+            negative one is NaN.
         reduction: as in `cross_entropy`.
         axis_name: as in `cross_entropy`.
 

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from softjax._api import PROBABILITY, api
 from softjax._elementary import expm1_over
-from softjax._inputs import computing_dtype, one_number, per_class, to_float
+from softjax._inputs import computing_dtype, nan_outside, one_number, per_class, to_float
 from softjax._mesh import AxisName, names_of
 from softjax.losses._reduction import over_mass, shares_and_masses, sum_of_counted
 
@@ -35,7 +35,8 @@ def mean_loss(
         labels: classes y, int, `[*shape]`; given with `ignore_index` or `class_weights`, and
             only then.
         ignore_index: a label whose examples do not count.
-        class_weights: the factors w, `[n]`, that the losses were computed with (1 without).
+        class_weights: the factors w >= 0, `[n]`, that the losses were computed with; a negative
+            one is NaN. Without them w is 1.
         example_weights: factors a, broadcastable to `[*shape]`; differentiable. An example of
             weight 0 does not count, whatever its loss.
         axis_name: mesh axis, or axes, over which the examples are spread, inside of
@@ -95,7 +96,8 @@ def class_balanced_weights(counts: ArrayLike, *, beta: ArrayLike) -> Array:
 
     Args:
         counts: numbers of examples n, `[C]`, at least 0.
-        beta: one number in [0, 1]: 0 weighs all classes alike, 1 by 1 / n; differentiable.
+        beta: one number in [0, 1]: 0 weighs all classes alike, 1 by 1 / n; differentiable. An
+            array out of range gives NaN.
 
     Returns:
         Weights `[C]`, of mean one over the classes that have examples; 0 for the others.
@@ -114,7 +116,7 @@ def class_balanced_weights(counts: ArrayLike, *, beta: ArrayLike) -> Array:
     """
     dtype = to_float(counts, name="counts")[1]
     counts = per_class(counts, None, computing_dtype(dtype), name="counts")
-    beta = one_number(beta, name="beta").astype(counts.dtype)
+    beta = nan_outside(one_number(beta, name="beta"), 0, 1).astype(counts.dtype)
     seen = ~(counts <= 0)  # Keep NaN, so that it shows in the result.
     endless = counts == jnp.inf
     safe = jnp.where(seen & ~endless, counts, 1)

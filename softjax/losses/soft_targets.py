@@ -64,7 +64,8 @@ def soft_cross_entropy(
         where: mask m, bool, broadcastable to `[*shape]`; True keeps an entry.
         example_where: mask of whole slices, bool, broadcastable to the shape of the losses.
             False leaves a slice out: its loss and gradient are 0, whatever it holds.
-        class_weights: factors w of the classes, `[n]`, where `axis` is one; differentiable.
+        class_weights: factors w >= 0 of the classes, `[n]`, where `axis` is one;
+            differentiable. A negative one is NaN.
         reduction: "mean" divides the sum by the number of slices that are not left out, as
             PyTorch does with target weights; "sum"; or None.
         axis_name: as in `cross_entropy`; the targets are those of this device's classes.

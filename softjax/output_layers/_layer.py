@@ -19,6 +19,7 @@ from softjax._inputs import (
     is_zero,
     known_labels,
     labels_of,
+    nan_outside,
     nan_unless_positive,
     one_number,
     per_class,
@@ -59,9 +60,13 @@ class Layer(NamedTuple):
         value = broadcast(value.astype(self.dtype), self.shape, name=name, target="the tokens")
         return value.reshape(-1)
 
-    def optional(self, option: ArrayLike, name: str) -> Array | None:
-        """The same, and None for the default 0."""
-        return None if is_zero(option) else self.per_token(option, name)
+    def optional(
+        self, option: ArrayLike, name: str, highest: float | None = None
+    ) -> Array | None:
+        """The same, and None for the default 0; NaN outside of [0, highest]."""
+        if is_zero(option):
+            return None
+        return nan_outside(self.per_token(option, name), 0, highest)
 
 
 def prepare_layer(

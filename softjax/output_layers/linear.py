@@ -147,11 +147,11 @@ def linear_cross_entropy(
         soft_cap: c > 0, acts on the logits before the temperature divides them; one number;
             inf bounds nothing; differentiable.
         label_smoothing: epsilon in [0, 1], one number or one per token; differentiable.
-        z_loss: factor lambda of the squared log-normaliser, one number or one per token;
+        z_loss: factor lambda >= 0 of the squared log-normaliser, one number or one per token;
             differentiable.
         ignore_index: a label, of any value, whose tokens have loss and gradient 0, whatever
             they hold.
-        class_weights: factors w, `[V]`; differentiable.
+        class_weights: factors w >= 0, `[V]`; differentiable.
         example_weights: factors of the tokens' losses, `[...]`; differentiable. A token of
             weight 0 does not count, whatever NaN or inf it holds.
         reduction: "mean" divides the sum by that of the example weights times the class weights
@@ -171,7 +171,7 @@ def linear_cross_entropy(
     Returns:
         One number, or one loss per token with `reduction=None`; float32 or wider. With
         `return_z_loss`, the pair (loss, z-loss), both reduced alike, of which the first
-        contains the second.
+        contains the second. NaN where an option in an array is out of range.
 
     Raises:
         TypeError: an argument is not real, `labels` not integer, or `bias` bool.
@@ -231,7 +231,7 @@ def linear_cross_entropy(
         class_axes=mesh_axes,
     )
     tokens = layer.tokens._replace(
-        label_smoothing=layer.optional(label_smoothing, "label_smoothing"),
+        label_smoothing=layer.optional(label_smoothing, "label_smoothing", 1),
         z_loss=layer.optional(z_loss, "z_loss"),
         shares=shares.reshape(-1),
     )

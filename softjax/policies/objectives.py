@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, api
-from softjax._inputs import Problem, is_zero, mask, to_float
+from softjax._inputs import Problem, is_zero, mask, nan_outside, to_float
 from softjax._slices import AlongAxes
 from softjax.policies.actions import (
     Mixture,
@@ -116,6 +116,7 @@ def clipped_surrogate_loss(
             `select_action` gives them, broadcastable to `[...]`; differentiable.
         advantages: A, broadcastable to `[...]`; differentiable.
         clip: distance delta >= 0 of the ratio from 1, broadcastable to `[...]`; differentiable.
+            A negative one in an array gives NaN.
         temperature: T in [0, inf] of the policy, one number or one per step (broadcastable to
             `[..., 1]`): the one that `select_action` drew with; differentiable, with derivative
             0 at the limits, where the logits have none either.
@@ -151,13 +152,13 @@ def clipped_surrogate_loss(
     steps = _Steps.of(logits, actions, temperature, where)
     policy, log_probs = steps.policy()
     advantages = steps.option(advantages, "advantages")
-    clip = steps.option(clip, "clip")
+    clip = nan_outside(steps.option(clip, "clip"), 0)
     old_log_probs = steps.option(old_log_probs, "old_log_probs")
     # For a gain the ratio counts up to 1 + delta, for a loss down to 1 - delta.
     gain = advantages >= 0
     bound = jnp.where(gain, 1 + clip, 1 - clip)
     ratio = _times_exp(jnp.ones_like(bound), _change(log_probs, old_log_probs))
-    beyond = jnp.where(gain, ratio > bound, ratio < bound)
+    beyond = jnp.where(gain, ratio > bound, ratio < bound) | jnp.isnan(bound)
     weighed = _weighed_ratio(
         advantages,
         old_log_probs,

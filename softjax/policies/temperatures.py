@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from softjax._api import NONNEGATIVE, api
 from softjax._elementary import log1p
 from softjax._float import where_finite
-from softjax._inputs import Axis, Problem, broadcast, per_slice, prepare, to_float
+from softjax._inputs import Axis, Problem, broadcast, nan_outside, per_slice, prepare, to_float
 from softjax._rootfinding import bracketed_newton
 from softjax._slices import AlongAxes
 from softjax.reductions import mellowmax
@@ -49,7 +49,8 @@ def exponential_temperature(
         final: T_inf >= 0, broadcastable to `[*shape]`; differentiable.
 
     Returns:
-        Temperatures `[*shape]`, in the dtype of `step`, or the default float for integers.
+        Temperatures `[*shape]`, in the dtype of `step`, or the default float for integers; NaN
+        where an option in an array is out of range.
 
     Raises:
         TypeError: an argument is not real.
@@ -69,7 +70,8 @@ def exponential_temperature(
 
     def option(x: ArrayLike, name: str) -> Array:
         value, _ = to_float(x, name=name)
-        return broadcast(value.astype(step.dtype), step.shape, name=name, target="step")
+        value = broadcast(value.astype(step.dtype), step.shape, name=name, target="step")
+        return nan_outside(value, 0)
 
     initial, half_life = option(initial, "initial"), option(half_life, "half_life")
     final = option(final, "final")
@@ -100,7 +102,8 @@ def visit_count_temperature(
 
     Returns:
         Temperatures, of the shape of `values` with size 1 along `axis`, in its dtype; inf up to
-        the first visit; after it, 0 where all values are equal or nothing is legal.
+        the first visit; after it, 0 where all values are equal or nothing is legal. NaN where
+        `counts` in an array is negative.
 
     Raises:
         TypeError: `values` or `counts` is not real, or `where` not bool.
@@ -126,7 +129,7 @@ def visit_count_temperature(
     problem = prepare(values, axis=axis, where=where, name="values")
     x, slices = problem.logits, AlongAxes(problem.axes)
     counts, _ = to_float(counts, name="counts")
-    counts = per_slice(counts, x, problem.axes, name="counts")
+    counts = nan_outside(per_slice(counts, x, problem.axes, name="counts"), 0)
     lowest = -slices.max(jnp.where(x == -jnp.inf, -jnp.inf, -x))
     highest = slices.max(x)
     empty = highest == -jnp.inf
@@ -159,7 +162,8 @@ def target_entropy_temperature(
     Returns:
         Temperatures, of the shape of `values` with size 1 along `axis`, in its dtype: 0 for
         entropies that ties exceed already (and where nothing is legal, or a value is inf), inf
-        from the logarithm of the number of legal actions on. The derivative is 0 there.
+        from the logarithm of the number of legal actions on. The derivative is 0 there. NaN
+        where `target` in an array is negative.
 
     Raises:
         TypeError: `values` or `target` is not real, or `where` not bool.
@@ -186,7 +190,7 @@ def target_entropy_temperature(
     target = per_slice(target, problem.logits, problem.axes, name="target")
     num_legal = jnp.maximum(slices.sum((below != -jnp.inf).astype(below.dtype)), 1)
     coldest, hottest = jnp.log(_count_peaks(below, slices)), jnp.log(num_legal)
-    cold, hot, unknown = target <= coldest, target >= hottest, jnp.isnan(target)
+    cold, hot, unknown = target <= coldest, target >= hottest, ~(target >= 0)
     target = jnp.where(cold | hot, (coldest + hottest) / 2, target)
     temperature = scale * jnp.exp(_solve(_missing_entropy, problem.axes, below, target))
     temperature = jnp.where(cold, 0, jnp.where(hot, jnp.inf, temperature))
