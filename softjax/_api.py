@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softjax._inputs import as_given, fits, limits_of, widened
-from softjax._mesh import check_axes, names_of, vary
+from softjax._mesh import Layout, check_axes, names_of, on_explicit_axes, vary
 
 Callee = TypeVar("Callee", bound=Callable[..., Any])
 Check = Callable[[Any], Any]
@@ -31,6 +31,7 @@ def api(
     jit: bool = True,
     spread: tuple[str, ...] = (),
     refuse: Callable[[dict[str, Any]], None] | None = None,
+    layout: Callable[[dict[str, Any]], Layout | None] | None = None,
     **ranges: Range,
 ) -> Callable[[Callee], Callee]:
     """Makes a function public: its arguments are checked by name, then it is jitted.
@@ -41,7 +42,8 @@ def api(
     number outside of its range is refused. This must happen before `jit`, which hides the
     number; the docstrings say what becomes of numbers in arrays, which are always hidden.
     `refuse` receives all arguments that were given. If the function has the option `axis_name`,
-    each device holds a part of the arguments that `spread` names.
+    each device holds a part of the arguments that `spread` names. If no `axis_name` is given,
+    it becomes the `layout` of the arguments.
 
     With `jit=False` the arguments are only checked, and functions may be among them.
     """
@@ -58,7 +60,7 @@ def api(
         }
         by_place = tuple(checks[name] for name in names[:num_by_place])
         known = checks.keys()
-        run = _jitted(function, static, spread) if jit else function
+        run = _jitted(function, static, spread, layout) if jit else function
         label_place = names.index("labels") if "labels" in known else 0
         # An option that is given as its default costs nothing, because it is left out: `jit`
         # would make an array of it, whose value is not known while tracing.
@@ -91,7 +93,10 @@ def _is_default(value: Any, default: float) -> bool:
 
 
 def _jitted(
-    function: Callable[..., Any], static: tuple[str, ...], spread: tuple[str, ...]
+    function: Callable[..., Any],
+    static: tuple[str, ...],
+    spread: tuple[str, ...],
+    layout: Callable[[dict[str, Any]], Layout | None] | None,
 ) -> Callable[..., Any]:
     signature = inspect.signature(function)
     parameters = signature.parameters.values()
@@ -106,7 +111,9 @@ def _jitted(
             check_axes(mesh_axes, arguments, spread, optional)
         args, kwargs = vary((args, kwargs), but=mesh_axes)
         args, kwargs = jax.tree.map(widened, (args, kwargs))
-        return function(*args, **kwargs)
+        if layout is not None and not mesh_axes:
+            kwargs["axis_name"] = layout(signature.bind_partial(*args, **kwargs).arguments)
+        return on_explicit_axes(function, args, kwargs)
 
     return jitted
 

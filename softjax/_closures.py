@@ -13,7 +13,7 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 
-from softjax._mesh import vary
+from softjax._mesh import on_explicit_axes, vary
 
 Callee = TypeVar("Callee", bound=Callable[..., Any])
 
@@ -30,16 +30,16 @@ def jit_unless_asked(
 
     def decorate(function: Callee) -> Callee:
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, captures: bool = False, **kwargs: Any) -> Any:
             args, kwargs = vary((args, kwargs))
-            return function(*args, **kwargs)
+            return on_explicit_axes(function, args, kwargs, captures=captures)
 
         jitted = jax.jit(functools.wraps(function)(run), static_argnames=static)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             asks = prepare_call(kwargs)
-            return (run if asks else jitted)(*args, **kwargs)
+            return run(*args, captures=True, **kwargs) if asks else jitted(*args, **kwargs)
 
         return cast(Callee, call)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from softjax._mesh import is_sharded
+from softjax._mesh import may_be_sharded
 
 LARGE = 2**17  # entries from which on terms are not stored
 PARTS = 8  # into which an axis is cut
@@ -36,7 +36,7 @@ def can_cut(entries: Sequence[Array], axes: tuple[int, ...]) -> bool:
     Sharded axes stay whole, as does an axis whose size is open in an export.
     """
     is_open = not all(isinstance(size, int) for x in entries for size in x.shape)
-    if is_open or is_sharded(entries) or not axes:
+    if is_open or may_be_sharded(entries) or not axes:
         return False
     longest = max(x.shape[axis] for x in entries for axis in axes)
     return longest > FEW or max(x.size for x in entries) >= LARGE
@@ -125,7 +125,7 @@ def blocked_over_slices(search: Callable[..., Tree]) -> Callable[..., Tree]:
         size = None if axes is None else math.prod(shape[i] for i in axes)
         is_open = not isinstance(math.prod(shape), int)  # In an export for any size.
         spread = getattr(slices, "mesh_axes", ())
-        if not size or is_open or spread or is_sharded(entries):
+        if not size or is_open or spread or may_be_sharded(entries):
             return search(slices, entries, *per_slice)
         block = max(1, min(ROWS, BLOCK // size))
         if math.prod(shape) <= max(UNCUT, block * size):

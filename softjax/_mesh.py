@@ -1,31 +1,51 @@
-"""Over which axes of a mesh values vary, inside of `shard_map`.
+"""How arrays are spread over the axes of a mesh.
 
-There the state of a loop, and the results of the branches of a condition, must vary over the
-same axes before and after. JAX makes the operands of each operation vary alike, and sums over
-the devices in its transpose. The library makes its arguments vary alike once, at the door.
+Inside of `shard_map`, the state of a loop, and the results of the branches of a condition, must
+vary over the same axes before and after. JAX makes the operands of each operation vary alike,
+and sums over the devices in its transpose. The library makes its arguments vary alike once, at
+the door.
 
 The mesh axes that `axis_name` names are different. Each device along them holds a part of every
 slice, so entries vary over these axes and numbers per slice do not. A sum over a slice is then
 the sum of the devices' sums, and nothing else in the mathematics changes. `check_axes` refuses
 what would give a wrong result.
+
+Outside of `shard_map`, the types of arrays tell how they are spread over the explicit axes of a
+mesh. `on_explicit_axes` calls every public function so that its result is spread likewise.
+Types tell nothing about automatic axes, over which the compiler spreads arrays as it chooses.
 """
 
+import functools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 Tree = TypeVar("Tree")
+
+
+class Layout(NamedTuple):
+    """The explicit axes over which the tokens and the classes of a linear layer are spread.
+
+    Where the types of arguments tell it, it is the `axis_name` of the function.
+    """
+
+    tokens: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
 AxisName = str | tuple[str, ...] | None
 
 
-def names_of(axis_name: AxisName) -> tuple[str, ...]:
+def names_of(axis_name: AxisName | Layout) -> tuple[str, ...]:
     """The names of the mesh axes over which slices are spread; an empty tuple for None."""
-    if axis_name is None:
+    if axis_name is None or isinstance(axis_name, Layout):
         return ()
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(f"`axis_name` must be a name or a tuple of names, got {axis_name!r}.")
     if len(set(names)) < len(names):
@@ -100,14 +120,108 @@ def vary(tree: Tree, *others: Any, but: tuple[str, ...] = ()) -> Tree:
     return jax.tree.map(cast, tree)
 
 
-def is_sharded(tree: Any) -> bool:
-    """Whether an array's type says that it is spread over devices.
+def may_be_sharded(tree: Any) -> bool:
+    """Whether arrays may be spread over devices by the compiler.
 
-    Only types on a mesh of explicit axes do. Such an array is not cut into blocks, because the
-    blocks would be spread over the devices again.
+    Such arrays are not cut into blocks, because the blocks would be spread over the devices
+    again.
     """
-    arrays = (x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array))
-    return any(axis is not None for x in arrays for axis in jax.typeof(x).sharding.spec)
+    meshes = [
+        jax.typeof(x).sharding.mesh for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)
+    ]
+    return any(
+        mesh.shape[name] > 1
+        for mesh in meshes
+        for name in (*mesh.auto_axes, *mesh.explicit_axes)
+    )
+
+
+def on_explicit_axes(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    captures: bool = False,
+) -> Any:
+    """Calls a function; its result is spread over explicit axes as its arguments are.
+
+    JAX refuses an operation whose result it could spread in several ways. So the compiler
+    chooses inside of the function, and the type of the result is stated at the end. There JAX
+    refuses arrays on explicit axes that a function among the arguments captures: with
+    `captures`, nothing changes unless another argument is spread. A pytree that is a function,
+    such as `jax.tree_util.Partial`, may hold such arrays, because they are arguments then.
+    """
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    arrays = [leaves[i] for i in places]
+    # The mesh decides, because `vmap` hides the axis that it maps from the spec of a type.
+    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+    mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+    is_spread = mesh is not None and any(names for x in arrays for names in spec_of(x))
+    if mesh is None or (captures and not is_spread):
+        return function(*args, **kwargs)
+    automatic = functools.partial(jax.sharding.auto_axes, axes=mesh.explicit_axes)
+
+    def call(*arrays: Any) -> Any:
+        given = leaves.copy()
+        for i, x in zip(places, arrays, strict=True):
+            given[i] = x
+        args, kwargs = jax.tree.unflatten(structure, given)
+        return function(*args, **kwargs)
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    if not is_spread:
+        return automatic(call, out_sharding=whole)(*arrays)
+
+    def shapes(axes: list[set[int]]) -> Any:
+        """The shapes of the result for arrays that are twice as long along these axes."""
+        longer = lambda *arrays: call(*map(_doubled, arrays, axes))
+        return jax.eval_shape(automatic(longer, out_sharding=whole), *arrays)
+
+    specs = _result_specs(shapes, arrays)
+    shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+    return automatic(call, out_sharding=shardings)(*arrays)
+
+
+def _result_specs(shapes: Callable[[list[set[int]]], Any], arrays: list[Any]) -> Any:
+    """How a result is spread: each axis as the axes of the arguments with which it grows.
+
+    An argument that is the same on all devices may have to grow with the others, as labels do
+    with the rows of logits: along axes at the same place and of the same size. What does not
+    grow is the same on all devices.
+    """
+    results, structure = jax.tree.flatten(shapes([set() for _ in arrays]))
+    specs: list[list[tuple[str, ...]]] = [[()] * x.ndim for x in results]
+    for name in dict.fromkeys(name for x in arrays for names in spec_of(x) for name in names):
+        spread = [{i for i, names in enumerate(spec_of(x)) if name in names} for x in arrays]
+        sizes = {(i, x.shape[i]) for x, axes in zip(arrays, spread, strict=True) for i in axes}
+        alike = [
+            axes or {i for i, _ in sizes & {*enumerate(x.shape)}}
+            for x, axes in zip(arrays, spread, strict=True)
+        ]
+        for axes in (spread, alike):
+            try:
+                grown = jax.tree.leaves(shapes(axes))
+            except (TypeError, ValueError):  # The shapes do not fit.
+                continue
+            for spec, x, longer in zip(specs, results, grown, strict=True):
+                axis = next((i for i, n in enumerate(x.shape) if longer.shape[i] > n), None)
+                if axis is not None:
+                    spec[axis] += (name,)
+            break
+    return jax.tree.unflatten(structure, [PartitionSpec(*spec) for spec in specs])
+
+
+def spec_of(x: Any) -> list[tuple[str, ...]]:
+    """The explicit mesh axes over which each axis of an array is spread."""
+    spec = jax.typeof(x).sharding.spec
+    return [(names,) if isinstance(names, str) else names or () for names in spec]
+
+
+def _doubled(x: Any, axes: set[int]) -> Any:
+    for axis in axes:
+        x = jnp.concatenate([x, x], axis)
+    return x
 
 
 def replicated_axes(x: Any, *others: Any) -> tuple[str, ...]:

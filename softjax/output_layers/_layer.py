@@ -26,6 +26,7 @@ from softjax._inputs import (
     to_array,
     to_float,
 )
+from softjax._mesh import Layout, spec_of
 from softjax._slices import AlongAxes
 
 
@@ -105,6 +106,19 @@ def prepare_layer(
         temperature = nan_unless_positive(layer.per_token(temperature, "temperature"))
         tokens = tokens._replace(temperature=temperature)
     return layer._replace(tokens=tokens._replace(soft_cap=soft_cap), head=Head(weights, bias))
+
+
+def layout_of(arguments: dict[str, Any]) -> Layout | None:
+    """How types say that the tokens and the classes of a layer are spread, if they do.
+
+    Tokens come first: over an axis that both use, the weights are gathered.
+    """
+    features, weights = arguments.get("features"), arguments.get("weights")
+    if features is None or weights is None:
+        return None  # The call will raise an error.
+    tokens = tuple(name for names in spec_of(features)[:-1] for name in names)
+    classes = tuple(name for name in [*spec_of(weights), ()][0] if name not in tokens)
+    return Layout(tokens, classes) if tokens or classes else None
 
 
 def real_array(x: ArrayLike, *, name: str) -> Array:

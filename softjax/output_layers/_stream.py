@@ -6,6 +6,7 @@ others are an online softmax state, which two disjoint sets of classes merge int
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,12 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.sharding import PartitionSpec
 
 from softjax import _online as online
 from softjax._elementary import log1p
 from softjax._float import where_finite
 from softjax._inputs import check_int, computing_dtype
-from softjax._mesh import vary
+from softjax._mesh import AxisName, Layout, names_of, vary
 from softjax._scan import scan_blocks
 from softjax._slices import AlongAxes
 from softjax._softmax_stats import row_statistics
@@ -39,6 +41,7 @@ class Plan(NamedTuple):
     uniform: bool = False
     entropy: bool = False
     mesh_axes: tuple[str, ...] = ()  # over which the classes are spread
+    layout: Layout | None = None  # on an explicit mesh
 
     @property
     def slices(self) -> AlongAxes:
@@ -60,19 +63,27 @@ class Found(NamedTuple):
 
 
 def plan_for(
-    tokens: Tokens, head: Head, block_size: int | None, mesh_axes: tuple[str, ...] = ()
+    tokens: Tokens, head: Head, block_size: int | None, axis_name: AxisName | Layout = None
 ) -> Plan:
     num_tokens, num_classes = tokens.features.shape[0], head.weights.shape[0]
+    plan = Plan(num_classes, dense=False, mesh_axes=names_of(axis_name))
+    if isinstance(axis_name, Layout):
+        plan = plan._replace(layout=axis_name)
+        sizes = jax.sharding.get_abstract_mesh().shape
+        num_tokens //= math.prod(sizes[name] for name in axis_name.tokens)
+        num_classes //= math.prod(sizes[name] for name in axis_name.classes)
     if block_size is not None:
         size = check_int(block_size, name="block_size", least=1)
-        return Plan(min(size, num_classes), dense=False, mesh_axes=mesh_axes)
+        return plan._replace(block=min(size, num_classes))
     block = max(LEAST, ENTRIES // max(1, min(num_tokens, TOKENS)))
     dense = num_tokens * num_classes <= DENSE
-    return Plan(min(block, num_classes), dense, mesh_axes=mesh_axes)
+    return plan._replace(block=min(block, num_classes), dense=dense)
 
 
 def statistics(plan: Plan, tokens: Tokens, head: Head, labels: Array) -> Found:
     """The statistics of the logits of a layer that `plan` asks for, at labels in [0, V)."""
+    if plan.layout is not None:
+        return _on_devices(plan, plan.layout, tokens, head, labels)
     if plan.mesh_axes:
         # This comes before all loops, because its transpose sums the tokens' gradient over
         # devices.
@@ -84,6 +95,19 @@ def statistics(plan: Plan, tokens: Tokens, head: Head, labels: Array) -> Found:
         found = row_statistics(plan.slices, scores, labels, weights)
         return Found(found.nll, found.logsumexp, found.uniform_nll)
     return by_tokens(lambda some: _stream(plan, some[0], head, some[1]), (tokens, labels))
+
+
+def _on_devices(plan: Plan, layout: Layout, tokens: Tokens, head: Head, labels: Array) -> Found:
+    """The same where each device takes its tokens and its classes, so that none is gathered."""
+    plan = plan._replace(layout=None, mesh_axes=layout.classes)
+    run = lambda *args: statistics(plan, *vary(args, but=layout.classes))
+    per_token, per_class = PartitionSpec(layout.tokens), PartitionSpec(layout.classes)
+    return jax.shard_map(
+        run,
+        in_specs=(per_token, per_class, per_token),
+        out_specs=per_token,
+        axis_names={*layout.tokens, *layout.classes},
+    )(tokens, head, labels)
 
 
 def by_tokens(function: Callable[[Any], Any], arrays: Any) -> Any:

@@ -13,7 +13,13 @@ from softjax._api import NONNEGATIVE, POSITIVE, PROBABILITY, api
 from softjax._inputs import check_flag, per_class
 from softjax._mesh import AxisName, names_of
 from softjax.losses._reduction import check_reduction, over_mass, reduce, shares_and_masses
-from softjax.output_layers._layer import idle_tokens, prepare_layer, token_labels, without
+from softjax.output_layers._layer import (
+    idle_tokens,
+    layout_of,
+    prepare_layer,
+    token_labels,
+    without,
+)
 from softjax.output_layers._losses import (
     token_losses,
     total_with_gradient,
@@ -106,6 +112,7 @@ def linear_cross_entropy(
     "return_z_loss",
     "axis_name",
     spread=("weights", "bias", "class_weights"),
+    layout=layout_of,
     temperature=POSITIVE,
     soft_cap=POSITIVE,
     z_loss=NONNEGATIVE,
@@ -166,7 +173,10 @@ def linear_cross_entropy(
         axis_name: mesh axis, or axes, over which the classes are spread, inside of
             `jax.shard_map`; None: not spread. `weights`, `bias` and `class_weights` are those
             of this device's classes, and the labels count the classes of all devices.
-            `reduction` is over this device's tokens, as in `cross_entropy`.
+            `reduction` is over this device's tokens, as in `cross_entropy`. It is not needed on
+            a mesh of explicit axes, where types tell how tokens and classes are spread, and
+            each device takes its own. Types tell nothing on a mesh of automatic axes, where
+            weights that are spread are gathered.
 
     Returns:
         One number, or one loss per token with `reduction=None`; float32 or wider. With
@@ -241,7 +251,7 @@ def linear_cross_entropy(
         tokens = without(tokens, idle)
         shares, masses = (jnp.where(idle.reshape(x.shape), 0, x) for x in (shares, masses))
         rows = rows._replace(known=rows.known | idle, ignored=idle)
-    plan = plan_for(tokens, head, block_size, mesh_axes)
+    plan = plan_for(tokens, head, block_size, axis_name)
     if forward_gradient:
         total = total_with_gradient(block_size, (tokens, head), rows)
         return over_mass(total, masses) if reduction == "mean" else total
@@ -257,6 +267,7 @@ def linear_cross_entropy(
     "block_size",
     "axis_name",
     spread=("weights", "bias"),
+    layout=layout_of,
     temperature=POSITIVE,
     soft_cap=POSITIVE,
 )
@@ -307,7 +318,7 @@ def linear_statistics(
     asked = jnp.zeros(layer.shape, jnp.int32) if labels is None else labels
     mesh_axes = names_of(axis_name)
     rows = token_labels(layer, asked, None, mesh_axes)
-    plan = plan_for(layer.tokens, layer.head, block_size, mesh_axes)
+    plan = plan_for(layer.tokens, layer.head, block_size, axis_name)
     plan = plan._replace(dense=False, entropy=True)
     found = statistics(plan, layer.tokens, layer.head, rows.labels)
     log_prob = None if labels is None else -rows.finish(found.nll)
