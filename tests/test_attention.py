@@ -750,7 +750,7 @@ def test_derivatives_under_dropout(mode):
         ({"dropout_key": 0}, TypeError, "`dropout_key` must be a key of jax.random, got int"),
         ({"block_size": (2, 3, 4)}, ValueError, "`block_size`"),
         ({"block_size": 2, "implementation": "dense"}, ValueError, "no meaning"),
-        ({"implementation": "cudnn"}, ValueError, "`implementation` must be"),
+        ({"implementation": "flash"}, ValueError, "`implementation` must be"),
     ],
 )
 def test_errors(change, error, message):

@@ -14,8 +14,9 @@ def tokens(*shape):
 
 def lines(*args, **options):
     found = sj.explain_attention(*args, **options).splitlines()
-    assert [line.partition(":")[0] for line in found] == ["dense", "streamed"]
-    return found
+    assert [line.partition(":")[0] for line in found] == ["cudnn", "dense", "streamed"]
+    assert "cannot serve, because the default device is no GPU" in found[0]
+    return found[1:]
 
 
 # The tile that each call must take: sequences, T, S, heads, options, tile.
@@ -45,6 +46,21 @@ def test_choice(batch, num_queries, num_keys, heads, options, tile):
     )
     backend = _backends.choose(call, options.get("implementation"))
     assert backend.blocks(call) == tile
+
+
+ON_ACCELERATORS = [
+    (2, 2048, 8, (2048, 2048)),
+    (1, 8192, 2, (8192, 8192)),
+    (1, 16384, 8, (2048, 1024)),
+    (8, 8192, 32, (256, 128)),
+]
+
+
+@pytest.mark.parametrize(("batch", "length", "heads", "tile"), ON_ACCELERATORS)
+def test_choice_on_accelerators(monkeypatch, batch, length, heads, tile):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    call = _backends.call_of((batch, length, heads, 64), length, None)
+    assert _backends.choose(call, None).blocks(call) == tile
 
 
 def test_the_first_that_keeps_its_promises_is_taken():

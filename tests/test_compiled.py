@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import ShapeDtypeStruct, lax
+from jax._src.cudnn import fused_attention_stablehlo
 
 import softjax as sj
 from experiments.benchmarks import _programs as programs
 from experiments.benchmarks import compiled
+from softjax import masks
 
 H200 = programs.TARGETS["h200"]
 SHAPE = (64, 1000)
@@ -225,14 +227,46 @@ def test_sample_turns_a_known_number_of_times(rows):
     assert found["kernels"] <= 75
 
 
+@pytest.fixture
+def a_gpu_seems_present(monkeypatch):
+    """JAX asks the device which cuDNN it has, although it compiles for another."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    monkeypatch.setattr(
+        fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda _: False
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("title", [pytest.param("attention", marks=for_h200)])
-def test_dense_attention_beside_jax_nn(title):
-    """Named, it takes few kernels; the tiles that are taken by default are made for CPUs."""
+def test_attention_beside_jax_nn(a_gpu_seems_present, title):
+    """Where the default device is an accelerator, sequences of this length are not cut."""
     case = case_of(title, (2, 2048, 8, 64))
-    dense = functools.partial(sj.attention, implementation="dense")
     for mode, most in (("value", 20), ("gradient", 40)):
-        ours, theirs = (compiled.counted(f, case, mode, H200) for f in (dense, case.peer))
+        ours, theirs = (compiled.counted(f, case, mode, H200) for f in (case.ours, case.peer))
         assert ours["kernels"] <= most, mode
         assert not ours["loops"], mode
         assert not ours["conditionals"], mode
         assert ours["bytes"] <= 2.5 * theirs["bytes"], mode
+
+
+@pytest.mark.parametrize(
+    "mask", [pytest.param(m, marks=for_h200) for m in (None, masks.Causal())]
+)
+def test_cudnn_attention(a_gpu_seems_present, mask):
+    """Nine kernels keep NaN from who does not see it; the other two are cuDNN's."""
+    tokens = ShapeDtypeStruct((1, 4096, 8, 64), jnp.bfloat16)
+    case = compiled.Case("attention", sj.attention, (tokens,) * 3, 3)
+    cudnn = functools.partial(sj.attention, mask=mask, implementation="cudnn")
+    forward, backward = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
+    found = compiled.counted(cudnn, case, "value", H200)
+    assert found["custom_calls"] == {forward: 1}
+    assert found["kernels"] <= 7
+    found = compiled.counted(cudnn, case, "gradient", H200)
+    assert found["custom_calls"] == {forward: 1, backward: 1}
+    assert found["kernels"] <= 11
+    assert found["temporary_bytes"] <= 21 * 2**20
+    assert not found["loops"]
+    assert not found["conditionals"]

@@ -8,16 +8,37 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+
 from softjax._inputs import check_int
+
+DENSE_KEYS = 128  # up to so many keys the dense form is taken for any queries
+LEAST_KEYS = 32  # keys of a block, at least
+
+
+class Limits(NamedTuple):
+    """The sizes that decide between the forms."""
+
+    dense_scores: int  # up to so many scores the dense form is taken
+    dense_scores_per_head: int  # and so many of one head of one sequence
+    tile_scores: int  # of a tile, about
+    most_queries: int  # of a block
+
 
 # Up to these sizes the dense form takes no more time than the streamed one, and compiles in a
 # third of the time.
-DENSE_SCORES = 2**23  # scores
-DENSE_SCORES_PER_HEAD = 2**19  # scores of one head of one sequence
-DENSE_KEYS = 128  # up to so many keys the dense form is taken for any queries
-TILE_SCORES = 2**19  # scores of a tile, about
-MOST_QUERIES = 512  # queries of a block, at most
-LEAST_KEYS = 32  # keys of a block, at least
+ON_CPU = Limits(2**23, 2**19, 2**19, 512)
+# Each tile costs an accelerator several launches. 2^27 scores take 0.5 GiB.
+ON_ACCELERATOR = Limits(2**27, 2**27, 2**24, 4096)
+
+
+def limits() -> Limits:
+    """The limits for the default device.
+
+    A choice at run time between two programs would double each of them. So a program that is
+    exported for another platform keeps the limits of the device on which it was traced.
+    """
+    return ON_CPU if jax.default_backend() == "cpu" else ON_ACCELERATOR
 
 
 class Call(NamedTuple):
@@ -27,6 +48,7 @@ class Call(NamedTuple):
     num_queries: int
     num_keys: int
     block_size: tuple[int, int] | None  # the most queries and keys of a tile
+    why_no_kernel: str = ""  # the reason why a vendor's kernel cannot serve the call
 
 
 class Backend(NamedTuple):
@@ -35,7 +57,7 @@ class Backend(NamedTuple):
     name: str
     why_unable: Callable[[Call], str]  # the reason why it cannot serve a call
     why_not_default: Callable[[Call], str]  # the reason why it must be named
-    blocks: Callable[[Call], tuple[int, int]]  # the numbers of queries and keys of a tile
+    blocks: Callable[[Call], tuple[int, int]] | None  # the queries and keys of a tile
 
 
 def call_of(
@@ -71,13 +93,25 @@ def check_name(implementation: str | None) -> None:
     """Raises an error for a name that no backend has."""
     if implementation not in (None, *(b.name for b in BACKENDS)):
         raise ValueError(
-            f'`implementation` must be None, "dense" or "streamed", got {implementation!r}.'
+            '`implementation` must be None, "cudnn", "dense" or "streamed", got'
+            f" {implementation!r}."
         )
 
 
 def _none(call: Call) -> str:
     del call
     return ""
+
+
+def _has_no_kernel(call: Call) -> str:
+    return call.why_no_kernel
+
+
+def _is_rounded(call: Call) -> str:
+    del call
+    return (
+        "it rounds the weights to half precision, and JAX before 0.12 cannot batch its gradient"
+    )
 
 
 def _has_blocks(call: Call) -> str:
@@ -88,7 +122,7 @@ def _has_blocks(call: Call) -> str:
 
 def _is_large(call: Call) -> str:
     scores = call.num_queries * call.num_keys
-    most = min(DENSE_SCORES_PER_HEAD, DENSE_SCORES // call.heads)
+    most = min(limits().dense_scores_per_head, limits().dense_scores // call.heads)
     if scores <= most or call.num_keys <= DENSE_KEYS:
         return ""
     return (
@@ -102,13 +136,14 @@ def _whole(call: Call) -> tuple[int, int]:
 
 
 def _tiles(call: Call) -> tuple[int, int]:
-    heads, num_queries, num_keys, block_size = call
+    heads, num_queries, num_keys, block_size, _ = call
     if block_size is not None:
         return min(block_size[0], num_queries), min(block_size[1], num_keys)
     # A tile has twice as many queries as keys, because each block of queries costs a pass over
     # all keys.
-    side = 1 << int(math.log2(max(1, TILE_SCORES / (2 * heads))) / 2)
-    key_block = max(LEAST_KEYS, min(MOST_QUERIES // 2, side))
+    _, _, tile_scores, most_queries = limits()
+    side = 1 << int(math.log2(max(1, tile_scores / (2 * heads))) / 2)
+    key_block = max(LEAST_KEYS, min(most_queries // 2, side))
     query_block = _even(num_queries, 2 * key_block)
     key_block = _even(num_keys, max(key_block, 2 * key_block**2 // query_block))
     if (query_block, key_block) == (num_queries, num_keys):
@@ -123,6 +158,7 @@ def _even(size: int, block: int) -> int:
 
 
 BACKENDS = (
+    Backend("cudnn", _has_no_kernel, _is_rounded, None),
     Backend("dense", _has_blocks, _is_large, _whole),
     Backend("streamed", _none, _none, _tiles),
 )

@@ -55,13 +55,15 @@ def cut_into_tiles(
     implementation: str | None,
 ) -> TiledAttention:
     """Checks and cuts the arguments of `attention`."""
-    queries, keys, values, dtype = _three(queries, keys, values)
+    queries, keys, values, dtype = three_arrays(queries, keys, values)
     *batch, num_queries, heads, width = queries.shape
     num_keys, key_heads = keys.shape[-3], keys.shape[-2]
     wide = computing_dtype(dtype)
     check_name(implementation)
     call = call_of(queries.shape, num_keys, block_size)
-    blocks = choose(call, implementation).blocks(call)
+    blocks_of = choose(call, implementation).blocks
+    assert blocks_of is not None
+    blocks = blocks_of(call)
     grid = grid_of(
         tuple(batch),
         heads,
@@ -119,7 +121,7 @@ def per_head(x: ArrayLike, heads: int, dtype: Any, name: str) -> Array:
     return x.astype(dtype).reshape(1, -1, 1, 1)
 
 
-def _three(
+def three_arrays(
     queries: ArrayLike, keys: ArrayLike, values: ArrayLike
 ) -> tuple[Array, Array, Array, jnp.dtype]:
     given = {"queries": queries, "keys": keys, "values": values}

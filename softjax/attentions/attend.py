@@ -16,7 +16,9 @@ from softjax._api import api
 from softjax._closures import jit_unless_asked
 from softjax._inputs import check_flag, computing_dtype
 from softjax._random import check_key
-from softjax.attentions._inputs import cut_into_tiles, per_head, with_weigher
+from softjax.attentions._backends import call_of, choose
+from softjax.attentions._cudnn import kernel_attention, why_no_kernel
+from softjax.attentions._inputs import cut_into_tiles, per_head, three_arrays, with_weigher
 from softjax.attentions._softmax_tiles import average
 from softjax.attentions._threshold_tiles import MAPS, sparse_average
 
@@ -50,6 +52,9 @@ def _prepare_call(given: dict[str, Any]) -> bool:
         name = "return_lse" if return_lse else "sink"
         raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
     given["mask"] = masks.as_mask(given.get("mask"))
+    # Inside of `jit`, the offset of a causal mask would be an array, which cuDNN does not take.
+    if given.get("implementation") == "cudnn":
+        return True
     asked = given.get("score") is not None or not isinstance(normalizer, str)
     return asked or masks.asks(given["mask"])
 
@@ -190,9 +195,10 @@ def attention(
             however the scores are formed.
         block_size: tokens of a block, or a pair for queries and keys; chosen by default.
         implementation: "dense" forms all scores at once and remembers the weights; "streamed"
-            forms them tile by tile and never keeps one; None takes "dense" for short sequences
-            and "streamed" for others; `explain_attention` tells which. The results are the same
-            but for rounding.
+            forms them tile by tile and never keeps one; "cudnn" calls NVIDIA's kernels for the
+            value and the gradient, in half precision, without a mask or with `Causal()`, and
+            streams the JVP. None takes "dense" for short sequences and "streamed" for others;
+            `explain_attention` tells which. The results are the same but for rounding.
         return_lse: whether to return also the logarithm of the sum of exponentials; as `sink`,
             for softmax alone.
 
@@ -236,6 +242,15 @@ def attention(
         O(n^2) memory; Dao et al. (2022), FlashAttention. Ainslie et al. (2023), GQA, for shared
         heads; Xiao et al. (2024), Efficient streaming language models with attention sinks.
     """
+    if implementation == "cudnn":
+        given = dict(locals())
+        queries, keys, values, _ = three_arrays(queries, keys, values)
+        reason = why_no_kernel(**given)
+        call = call_of(queries.shape, keys.shape[-3], block_size)
+        choose(call._replace(why_no_kernel=reason), implementation)
+        return kernel_attention(
+            queries, keys, values, mask=mask, scale=scale, attention=attention
+        )
     tiled = cut_into_tiles(
         queries,
         keys,

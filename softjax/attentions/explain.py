@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from softjax import masks
 from softjax.attentions._backends import BACKENDS, Backend, Call, call_of, check_name, choose
+from softjax.attentions._cudnn import why_no_kernel
 from softjax.attentions.attend import attention
 
 __all__ = ["explain_attention"]
@@ -70,6 +71,7 @@ def explain_attention(
     Example:
         >>> tokens = jnp.zeros((4096, 1, 64))
         >>> print(explain_attention(tokens, tokens, tokens))
+        cudnn: one kernel; cannot serve, because the default device is no GPU.
         dense: 1 tile of 4096 x 4096; not taken, because it keeps all scores, and each head of
         each sequence has 16777216 of them, more than 524288.
         streamed: 128 tiles of 512 x 256; taken.
@@ -83,19 +85,26 @@ def explain_attention(
     # A bad call raises its errors here. Any implementation may be explained.
     jax.eval_shape(lambda: attention(**given | {"implementation": None}))
     call = call_of(jnp.shape(queries), jnp.shape(keys)[-3], block_size)
+    call = call._replace(why_no_kernel=why_no_kernel(**given | {"mask": masks.as_mask(mask)}))
     is_unable = any(b.name == implementation and b.why_unable(call) for b in BACKENDS)
     taken = None if is_unable else choose(call, implementation)
     return "\n".join(_line(backend, call, taken) for backend in BACKENDS)
 
 
 def _line(backend: Backend, call: Call, taken: Backend | None) -> str:
-    query_block, key_block = backend.blocks(call)
-    num_tiles = -(-call.num_queries // query_block) * -(-call.num_keys // key_block)
-    plural = "" if num_tiles == 1 else "s"
-    line = f"{backend.name}: {num_tiles} tile{plural} of {query_block} x {key_block}; "
+    line = f"{backend.name}: {_tiles(backend, call)}; "
     if backend is taken:
         return f"{line}taken."
     if reason := backend.why_unable(call):
         return f"{line}cannot serve, because {reason}."
     reason = backend.why_not_default(call)
     return line + (f"not taken, because {reason}." if reason else "not taken.")
+
+
+def _tiles(backend: Backend, call: Call) -> str:
+    if backend.blocks is None:
+        return "one kernel"
+    query_block, key_block = backend.blocks(call)
+    num_tiles = -(-call.num_queries // query_block) * -(-call.num_keys // key_block)
+    plural = "" if num_tiles == 1 else "s"
+    return f"{num_tiles} tile{plural} of {query_block} x {key_block}"
