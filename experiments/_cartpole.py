@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-__all__ = ["MAX_STEPS", "NUM_ACTIONS", "State", "accelerations", "reset", "step"]
+__all__ = ["MAX_STEPS", "NUM_ACTIONS", "State", "accelerations", "reset", "restart", "step"]
 
 GRAVITY = 9.8  # m / s^2
 POLE_MASS = 0.1  # kg
@@ -54,6 +54,13 @@ def step(state: State, action: Array) -> tuple[State, Array, Array]:
     position, _, angle, _ = jnp.moveaxis(motion, -1, 0)
     terminated = (jnp.abs(position) > MAX_POSITION) | (jnp.abs(angle) > MAX_ANGLE)
     return State(motion, time), terminated, time >= MAX_STEPS
+
+
+def restart(key: Array, state: State, done: Array) -> State:
+    """The state, with a new start where an episode is over."""
+    fresh = reset(key, done.shape)
+    motion = jnp.where(done[..., None], fresh.motion, state.motion)
+    return State(motion, jnp.where(done, fresh.time, state.time))
 
 
 def accelerations(angle: Array, spin: Array, force: Array) -> tuple[Array, Array]:

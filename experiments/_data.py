@@ -1,15 +1,14 @@
-"""Images, names and sounds with labels, and text: sets from Python packages, or your own files.
+"""Images and names with labels, and text: sets from Python packages, or your own files.
 
 Images are scikit-learn's digits, or MNIST, CIFAR and .npz files; names are those of languages
-and territories in the Unicode CLDR, as the package babel ships them, or a .tsv file; sounds are
-WAV files; text is Python's reference, or a UTF-8 file. Nothing is downloaded. A folder given as
+and territories in the Unicode CLDR, as the package babel ships them, or a .tsv file; text is
+Python's reference, or a UTF-8 file. Nothing is downloaded. A folder given as
 `--data-dir` is searched for the files of each data set in turn, under the names that they are
 published by. A folder without a complete set, or a malformed file, is an error.
 """
 
 import gzip
 import struct
-import wave
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 from babel import Locale, UnknownLocaleError
-from sklearn.datasets import load_digits
 
 from experiments._run import NDArray
 
@@ -28,21 +26,21 @@ __all__ = [
     "REFERENCE",
     "Dataset",
     "Names",
-    "Sounds",
+    "Split",
     "Text",
     "cldr_names",
     "digits",
     "load",
     "load_names",
-    "load_sounds",
     "load_text",
     "read_cifar",
     "read_idx",
     "read_npz",
     "read_text",
     "read_tsv",
-    "read_wav",
     "reference",
+    "require",
+    "shuffled_digits",
 ]
 
 REFERENCE = "Python's reference"
@@ -63,6 +61,15 @@ class Dataset(NamedTuple):
     is_split: bool  # Whether the first `num_train` rows, and no others, are for training.
 
 
+class Split(NamedTuple):
+    """Flat images `[seeds, n, pixels]` and labels `[seeds, n]`, to train on and to test on."""
+
+    images: NDArray
+    labels: NDArray
+    test_images: NDArray
+    test_labels: NDArray
+
+
 class Text(NamedTuple):
     """Characters in the order in which they are read."""
 
@@ -77,15 +84,6 @@ class Names(NamedTuple):
     texts: list[str]
     labels: NDArray  # int32 `[n]`
     things: NDArray  # int32 `[n]`
-    classes: list[str]
-
-
-class Sounds(NamedTuple):
-    """Samples of every sound `[length]`, at one rate in Hz, and its class."""
-
-    samples: list[NDArray]
-    rate: int
-    labels: NDArray  # int32 `[n]`
     classes: list[str]
 
 
@@ -113,9 +111,22 @@ def load(data_dir: Path | None = None) -> Dataset:
 
 def digits() -> Dataset:
     """1797 handwritten digits, 8 x 8; a fifth of them, any fifth, is for testing."""
+    # Imported here, because it takes a second that scripts without images need not wait for.
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     return Dataset("digits", images, labels.astype(np.int32), 10, 1437, is_split=False)
+
+
+def shuffled_digits(rng: np.random.Generator, num_seeds: int) -> Split:
+    """The digits in an order of its own for each seed, four fifths of them for training."""
+    data = digits()
+    rows = np.stack([rng.permutation(len(data.labels)) for _ in range(num_seeds)])
+    images, labels = data.images.reshape(len(rows[0]), -1)[rows], data.labels[rows]
+    parts = (np.split(array, [data.num_train], axis=1) for array in (images, labels))
+    (images, test_images), (labels, test_labels) = parts
+    return Split(images, labels, test_images, test_labels)
 
 
 def load_text(data_dir: Path | None = None) -> Text:
@@ -186,45 +197,6 @@ def cldr_names(languages: Sequence[str]) -> Names:
     return Names(CLDR, list(texts), *numbers, english)
 
 
-def load_sounds(data_dir: Path) -> Sounds:
-    """The files *.wav of every folder inside of the folder; a folder is a class.
-
-    Raises:
-        ValueError: fewer than two folders hold sounds, or the rates of two files differ.
-    """
-    paths = sorted(data_dir.glob("*/*.wav"))
-    classes = sorted({path.parent.name for path in paths})
-    _require(len(classes) > 1, data_dir, "fewer than two folders with files *.wav")
-    sounds = [read_wav(path) for path in paths]
-    rate = sounds[0][1]
-    for path, (_, other) in zip(paths, sounds, strict=True):
-        _require(other == rate, path, f"{other} samples per second, others have {rate}")
-    labels = np.array([classes.index(path.parent.name) for path in paths], np.int32)
-    return Sounds([samples for samples, _ in sounds], rate, labels, classes)
-
-
-def read_wav(path: Path) -> tuple[NDArray, int]:
-    """The samples of a WAV file (PCM), the mean of its channels, and their rate in Hz.
-
-    Raises:
-        ValueError: the file cannot be read; the message names it.
-    """
-    try:
-        with wave.open(str(path)) as file:
-            width, num_channels, rate = (
-                file.getsampwidth(),
-                file.getnchannels(),
-                file.getframerate(),
-            )
-            data = file.readframes(file.getnframes())
-    except (EOFError, wave.Error) as error:
-        raise ValueError(f"{path}: cannot be read as a WAV file ({error}).") from error
-    _require(width in _PCM_DTYPES, path, f"samples of {width} bytes; wanted 1, 2 or 4")
-    samples = np.frombuffer(data, _PCM_DTYPES[width]).astype(float)
-    _require(samples.size > 0, path, "there are no samples")
-    return samples.reshape(-1, num_channels).mean(axis=1) - 128 * (width == 1), rate
-
-
 def read_tsv(path: Path) -> list[tuple[str, str]]:
     """A label and a text from each line of a UTF-8 file, with a tab between them.
 
@@ -234,13 +206,13 @@ def read_tsv(path: Path) -> list[tuple[str, str]]:
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         label, tabulator, text = line.partition("\t")
-        _require(
+        require(
             bool(tabulator and label.strip() and text.strip()),
             path,
             f"line {number} is not a label, a tabulator and a text",
         )
         rows.append((label.strip(), text.strip()))
-    _require(len({label for label, _ in rows}) > 1, path, "there is one label alone")
+    require(len({label for label, _ in rows}) > 1, path, "there is one label alone")
     return rows
 
 
@@ -255,7 +227,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         problem = f"{path}: not UTF-8, {error.reason} at byte {error.start}."
         raise ValueError(problem) from error
-    _require(len(characters) > 0, path, "there are no characters")
+    require(len(characters) > 0, path, "there are no characters")
     return characters
 
 
@@ -269,19 +241,19 @@ def read_idx(path: Path) -> NDArray:
         ValueError: the magic number or the size is wrong; the message names the file.
     """
     data = _read_bytes(path)
-    _require(len(data) >= 4, path, f"{len(data)} bytes are too few for an IDX file")
+    require(len(data) >= 4, path, f"{len(data)} bytes are too few for an IDX file")
     zeros, code, rank = struct.unpack(">HBB", data[:4])
-    _require(
+    require(
         zeros == 0 and code in _IDX_DTYPES and rank > 0,
         path,
         f"0x{data[:4].hex()} is not the magic number of an IDX file",
     )
     start = 4 + 4 * rank
-    _require(len(data) >= start, path, f"the file ends within its shape of {rank} sizes")
+    require(len(data) >= start, path, f"the file ends within its shape of {rank} sizes")
     shape = struct.unpack(f">{rank}I", data[4:start])
     dtype = np.dtype(_IDX_DTYPES[code])
     wanted, got = int(np.prod(shape, dtype=object)) * dtype.itemsize, len(data) - start
-    _require(wanted == got, path, f"shape {shape} takes {wanted} bytes of entries, not {got}")
+    require(wanted == got, path, f"shape {shape} takes {wanted} bytes of entries, not {got}")
     return (
         np.frombuffer(data, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
     )
@@ -299,7 +271,7 @@ def read_cifar(path: Path, num_classes: int) -> Examples:
     data = _read_bytes(path)
     num_labels = 1 if num_classes == 10 else 2
     row_size = num_labels + 3 * 32 * 32
-    _require(
+    require(
         len(data) > 0 and len(data) % row_size == 0,
         path,
         f"{len(data)} bytes are not a whole number of rows of {row_size}",
@@ -322,7 +294,7 @@ def read_npz(path: Path) -> dict[str, NDArray]:
     except (EOFError, OSError, TypeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: cannot be read as an .npz file ({error}).") from error
     missing = [name for name in _NPZ_NAMES if name not in arrays]
-    _require(not missing, path, f"there is no {', '.join(missing)}")
+    require(not missing, path, f"there is no {', '.join(missing)}")
     return arrays
 
 
@@ -331,7 +303,7 @@ def _mnist(*paths: Path) -> Dataset:
     for path, array, rank in zip(paths, arrays, (3, 1, 3, 1), strict=True):
         got = f"{array.dtype} of rank {array.ndim}"
         is_wanted = array.dtype == np.uint8 and array.ndim == rank
-        _require(is_wanted, path, f"wanted uint8 of rank {rank}, got {got}")
+        require(is_wanted, path, f"wanted uint8 of rank {rank}, got {got}")
     train = _checked(paths[1], arrays[0], arrays[1])
     return _dataset("MNIST", train, _checked(paths[3], arrays[2], arrays[3]), paths[2])
 
@@ -354,30 +326,28 @@ def _checked(path: Path, images: NDArray, labels: NDArray) -> Examples:
     if labels.ndim == 2 and labels.shape[1] == 1:  # Keras keeps CIFAR's labels as a column.
         labels = labels[:, 0]
     is_byte, is_float = images.dtype == np.uint8, np.issubdtype(images.dtype, np.floating)
-    _require(is_byte or is_float, path, f"images are {images.dtype}, not uint8 or floats")
-    _require(
-        images.ndim in (3, 4), path, f"images of shape {images.shape} are not [n, h, w, c]"
-    )
+    require(is_byte or is_float, path, f"images are {images.dtype}, not uint8 or floats")
+    require(images.ndim in (3, 4), path, f"images of shape {images.shape} are not [n, h, w, c]")
     _check_labels(path, labels)
     num_images, num_labels = len(images), len(labels)
     problem = f"{num_images} images do not go with {num_labels} labels"
-    _require(num_images == num_labels > 0, path, problem)
+    require(num_images == num_labels > 0, path, problem)
     pixels = images.astype(np.float32) / np.float32(255 if is_byte else 1)
-    _require(np.isfinite(pixels).all(), path, "there are pixels that are not finite")
+    require(np.isfinite(pixels).all(), path, "there are pixels that are not finite")
     return pixels.reshape(*images.shape[:3], -1), labels.astype(np.int32)
 
 
 def _check_labels(path: Path, labels: NDArray, num_classes: int | None = None) -> None:
     is_integer = np.issubdtype(labels.dtype, np.integer) and labels.ndim == 1
-    _require(is_integer, path, f"labels are {labels.dtype} {labels.shape}, not integers [n]")
+    require(is_integer, path, f"labels are {labels.dtype} {labels.shape}, not integers [n]")
     below = np.inf if num_classes is None else num_classes
     wrong = labels[(labels < 0) | (labels >= below)]
-    _require(not wrong.size, path, f"there is a label {wrong[:1]} outside of [0, {below})")
+    require(not wrong.size, path, f"there is a label {wrong[:1]} outside of [0, {below})")
 
 
 def _dataset(name: str, train: Examples, test: Examples, test_path: Path) -> Dataset:
     shapes = train[0].shape[1:], test[0].shape[1:]
-    _require(shapes[0] == shapes[1], test_path, f"test images are not {shapes[0]}: {shapes[1]}")
+    require(shapes[0] == shapes[1], test_path, f"test images are not {shapes[0]}: {shapes[1]}")
     images, labels = (np.concatenate(parts) for parts in zip(train, test, strict=True))
     return Dataset(name, images, labels, int(labels.max()) + 1, len(train[1]), is_split=True)
 
@@ -397,13 +367,13 @@ def _read_bytes(path: Path) -> bytes:
         raise ValueError(f"{path}: cannot be decompressed ({error}).") from error
 
 
-def _require(condition: bool | np.bool_, path: Path, problem: str) -> None:
+def require(condition: bool | np.bool_, path: Path, problem: str) -> None:
+    """Refuses a file, by its name, with the problem that it has."""
     if not condition:
         raise ValueError(f"{path}: {problem}.")
 
 
 _IDX_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-_PCM_DTYPES = {1: "u1", 2: "<i2", 4: "<i4"}
 _NPZ_NAMES = ("x_train", "y_train", "x_test", "y_test")
 _MNIST_FILES = (
     "train-images-idx3-ubyte",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-__all__ = ["Layer", "Layers", "Network", "cnn", "mlp"]
+__all__ = ["Layer", "Layers", "Network", "cnn", "mlp", "orthogonal"]
 
 
 class Layer(NamedTuple):
@@ -64,6 +64,18 @@ def cnn(
         return _affine(layers[-1], hidden)
 
     return Network(lambda key: _he_uniform(key, shapes), apply)
+
+
+def orthogonal(key: Array, sizes: Sequence[int], *, last_scale: float) -> Layers:
+    """Weights that are orthogonal, times sqrt(2), and in the last layer times a scale."""
+    shapes = list(itertools.pairwise(sizes))
+    scales = [2**0.5] * (len(shapes) - 1) + [last_scale]
+    return [
+        Layer(jax.nn.initializers.orthogonal(scale)(key, shape, float), jnp.zeros(shape[1]))
+        for key, shape, scale in zip(
+            jax.random.split(key, len(shapes)), shapes, scales, strict=True
+        )
+    ]
 
 
 def _he_uniform(key: Array, shapes: Sequence[tuple[int, int]]) -> Layers:

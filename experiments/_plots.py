@@ -18,23 +18,35 @@ from experiments._run import Arrays, NDArray, arms_of
 __all__ = [
     "COLOURS",
     "MARKERS",
+    "SEEDS",
     "bars",
+    "confusion",
     "curves",
+    "errorbars",
     "finish",
     "heatmap",
+    "histogram",
     "legend",
     "lines",
     "panels",
     "style",
+    "under",
 ]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++")
+SEEDS = " Thick: median of the seeds; thin: each seed."  # For captions of `lines`.
 FEW = 25  # A curve of so few points, or fewer, shows each of them by a marker.
 
 Scale = Literal["linear", "log", "log2"]
+
+
+def under(arrays: Arrays, folder: str) -> Arrays:
+    """The arrays whose names begin with that of the folder and a slash, by what follows."""
+    start = f"{folder}/"
+    return {n.removeprefix(start): a for n, a in arrays.items() if n.startswith(start)}
 
 
 def panels(
@@ -139,6 +151,19 @@ def lines(panel: Any, x: NDArray, values: NDArray, label: str, number: int) -> N
     marker = MARKERS[number % 7] if len(x) <= FEW else None
     median = np.median(values, axis=0)
     panel.plot(x, median, **look, marker=marker, markersize=4, label=label)
+
+
+def errorbars(panel: Any, x: NDArray, values: NDArray, label: str, number: int) -> None:
+    """One arm `[seeds, points]`: means, and their standard errors as bars."""
+    look = {**style(number), "marker": MARKERS[number % 7], "markersize": 4, "capsize": 2}
+    error = values.std(axis=0) / max(len(values) - 1, 1) ** 0.5
+    panel.errorbar(x, values.mean(axis=0), error, **look, label=label)
+
+
+def histogram(panel: Any, values: NDArray, edges: NDArray, label: str, number: int) -> None:
+    """How many values lie between two edges; those outside count in the first or last bin."""
+    inside = np.clip(np.ravel(values), edges[0], edges[-1])
+    panel.hist(inside, edges, histtype="step", linewidth=1.5, **style(number), label=label)
 
 
 def curves(
@@ -253,3 +278,28 @@ def heatmap(
             colour = "white" if is_dark else "black"
             panel.text(column, row, text, color=colour, ha="center", va="center", fontsize=6)
     return image
+
+
+def confusion(
+    figure: Figure, panel: Any, counts: NDArray, classes: Sequence[Any], *, what: str
+) -> None:
+    """How often each class, by row, was taken for each: a row sums to 1, numbers are per cent.
+
+    Args:
+        figure: the figure that the bar of shades is added to.
+        panel: the axes to draw on.
+        counts: how often class i was taken for class j, `[K, K]`.
+        classes: the names of the classes; more than 20 are not written at the axes.
+        what: what a class is called, such as "language".
+    """
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    texts = [
+        [f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shares
+    ]
+    few = len(classes) <= 20
+    names = {"x": f"{what} predicted", "y": what, "scale": f"share of the {what}"}
+    heatmap(figure, panel, shares, **names, numbers=texts if few else None)
+    if few:
+        slanted = {"rotation": 60} if max(len(str(name)) for name in classes) > 2 else {}
+        panel.set_xticks(range(len(classes)), classes, **slanted)
+        panel.set_yticks(range(len(classes)), classes)

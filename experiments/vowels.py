@@ -34,8 +34,7 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import softjax as sj
-from experiments._data import load_sounds
-from experiments._plots import COLOURS, MARKERS, finish, heatmap, legend, lines, panels
+from experiments import _plots as plots
 from experiments._run import (
     Arrays,
     Experiment,
@@ -46,8 +45,9 @@ from experiments._run import (
     launch,
     untracked,
 )
+from experiments._sounds import formants, load_sounds
 
-__all__ = ["Config", "draw", "formants", "judge", "main", "run"]
+__all__ = ["Config", "draw", "judge", "main", "run"]
 
 # F1, F2 and F3 of men, women and children: means in Hz, and standard deviations of the natural
 # logarithm in per cent.
@@ -68,8 +68,8 @@ MEANS, SPREADS = np.moveaxis(
     np.array([row.split() for row in TABLE.values()], float).reshape(10, 2, 3, 3), 1, 0
 )  # `[vowels, speakers, formants]` each
 SPEAKERS = np.array([33, 28, 15]) / 76  # Shares of men, women and children in the study.
-ARMS = ("linear", "quadratic", "speaker told")
 BAYES = {"linear": "Bayes", "quadratic": "Bayes", "speaker told": "Bayes, speaker told"}
+ARMS = tuple(BAYES)  # Each has the best rule of its kind beside it.
 NUM_FEATURES = 21  # of the last arm; the others leave columns empty
 
 
@@ -118,61 +118,58 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     """Learns from the same frames in every arm, and applies the rule of Bayes."""
     rng = np.random.default_rng(config.seed)
     if config.data_dir is None:
-        is_drawn, classes, sizes = True, list(VOWELS), np.array(config.sizes)
-        train = [_draw_frames(rng, max(config.sizes)) for _ in range(config.num_seeds)]
-        test = [_draw_frames(rng, config.num_test) for _ in range(config.num_seeds)]
+        classes, sizes, arms = list(VOWELS), config.sizes, ARMS
+        train, test = (
+            [draw_frames(rng, size) for _ in range(config.num_seeds)]
+            for size in (max(config.sizes), config.num_test)
+        )
     else:
-        is_drawn, sounds = False, load_sounds(config.data_dir)
-        found = [formants(samples, sounds.rate) for samples in sounds.samples]
+        sounds = load_sounds(config.data_dir)
+        found = np.log([formants(samples, sounds.rate) for samples in sounds.samples])
         rows = [rng.permutation(len(found)) for _ in range(config.num_seeds)]
-        x = np.log(np.array(found))
-        parts = [Frames(x[row], sounds.labels[row], np.zeros_like(row)) for row in rows]
-        num_train = len(x) - len(x) // 3
-        train = [Frames(*(values[:num_train] for values in part)) for part in parts]
-        test = [Frames(*(values[num_train:] for values in part)) for part in parts]
-        classes, sizes = sounds.classes, np.array([num_train])
+        num_train = len(found) - len(found) // 3
+        train, test = (
+            [Frames(found[r[part]], sounds.labels[r[part]], 0 * r[part]) for r in rows]
+            for part in (slice(num_train), slice(num_train, None))
+        )
+        classes, sizes, arms = sounds.classes, (num_train,), ARMS[:2]
     arrays: Arrays = {
-        "is_drawn": np.array(is_drawn),
+        "is_drawn": np.array(config.data_dir is None),
         "classes": np.array(classes),
-        "sizes": sizes,
+        "sizes": np.array(sizes),
         "formants": np.exp(test[0].log_formants[:600]),
         "vowels": test[0].vowels[:600],
     }
-    arms = ARMS if is_drawn else ARMS[:2]
-    labels = jnp.asarray(np.stack([frames.vowels for frames in train]), jnp.int32)
-    for number in track(range(len(arms)), "vowels"):
-        arm = arms[number]
+    one_fit = functools.partial(fit, num_classes=len(classes), config=config)
+    by_size = jax.vmap(one_fit, in_axes=(None, None, None, 0))
+    fit_all = jax.jit(jax.vmap(by_size, in_axes=(0, 0, 0, None)))
+    labels, answers = (np.stack([f.vowels for f in part]) for part in (train, test))
+    for _, arm in zip(track(range(len(arms)), "vowels"), arms, strict=True):
         seen, tested = (
-            jnp.asarray(np.stack([_features(frames, arm) for frames in part]), float)
+            jnp.asarray([features_of(frames, arm) for frames in part], float)
             for part in (train, test)
         )
-        scales = jnp.asarray(sizes, seen.dtype)
-        logits = np.asarray(_fit(seen, labels, tested, scales, len(classes), config))
-        pairs = [
-            [_judged(values, frames.vowels) for values in by_size]
-            for by_size, frames in zip(logits, test, strict=True)
-        ]
-        arrays[f"loss/{arm}"], arrays[f"error/{arm}"] = np.moveaxis(np.array(pairs), -1, 0)
+        given = labels.astype(np.int32), tested, jnp.asarray(sizes, seen.dtype)
+        logits = np.asarray(fit_all(seen, *given))  # `[seeds, sizes, n, K]`
+        arrays[f"loss/{arm}"], arrays[f"error/{arm}"] = judged(logits, answers[:, None])
         if arm == "quadratic":
-            counts = np.zeros((len(classes), len(classes)), np.int64)
-            for by_size, frames in zip(logits, test, strict=True):
-                np.add.at(counts, (frames.vowels, by_size[-1].argmax(axis=-1)), 1)
-            arrays["confusion"] = counts
-    if is_drawn:
-        for name, is_told in (("Bayes", False), ("Bayes, speaker told", True)):
-            best = [_judged(_bayes(frames, is_told), frames.vowels) for frames in test]
-            arrays[f"loss/{name}"], arrays[f"error/{name}"] = np.array(best).T
+            arrays["confusion"] = np.zeros((len(classes), len(classes)), np.int64)
+            np.add.at(arrays["confusion"], (answers, logits[:, -1].argmax(axis=-1)), 1)
+    for name in dict.fromkeys(BAYES.values()) if config.data_dir is None else ():
+        best = np.stack([bayes(frames, name != "Bayes") for frames in test])
+        arrays[f"loss/{name}"], arrays[f"error/{name}"] = judged(best, answers)
     return arrays
 
 
-def _draw_frames(rng: np.random.Generator, size: int) -> Frames:
+def draw_frames(rng: np.random.Generator, size: int) -> Frames:
+    """Frames of vowels that are equally common, by speakers as common as in the study."""
     vowels = rng.integers(0, len(VOWELS), size)
     speakers = rng.choice(len(SPEAKERS), size, p=SPEAKERS)
     noise = SPREADS[vowels, speakers] / 100 * rng.normal(size=(size, 3))
     return Frames(np.log(MEANS[vowels, speakers]) + noise, vowels, speakers)
 
 
-def _bayes(frames: Frames, is_told: bool) -> NDArray:
+def bayes(frames: Frames, is_told: bool) -> NDArray:
     """Log-probabilities of the vowels `[n, 10]`, from the model that frames are drawn from."""
     spreads = SPREADS / 100
     z = (frames.log_formants[:, None, None] - np.log(MEANS)) / spreads
@@ -182,7 +179,7 @@ def _bayes(frames: Frames, is_told: bool) -> NDArray:
     return np.asarray(sj.logsumexp(log_density, axis=-1, weights=SPEAKERS))
 
 
-def _features(frames: Frames, arm: str) -> NDArray:
+def features_of(frames: Frames, arm: str) -> NDArray:
     """The functions of the formants that an arm weighs, `[n, 21]`; unused columns are 0."""
     # All spoken vowels lie within about 3 of 0 after this.
     x = (frames.log_formants - np.log([530, 1500, 2650])) / [0.36, 0.39, 0.2]
@@ -197,116 +194,71 @@ def _features(frames: Frames, arm: str) -> NDArray:
     return np.pad(used, ((0, 0), (0, NUM_FEATURES - used.shape[1])))
 
 
-@functools.partial(jax.jit, static_argnames=("num_classes", "config"))
-def _fit(
-    features: Array,
-    labels: Array,
-    tested: Array,
-    sizes: Array,
-    num_classes: int,
-    config: Config,
+def fit(
+    features: Array, labels: Array, tested: Array, size: Array, num_classes: int, config: Config
 ) -> Array:
-    """Logits of the tested frames `[seeds, sizes, n, K]`, learnt from the first frames."""
+    """Logits of the tested frames `[n, K]`, learnt from the first `size` frames by L-BFGS."""
     search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=12, store_grad=True)
     optimizer = optax.lbfgs(linesearch=search)
+    seen = jnp.where(jnp.arange(len(labels)) < size, labels, -1)  # -1 is ignored.
 
-    def one_fit(features: Array, labels: Array, tested: Array, size: Array) -> Array:
-        seen = jnp.where(jnp.arange(len(labels)) < size, labels, -1)
+    def loss_of(weights: Array) -> Array:
+        logits = features @ weights
+        loss = sj.cross_entropy(logits, seen, ignore_index=-1, reduction="mean")
+        return loss + jnp.sum(weights**2) / (2 * config.weight_scale**2 * size)
 
-        def penalized_loss(weights: Array) -> Array:
-            options: dict[str, Any] = {"ignore_index": -1, "reduction": "mean"}
-            loss = sj.cross_entropy(features @ weights, seen, **options)
-            return loss + jnp.sum(weights**2) / (2 * config.weight_scale**2 * size)
+    def step(state: Any, _: None) -> tuple[Any, None]:
+        weights, optimizer_state = state
+        value, grad = optax.value_and_grad_from_state(loss_of)(weights, state=optimizer_state)
+        updates, optimizer_state = optimizer.update(
+            grad, optimizer_state, weights, value=value, grad=grad, value_fn=loss_of
+        )
+        return (optax.apply_updates(weights, updates), optimizer_state), None
 
-        def step(state: Any, _: None) -> tuple[Any, None]:
-            weights, optimizer_state = state
-            loss, grads = optax.value_and_grad_from_state(penalized_loss)(
-                weights, state=optimizer_state
-            )
-            updates, optimizer_state = optimizer.update(
-                grads,
-                optimizer_state,
-                weights,
-                value=loss,
-                grad=grads,
-                value_fn=penalized_loss,
-            )
-            return (optax.apply_updates(weights, updates), optimizer_state), None
-
-        weights = jnp.zeros((NUM_FEATURES, num_classes), features.dtype)
-        state = weights, optimizer.init(weights)
-        (weights, _), _ = jax.lax.scan(step, state, length=config.num_steps)
-        return tested @ weights
-
-    over_sizes = jax.vmap(one_fit, in_axes=(None, None, None, 0))
-    return jax.vmap(over_sizes, in_axes=(0, 0, 0, None))(features, labels, tested, sizes)
+    weights = jnp.zeros((NUM_FEATURES, num_classes), features.dtype)
+    state = weights, optimizer.init(weights)
+    (weights, _), _ = jax.lax.scan(step, state, length=config.num_steps)
+    return tested @ weights
 
 
-def _judged(logits: NDArray, vowels: NDArray) -> tuple[float, float]:
-    """Mean cross-entropy, and the share of wrong answers."""
-    losses = sj.cross_entropy(logits, vowels.astype(np.int32))
-    return float(np.mean(losses)), float(np.mean(logits.argmax(axis=-1) != vowels))
-
-
-def formants(samples: NDArray, rate: int, order: int = 12) -> NDArray:
-    """The first three resonances, in Hz, of the middle 50 ms, by linear prediction.
-
-    Each sample is predicted from the `order` samples before it, at 11 kHz. The predictor is
-    the inverse of an all-pole filter: a pair of poles near the unit circle is a resonance.
-    """
-    if rate > 11000:
-        spectrum = np.fft.rfft(samples)[: len(samples) * 11000 // (2 * rate) + 1]
-        samples, rate = np.fft.irfft(spectrum), 11000
-    middle, half = len(samples) // 2, rate // 40
-    frame = samples[max(0, middle - half) : middle + half]
-    frame = np.diff(frame) + 0.03 * frame[1:]  # High tones are weaker in a voice: raise them.
-    frame = frame * np.hamming(len(frame))
-    autocorrelation = np.correlate(frame, frame, "full")[len(frame) - 1 :][: order + 1]
-    lags = np.abs(np.subtract.outer(np.arange(order), np.arange(order)))
-    matrix = autocorrelation[lags] + 1e-9 * autocorrelation[0] * np.eye(order)
-    poles = np.roots([1, *-np.linalg.solve(matrix, autocorrelation[1:])])
-    frequencies = np.angle(poles) * rate / (2 * np.pi)
-    bandwidths = -np.log(np.abs(poles)) * rate / np.pi
-    found = np.sort(frequencies[(frequencies > 90) & (bandwidths < 700)])
-    if len(found) < 3:
-        raise ValueError(f"There are {len(found)} resonances in a sound; 3 are needed.")
-    return found[:3]
+def judged(logits: NDArray, vowels: NDArray) -> tuple[NDArray, NDArray]:
+    """Mean cross-entropy, and the share of wrong answers, over the frames `[..., n, K]`."""
+    vowels = np.broadcast_to(vowels, logits.shape[:-1]).astype(np.int32)
+    losses = np.asarray(sj.cross_entropy(logits, vowels))
+    return losses.mean(axis=-1), (logits.argmax(axis=-1) != vowels).mean(axis=-1)
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
     """Errors and losses at the largest size, beside those of the rule of Bayes."""
     if not arrays["is_drawn"]:
         return [Measure(f"error, {arm}", arrays[f"error/{arm}"][:, -1]) for arm in ARMS[:2]]
-    names = ("Bayes", "Bayes, speaker told")
-    measures = [Measure(f"error, {name}", arrays[f"error/{name}"]) for name in names]
+    best = dict.fromkeys(BAYES.values())
+    measures = [Measure(f"error, {name}", arrays[f"error/{name}"]) for name in best]
     excess = {}
-    for arm in ARMS:
-        error = arrays[f"error/{arm}"][:, -1]
-        excess[arm] = error - arrays[f"error/{BAYES[arm]}"]
-        loss = arrays[f"loss/{arm}"][:, -1] - arrays[f"loss/{BAYES[arm]}"]
-        measures += [
-            Measure(f"error, {arm}", error),
-            Measure(f"loss above Bayes, {arm}", loss, at_least=0.0),
-        ]
-        if arm == "speaker told":
-            theory = NUM_FEATURES * (len(VOWELS) - 1) / (2 * arrays["sizes"][-1])
-            low, high = 1 / config.max_factor, config.max_factor
-            measures.append(
-                Measure("that loss over d / (2 n), speaker told", loss / theory, low, high)
-            )
-    quadratic = excess["quadratic"]
-    gain = excess["linear"] - quadratic
+    for arm, name in BAYES.items():
+        error, loss = (arrays[f"{what}/{arm}"][:, -1] for what in ("error", "loss"))
+        excess[arm], above = error - arrays[f"error/{name}"], loss - arrays[f"loss/{name}"]
+        measures.append(Measure(f"error, {arm}", error))
+        measures.append(Measure(f"loss above Bayes, {arm}", above, at_least=0.0))
+    ratio, factor = above / theory(arrays["sizes"][-1]), config.max_factor
+    quadratic, limit = excess["quadratic"], config.max_excess
     return [
         *measures,
-        Measure("error above Bayes, quadratic", quadratic, at_most=config.max_excess),
-        Measure("that of linear, less that", gain, at_least=0.0),
+        Measure("that loss over d / (2 n), speaker told", ratio, 1 / factor, factor),
+        Measure("error above Bayes, quadratic", quadratic, at_most=limit),
+        Measure("that of linear, less that", excess["linear"] - quadratic, at_least=0.0),
     ]
+
+
+def theory(sizes: NDArray) -> NDArray:
+    """The loss above that of Bayes, d / (2 n), where the best rule can be learnt."""
+    return NUM_FEATURES * (len(VOWELS) - 1) / (2 * sizes)
 
 
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """The frames, what the vowels are taken for, and the way to the best rule."""
     classes, sizes = arrays["classes"], arrays["sizes"]
-    vowels, (plane, confusion) = panels(
+    vowels, (plane, confusion) = plots.panels(
         ["some test frames", "quadratic: what each is taken for"],
         "Left: the first two formants of frames of every vowel, with its word at their medians."
         " Right: every row sums to 1; the numbers are per cent,"
@@ -315,49 +267,39 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     )
     for number, name in enumerate(classes):
         first, second, _ = arrays["formants"][arrays["vowels"] == number].T
-        look = {"color": COLOURS[number % 7], "marker": MARKERS[number % 6], "alpha": 0.6}
-        plane.scatter(second, first, 12, **look, linewidths=0)
-        box = {"facecolor": "white", "edgecolor": look["color"], "alpha": 0.8, "pad": 1}
+        colour, marker = plots.COLOURS[number % 7], plots.MARKERS[number % 6]
+        plane.scatter(second, first, 12, colour, marker, alpha=0.6, linewidths=0)
+        box = {"facecolor": "white", "edgecolor": colour, "alpha": 0.8, "pad": 1}
         place = np.median(second), np.median(first)
         plane.text(*place, name, fontsize=8, ha="center", va="center", bbox=box)
-    finish(plane, "F2, Hz", "F1, Hz", x_scale="log", y_scale="log")
+    plots.finish(plane, "F2, Hz", "F1, Hz", x_scale="log", y_scale="log")
     plane.invert_xaxis()  # As phoneticians draw it: "heed" at the top left.
     plane.invert_yaxis()
-    counts = arrays["confusion"]
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    texts = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in r] for r in shares]
-    options: dict[str, Any] = {"x": "vowel predicted", "y": "vowel"}
-    numbers = texts if len(classes) <= 20 else None
-    scale = "share of the vowel"
-    heatmap(vowels, confusion, shares, **options, scale=scale, numbers=numbers)
-    if len(classes) <= 20:
-        confusion.set_xticks(range(len(classes)), classes, rotation=60)
-        confusion.set_yticks(range(len(classes)), classes)
+    plots.confusion(vowels, confusion, arrays["confusion"], classes, what="vowel")
     if not arrays["is_drawn"]:
         return {"vowels": vowels}
 
-    learning, axes = panels(
+    learning, axes = plots.panels(
         ["error", "loss above that of Bayes"],
-        "Test error, and loss less that of the rule of Bayes, by the frames learnt from. Thick:"
-        " median of the seeds; thin: each seed. Horizontal: the rule of Bayes. d / (2 n): what"
-        " theory expects where the best rule can be learnt.",
+        "Test error, and loss less that of the rule of Bayes, by the frames learnt from."
+        " Horizontal: the rule of Bayes. d / (2 n): what theory expects where the best rule can"
+        f" be learnt.{plots.SEEDS}",
         size=4.2,
     )
-    for number, arm in enumerate(ARMS):
-        best = arrays[f"loss/{BAYES[arm]}"][:, None]
-        lines(axes[0], sizes, arrays[f"error/{arm}"], arm, number)
-        lines(axes[1], sizes, arrays[f"loss/{arm}"] - best, arm, number)
-    for number, name in ((5, "Bayes"), (6, "Bayes, speaker told")):
-        level = np.full(len(sizes), arrays[f"error/{name}"].mean())
-        lines(axes[0], sizes, level[None], name, number)
-    theory = NUM_FEATURES * (len(VOWELS) - 1) / (2 * sizes)
-    lines(axes[1], sizes, theory[None], "d / (2 n)", 4)
-    finish(axes[0], "frames learnt from", "error, share of frames", x_scale="log")
-    finish(axes[1], "frames learnt from", "nats per frame", x_scale="log", y_scale="log")
+    for number, (arm, name) in enumerate(BAYES.items()):
+        above = arrays[f"loss/{arm}"] - arrays[f"loss/{name}"][:, None]
+        plots.lines(axes[0], sizes, arrays[f"error/{arm}"], arm, number)
+        plots.lines(axes[1], sizes, above, arm, number)
+    for number, name in enumerate(dict.fromkeys(BAYES.values()), start=5):
+        level = np.full((1, len(sizes)), arrays[f"error/{name}"].mean())
+        plots.lines(axes[0], sizes, level, name, number)
+    plots.lines(axes[1], sizes, theory(sizes)[None], "d / (2 n)", 4)
+    plots.finish(axes[0], "frames learnt from", "error, share of frames", x_scale="log")
+    plots.finish(axes[1], "frames learnt from", "nats", x_scale="log", y_scale="log")
     for panel in axes:
         panel.set_xticks(sizes, [str(size) for size in sizes])
         panel.minorticks_off()
-    legend(learning)
+    plots.legend(learning)
     return {"learning": learning, "vowels": vowels}
 
 

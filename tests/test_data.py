@@ -7,7 +7,7 @@ import wave
 import numpy as np
 import pytest
 
-from experiments import _data
+from experiments import _data, _sounds
 
 IDX_CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
 MNIST = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
@@ -330,7 +330,7 @@ def test_wav(tmp_path, dtype, num_channels):
     """The mean of the channels; bytes are centred at 128."""
     samples = np.random.default_rng(0).integers(0, 256, (50, num_channels)).astype(dtype)
     write_wav(tmp_path / "a.wav", samples, rate=11025)
-    read, rate = _data.read_wav(tmp_path / "a.wav")
+    read, rate = _sounds.read_wav(tmp_path / "a.wav")
     expected = samples.astype(float).mean(axis=1) - (128 if dtype == "u1" else 0)
     np.testing.assert_array_equal(read, expected, strict=True)
     assert rate == 11025
@@ -340,28 +340,28 @@ def test_sounds(tmp_path):
     tones = [np.full((3 + n, 1), n, np.int16) for n in range(3)]
     for name, tone in zip(("b/1", "b/0", "a/0"), tones, strict=True):
         write_wav(tmp_path / f"{name}.wav", tone)
-    sounds = _data.load_sounds(tmp_path)
+    sounds = _sounds.load_sounds(tmp_path)
     assert (sounds.rate, sounds.classes) == (8000, ["a", "b"])
     np.testing.assert_array_equal(sounds.labels, np.array([0, 1, 1], np.int32), strict=True)
     assert [len(samples) for samples in sounds.samples] == [5, 4, 3]
     write_wav(tmp_path / "b" / "2.wav", tones[0], rate=16000)
     with pytest.raises(ValueError, match=r"2\.wav: 16000 samples per second, others have 8000"):
-        _data.load_sounds(tmp_path)
+        _sounds.load_sounds(tmp_path)
 
 
 def test_malformed_sounds(tmp_path):
     with pytest.raises(ValueError, match=r"fewer than two folders with files \*\.wav"):
-        _data.load_sounds(tmp_path)
+        _sounds.load_sounds(tmp_path)
     path = tmp_path / "a.wav"
     path.write_bytes(b"RIFF and no more")
     with pytest.raises(ValueError, match=r"a\.wav: cannot be read as a WAV file"):
-        _data.read_wav(path)
+        _sounds.read_wav(path)
     write_wav(path, np.zeros((0, 1), np.int16))
     with pytest.raises(ValueError, match=r"a\.wav: there are no samples"):
-        _data.read_wav(path)
+        _sounds.read_wav(path)
     write_wav(path, np.zeros((4, 3), np.uint8).view("V3")[:, :1])
     with pytest.raises(ValueError, match=r"a\.wav: samples of 3 bytes; wanted 1, 2 or 4"):
-        _data.read_wav(path)
+        _sounds.read_wav(path)
 
 
 @pytest.mark.parametrize("packed", [False, True])
