@@ -19,7 +19,6 @@ the seeds reach 100 %.
 """
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Self
@@ -33,8 +32,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 import softjax as sj
+from experiments import _plots as plots
 from experiments._networks import Layers, mlp
-from experiments._plots import COLOURS, MARKERS, curves, finish, legend, panels
 from experiments._run import (
     Arrays,
     Experiment,
@@ -46,14 +45,21 @@ from experiments._run import (
     launch,
     untracked,
 )
+from experiments._training import each
 
 __all__ = ["Config", "draw", "judge", "main", "run", "tell"]
 
 CENTRES = ((15.0, 0.0), (15.0, 15.0), (0.0, 15.0), (30.0, 15.0))
+SPREAD = 1.5  # Standard deviation of a point around its centre.
+EXTENT = (-6.0, 36.0, -6.0, 21.0)  # Left, right, low and high of the pictures.
 OWN_POINTS = "softmax, own points"
 NETWORK = mlp([2, 12, 8, len(CENTRES)])
+CURVES = {  # What is measured in each epoch, and how pictures name it.
+    "train_loss": "training",
+    "test_loss": "test",
+    "test_accuracy": "test accuracy, share of points",
+}
 MapName = Literal["softmax", "sparsemax", "entmax15"]
-State = tuple[Layers, Any]  # Layers, and the state of the optimiser.
 
 
 class OutputMap(NamedTuple):
@@ -82,8 +88,6 @@ class Config(Options):
     """Points in a set, a quarter of them around each centre."""
     num_test: int = 250
     """How many of them are for testing."""
-    spread: float = 1.5
-    """Standard deviation of a point around its centre."""
     num_epochs: int = 30
     """Passes over the training points."""
     batch_size: int = 5
@@ -97,26 +101,20 @@ class Config(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        num_train = self.num_points - self.num_test
         if "softmax" not in self.maps:
             raise ValueError(f"maps must include softmax, got {self.maps}.")
-        if not 0 < self.num_test < self.num_points:
-            wanted = f"between 0 and num_points = {self.num_points}"
-            raise ValueError(f"num_test must be {wanted}, got {self.num_test}.")
-        if self.batch_size > self.num_points - self.num_test:
-            wanted = f"at most the {self.num_points - self.num_test} points for training"
+        if num_train < 1:
+            raise ValueError(f"num_test must be below num_points, got {self.num_test}.")
+        if self.batch_size > num_train:
+            wanted = f"at most the {num_train} points for training"
             raise ValueError(f"batch_size must be {wanted}, got {self.batch_size}.")
 
     @classmethod
     def reduced(cls) -> Self:
         """Fewer maps, fewer and larger steps, and a looser target for the loss."""
-        return cls(
-            quick=True,
-            num_seeds=5,
-            maps=("softmax", "sparsemax"),
-            num_epochs=10,
-            learning_rate=5e-3,
-            max_loss=0.02,
-        )
+        size: dict[str, Any] = {"num_seeds": 5, "maps": ("softmax", "sparsemax")}
+        return cls(quick=True, **size, num_epochs=10, learning_rate=5e-3, max_loss=0.02)
 
 
 def run(config: Config, track: Track = untracked) -> Arrays:
@@ -124,101 +122,70 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     shared = draw_points(config.points_seed, 1, config)
     own = draw_points(config.seed, config.num_seeds, config)
     num_train = config.num_points - config.num_test
-    for_all = [np.tile(part, (config.num_seeds, *[1] * (part.ndim - 1))) for part in shared]
+    points, labels = (np.concatenate(p)[:, num_train:] for p in zip(shared, own, strict=True))
+    distances = np.linalg.norm(points[..., None, :] - np.array(CENTRES), axis=-1)
+    nearest = np.mean(np.argmin(distances, axis=-1) == labels, axis=-1)
+    arrays: Arrays = {"nearest_centre": nearest}
+    arrays |= {"shown/points": points[0], "shown/labels": labels[0]}
+
     arms: dict[str, tuple[MapName, Sequence[NDArray]]] = {
-        name: (name, for_all) for name in config.maps
+        name: (name, [part.repeat(config.num_seeds, axis=0) for part in shared])
+        for name in config.maps
     }
     arms[OWN_POINTS] = ("softmax", own)
-
-    arrays: Arrays = {
-        "nearest_centre": _nearest_centre_accuracy(
-            *(np.concatenate(parts)[:, num_train:] for parts in zip(shared, own, strict=True))
-        ),
-        "shown/points": shared[0][0, num_train:],
-        "shown/labels": shared[1][0, num_train:],
+    keys = jax.random.split(jax.random.key(config.seed), (2, config.num_seeds))
+    programs = {
+        name: jax.jit(jax.vmap(functools.partial(train, loss=MAPS[name].loss, config=config)))
+        for name in config.maps
     }
-    start_keys, order_keys = jax.random.split(
-        jax.random.key(config.seed), (2, config.num_seeds)
-    )
-    trained: dict[str, Layers] = {}
-    for arm, (name, examples) in arms.items():
-        points, labels = jnp.asarray(examples[0], float), jnp.asarray(examples[1])
-        state, scores = _start(start_keys, config), []
-        for epoch in track(range(config.num_epochs), arm):
-            state, epoch_scores = _epoch(
-                state, order_keys, jnp.int32(epoch), points, labels, MAPS[name].loss, config
-            )
-            # Fetching waits for the epoch, so that the progress bar shows finished work.
-            scores.append(jax.device_get(epoch_scores))
-        for measure, values in zip(
-            ("train_loss", "test_loss", "test_accuracy"),
-            np.moveaxis(np.array(scores), 0, -1),
-            strict=True,
-        ):
-            arrays[f"curves/{arm}/{measure}"] = values
-        trained[arm] = jax.device_get(state[0])
+    trained = {}
+    for arm, (name, examples) in each(arms.items(), track, "arms"):
+        found = programs[name](*keys, jnp.asarray(examples[0], float), examples[1])
+        trained[arm], scores = jax.device_get(found)
+        arrays |= {f"curves/{arm}/{n}": of for n, of in zip(CURVES, scores, strict=True)}
 
     shown = np.argsort(arrays["curves/softmax/test_loss"][:, -1])[config.num_seeds // 2]
     arrays["shown/seed"] = shown
     for name in config.maps:
-        layers = jax.tree.map(operator.itemgetter(shown), trained[name])
-        arrays[f"regions/{name}"] = _regions(layers, MAPS[name])
+        layers = jax.tree.map(lambda leaf: leaf[shown], trained[name])
+        arrays[f"regions/{name}"] = regions(layers, MAPS[name])
     return arrays
 
 
-def _optimizer(config: Config) -> Any:
-    return optax.adam(config.learning_rate, eps=1e-7)
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def _start(keys: Array, config: Config) -> State:
-    """One network per seed, and the state of its optimiser."""
-
-    def start(key: Array) -> State:
-        layers = NETWORK.init(key)
-        return layers, _optimizer(config).init(layers)
-
-    return jax.vmap(start)(keys)
-
-
-@functools.partial(jax.jit, static_argnames=("loss", "config"))
-def _epoch(
-    state: State,
-    keys: Array,
-    epoch: Array,
+def train(
+    start_key: Array,
+    order_key: Array,
     points: Array,
     labels: Array,
     loss: Callable[[Array, Array], Array],
     config: Config,
-) -> tuple[State, tuple[Array, Array, Array]]:
-    """One pass over the training points of each seed, `[seeds, n, 2]`.
-
-    Returns the new state, and the training loss, test loss and test accuracy, each `[seeds]`.
-    """
-    optimizer = _optimizer(config)
+) -> tuple[Layers, tuple[Array, Array, Array]]:
+    """One network; and its training loss, test loss and test accuracy, each `[epochs]`."""
     num_train = config.num_points - config.num_test
     num_batches = num_train // config.batch_size
+    optimizer = optax.adam(config.learning_rate, eps=1e-7)
 
     def mean_loss(layers: Layers, points: Array, labels: Array) -> Array:
         return jnp.mean(loss(NETWORK.apply(layers, points), labels))
 
-    def step(state: State, batch: tuple[Array, Array]) -> tuple[State, Array]:
+    def step(state: Any, batch: tuple[Array, Array]) -> tuple[Any, Array]:
         layers, optimizer_state = state
         batch_loss, grads = jax.value_and_grad(mean_loss)(layers, *batch)
         updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
         return (optax.apply_updates(layers, updates), optimizer_state), batch_loss
 
-    def one_seed(state: State, key: Array, points: Array, labels: Array) -> Any:
-        order = jax.random.permutation(jax.random.fold_in(key, epoch), num_train)
+    def epoch(state: Any, number: Array) -> tuple[Any, tuple[Array, Array, Array]]:
+        order = jax.random.permutation(jax.random.fold_in(order_key, number), num_train)
         rows = order[: num_batches * config.batch_size].reshape(num_batches, -1)
         state, losses = jax.lax.scan(step, state, (points[rows], labels[rows]))
-        logits = NETWORK.apply(state[0], points[num_train:])
-        predicted = jnp.argmax(logits, axis=-1).astype(labels.dtype)
-        test_loss = jnp.mean(loss(logits, labels[num_train:]))
-        accuracy = jnp.mean(predicted == labels[num_train:])
-        return state, (jnp.mean(losses), test_loss, accuracy)
+        logits, tested = NETWORK.apply(state[0], points[num_train:]), labels[num_train:]
+        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == tested)
+        return state, (jnp.mean(losses), jnp.mean(loss(logits, tested)), accuracy)
 
-    return jax.vmap(one_seed)(state, keys, points, labels)
+    layers = NETWORK.init(start_key)
+    numbers = jnp.arange(config.num_epochs, dtype=jnp.int32)
+    state, scores = jax.lax.scan(epoch, (layers, optimizer.init(layers)), numbers)
+    return state[0], scores
 
 
 def draw_points(seed: int, num_sets: int, config: Config) -> tuple[NDArray, NDArray]:
@@ -226,34 +193,27 @@ def draw_points(seed: int, num_sets: int, config: Config) -> tuple[NDArray, NDAr
     rng = np.random.default_rng(seed)
     classes = np.arange(config.num_points, dtype=np.int32) % len(CENTRES)
     labels = rng.permuted(np.tile(classes, (num_sets, 1)), axis=1)
-    return rng.normal(np.array(CENTRES)[labels], config.spread), labels
+    return rng.normal(np.array(CENTRES)[labels], SPREAD), labels
 
 
-def _nearest_centre_accuracy(points: NDArray, labels: NDArray) -> NDArray:
-    """Accuracy `[sets]` of the best classifier there is for points that spread equally."""
-    distances = np.linalg.norm(points[..., None, :] - np.array(CENTRES), axis=-1)
-    return np.asarray(np.mean(np.argmin(distances, axis=-1) == labels, axis=-1))
-
-
-def _regions(layers: Layers, output_map: OutputMap) -> NDArray:
+def regions(layers: Layers, output_map: OutputMap) -> NDArray:
     """Probabilities over a grid of points, `[height, width, K]`."""
-    left, right, low, high = _EXTENT
+    left, right, low, high = EXTENT
     grid = np.stack(np.meshgrid(np.linspace(left, right, 161), np.linspace(low, high, 106)), -1)
-    logits = jax.jit(NETWORK.apply)(layers, jnp.asarray(grid.reshape(-1, 2), float))
-    return np.asarray(output_map.probs(logits)).reshape(*grid.shape[:2], -1)
+    probs_of = jax.jit(lambda points: output_map.probs(NETWORK.apply(layers, points)))
+    probs = np.asarray(probs_of(jnp.asarray(grid.reshape(-1, 2), float)))
+    return probs.reshape(*grid.shape[:2], -1)
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
     """The published figures for softmax, the same of the other arms, and the controls."""
     measures = []
-    for arm in arms_of(arrays):
-        loss, accuracy = _final(arrays, arm)
-        is_judged = arm == "softmax"
-        max_loss = config.max_loss if is_judged else None
-        min_accuracy = config.min_accuracy if is_judged else None
+    for arm, curves in arms_of(arrays).items():
+        loss, accuracy = curves["test_loss"][:, -1], curves["test_accuracy"][:, -1]
+        goals = (config.max_loss, config.min_accuracy) if arm == "softmax" else (None, None)
         measures += [
-            Measure(f"{arm}: test loss", loss, at_most=max_loss, summary="median"),
-            Measure(f"{arm}: accuracy", accuracy, at_least=min_accuracy, summary="median"),
+            Measure(f"{arm}: test loss", loss, None, goals[0], "median"),
+            Measure(f"{arm}: accuracy", accuracy, goals[1], None, "median"),
         ]
     control = Measure("nearest centre: accuracy", arrays["nearest_centre"], at_least=0.999)
     return [*measures, control]
@@ -262,8 +222,8 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
 def tell(arrays: Arrays) -> str:
     """The final loss and accuracy of every seed, the best first."""
     lines = []
-    for arm in arms_of(arrays):
-        loss, accuracy = map(np.sort, _final(arrays, arm))
+    for arm, curves in arms_of(arrays).items():
+        loss, accuracy = (np.sort(curves[f"test_{of}"][:, -1]) for of in ("loss", "accuracy"))
         lines += [
             f"{arm}, every seed",
             "  test loss  " + " ".join(f"{value:7.4f}" for value in loss),
@@ -272,53 +232,34 @@ def tell(arrays: Arrays) -> str:
     return "\n".join(lines)
 
 
-def _final(arrays: Arrays, arm: str) -> tuple[NDArray, NDArray]:
-    """Test loss and test accuracy after the last epoch, each `[seeds]`."""
-    loss, accuracy = (arrays[f"curves/{arm}/test_{of}"] for of in ("loss", "accuracy"))
-    return loss[:, -1], accuracy[:, -1]
-
-
 def draw(arrays: Arrays) -> dict[str, Figure]:
-    """The curves of all arms, and the regions that each map makes of the plane."""
-    losses = curves(
+    """The curves of all arms; and the plane, in the classes' colours by their probabilities."""
+    losses = plots.curves(
         arrays,
         "epoch",
-        "Training and testing by epoch; thick: median of the seeds, thin: each seed. Every map"
-        " has a loss of its own, in its own unit; that of sparse maps can be exactly 0.",
-        names={
-            "train_loss": "training",
-            "test_loss": "test",
-            "test_accuracy": "test accuracy, share of points",
-        },
+        "Training and testing by epoch. Every map has a loss of its own, in its own unit; that"
+        f" of sparse maps can be exactly 0.{plots.SEEDS}",
+        names=CURVES,
         apart=("train_loss", "test_loss"),
     )
-    return {"curves": losses, "regions": _draw_regions(arrays)}
-
-
-def _draw_regions(arrays: Arrays) -> Figure:
-    """Every place in the mixture of the classes' colours by their probabilities."""
-    colours = np.array([to_rgb(colour) for colour in COLOURS[: len(CENTRES)]])
-    names = [name for name in arrays if name.startswith("regions/")]
-    figure, axes = panels(
-        [name.removeprefix("regions/") for name in names],
+    colours = np.array([to_rgb(colour) for colour in plots.COLOURS[: len(CENTRES)]])
+    maps = plots.under(arrays, "regions")
+    figure, axes = plots.panels(
+        list(maps),
         "Probabilities over the plane as a mixture of the classes' colours, and test points."
         f" Networks of seed {arrays['shown/seed']}, the median of softmax by test loss.",
     )
-    for panel, name in zip(axes, names, strict=True):
-        mixture = np.clip(0.5 + 0.5 * arrays[name] @ colours, 0, 1)
-        panel.imshow(mixture, origin="lower", extent=_EXTENT, aspect="auto")
+    for panel, probs in zip(axes, maps.values(), strict=True):
+        mixture = np.clip(0.5 + 0.5 * probs @ colours, 0, 1)
+        panel.imshow(mixture, origin="lower", extent=EXTENT, aspect="auto")
         for number in range(len(CENTRES)):
             x, y = arrays["shown/points"][arrays["shown/labels"] == number].T
-            look = {"color": COLOURS[number], "marker": MARKERS[number]}
-            panel.scatter(
-                x, y, s=14, **look, edgecolors="black", linewidths=0.3, label=f"class {number}"
-            )
-        finish(panel, "first coordinate", "second coordinate")
-    legend(figure)
-    return figure
-
-
-_EXTENT = (-6.0, 36.0, -6.0, 21.0)  # left, right, low, high
+            look = {"color": plots.COLOURS[number], "marker": plots.MARKERS[number], "s": 14}
+            edge = {"edgecolors": "black", "linewidths": 0.3}
+            panel.scatter(x, y, **look, **edge, label=f"class {number}")
+        plots.finish(panel, "first coordinate", "second coordinate")
+    plots.legend(figure)
+    return {"curves": losses, "regions": figure}
 
 
 def main(args: Sequence[str] | None = None) -> int:

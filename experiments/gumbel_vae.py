@@ -34,6 +34,7 @@ from experiments._data import shuffled_digits
 from experiments._networks import Layers, mlp
 from experiments._plots import SEEDS, curves, panels, under
 from experiments._run import Arrays, Experiment, Measure, Options, Track, launch, untracked
+from experiments._training import each
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
@@ -102,7 +103,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     losses = -np.log(np.where(test > 0.5, rates, 1 - rates)).sum(axis=-1)
     arrays: Arrays = {"independent": losses.mean(axis=-1)}
     arrays["images/original"] = test[0, :NUM_SHOWN]
-    for _, arm in zip(track(range(len(config.arms)), "arms"), config.arms, strict=True):
+    for arm in each(config.arms, track, "arms"):
         one_seed = functools.partial(train_and_judge, arm=arm, config=config)
         found = jax.device_get(jax.jit(jax.vmap(one_seed))(keys, train, test, rows))
         arrays["first_loss"], (shown, *scores) = found

@@ -46,6 +46,7 @@ from experiments._run import (
     untracked,
 )
 from experiments._sounds import formants, load_sounds
+from experiments._training import each
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
@@ -144,7 +145,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     by_size = jax.vmap(one_fit, in_axes=(None, None, None, 0))
     fit_all = jax.jit(jax.vmap(by_size, in_axes=(0, 0, 0, None)))
     labels, answers = (np.stack([f.vowels for f in part]) for part in (train, test))
-    for _, arm in zip(track(range(len(arms)), "vowels"), arms, strict=True):
+    for arm in each(arms, track, "vowels"):
         seen, tested = (
             jnp.asarray([features_of(frames, arm) for frames in part], float)
             for part in (train, test)
