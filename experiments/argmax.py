@@ -26,13 +26,39 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import softjax as sj
-from experiments._data import digits
-from experiments._plots import COLOURS, curves, finish, heatmap, panels, style
+from experiments import _plots as plots
+from experiments._data import Split, shuffled_digits
 from experiments._run import Arrays, Experiment, Measure, Options, Track, launch, untracked
+from experiments._training import each
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
 ROW = (2.0, 1.0, 0.2, -0.5)  # The logits whose temperature is varied.
+
+
+def by_argmax(logits: Array, labels: Array) -> Array:
+    """Squared error of the one-hot argmax: 0 or 2 for each image."""
+    chosen, targets = (
+        jax.nn.one_hot(number, 10, dtype=logits.dtype)
+        for number in (jnp.argmax(logits, axis=-1), labels)
+    )
+    # The sum with 0 z makes the loss depend on the logits in a way that JAX differentiates.
+    return jnp.sum((chosen + 0 * logits - targets) ** 2, axis=-1)
+
+
+def by_sigmoids(logits: Array, labels: Array) -> Array:
+    """The logistic loss of each class against all others, summed over the classes."""
+    targets = jax.nn.one_hot(labels, 10, dtype=logits.dtype)
+    return jnp.sum(jax.nn.softplus(logits) - targets * logits, axis=-1)
+
+
+Loss = Callable[[Array, Array], Array]
+LOSSES: dict[str, Loss] = {
+    "softmax": sj.cross_entropy,
+    "argmax": by_argmax,
+    "sigmoids": by_sigmoids,
+}
+SIMPLEX_MAPS = {"softmax": sj.softmax, "entmax15": sj.entmax15, "sparsemax": sj.sparsemax}
 
 
 @dataclass(frozen=True)
@@ -56,162 +82,101 @@ class Config(Options):
         return cls(quick=True, num_seeds=2, num_steps=60, min_accuracy=0.9)
 
 
-def _by_argmax(logits: Array, labels: Array) -> Array:
-    """Squared error of the one-hot argmax: 0 or 2 for each image."""
-    num_classes = logits.shape[-1]
-    chosen = jax.nn.one_hot(jnp.argmax(logits, -1), num_classes, dtype=logits.dtype)
-    targets = jax.nn.one_hot(labels, num_classes, dtype=logits.dtype)
-    # The sum with 0 z makes the loss depend on the logits in a way that JAX differentiates.
-    return jnp.sum((chosen + 0 * logits - targets) ** 2, axis=-1)
-
-
-def _by_sigmoids(logits: Array, labels: Array) -> Array:
-    """The logistic loss of each class against all others, summed over the classes."""
-    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return jnp.sum(jax.nn.softplus(logits) - targets * logits, axis=-1)
-
-
-LOSSES: dict[str, Callable[[Array, Array], Array]] = {
-    "softmax": sj.cross_entropy,
-    "argmax": _by_argmax,
-    "sigmoids": _by_sigmoids,
-}
-SIMPLEX_MAPS = {"softmax": sj.softmax, "entmax15": sj.entmax15, "sparsemax": sj.sparsemax}
-
-
 def run(config: Config, track: Track = untracked) -> Arrays:
     """Trains the three arms, and tabulates the limits and the pictures of the maps."""
-    data = digits()
-    rng = np.random.default_rng(config.seed)
-    rows = np.stack([rng.permutation(len(data.labels)) for _ in range(config.num_seeds)])
-    images = jnp.asarray(data.images.reshape(len(data.images), -1)[rows], float)
-    labels = jnp.asarray(data.labels[rows])
+    data = shuffled_digits(np.random.default_rng(config.seed), config.num_seeds)
     keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     arrays: Arrays = {}
-    names = list(LOSSES)
-    for number in track(range(len(names)), "three losses"):
-        logits, *scores = _train(
-            keys, images, labels, LOSSES[names[number]], data.num_train, config
-        )
-        for measure, values in zip(("test_accuracy", "gradient_norm"), scores, strict=True):
-            arrays[f"curves/{names[number]}/{measure}"] = np.asarray(values)
-        probs = jax.nn.sigmoid(logits) if names[number] == "sigmoids" else sj.softmax(logits)
-        arrays[f"sum/{names[number]}"] = np.asarray(jnp.sum(probs, axis=-1))
+    for name, loss in each(LOSSES.items(), track, "three losses"):
+        one_seed = functools.partial(train, loss=loss, config=config)
+        logits, accuracy, norm = jax.device_get(jax.jit(jax.vmap(one_seed))(keys, data))
+        arrays |= {f"curves/{name}/test_accuracy": accuracy}
+        arrays |= {f"curves/{name}/gradient_norm": norm}
+        probs = jax.nn.sigmoid(logits) if name == "sigmoids" else sj.softmax(logits)
+        arrays[f"sum/{name}"] = np.asarray(probs).sum(axis=-1)
 
-    # The inputs are made by NumPy, because every operation of JAX takes time to compile.
-    row = jnp.array(ROW)
-    temperatures = np.geomspace(0.02, 100, 160).astype(row.dtype)
-    several = np.tile(np.asarray(row), (len(temperatures), 1))
-    x = np.linspace(-8, 8, 321).astype(row.dtype)
+    temperatures, x = np.geomspace(0.02, 100, 160), np.linspace(-8, 8, 321)
     radius, angle = np.arange(1, 11)[:, None] / 5, np.linspace(0, 2 * np.pi, 361)
     basis = np.array([[1, -1, 0], [1, 1, -2]]) / np.sqrt([[2], [6]])
     circles = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1) @ basis
-    tables = {
+    given = (jnp.asarray(values, float) for values in (ROW, temperatures, x, circles))
+    return arrays | jax.device_get(tables(*given))
+
+
+@jax.jit  # All maps in one program.
+def tables(row: Array, temperatures: Array, x: Array, circles: Array) -> dict[str, Array]:
+    """What the controls and the pictures of the maps need."""
+    several = jnp.broadcast_to(row, (len(temperatures), len(row)))
+    pairs = jnp.stack([x, jnp.zeros_like(x)], axis=-1)
+    return {
         "temperatures": temperatures,
         "limits": sj.softmax(several, temperature=temperatures[:, None]),
         "x": x,
-        "two classes": np.asarray(sj.softmax(np.stack([x, np.zeros_like(x)], axis=-1)))[:, 0],
+        "two classes": sj.softmax(pairs)[:, 0],
         "sigmoid": jax.nn.sigmoid(x),
         "jacobian/softmax": jax.jacobian(sj.softmax)(row),
         "jacobian/sigmoids": jax.jacobian(jax.nn.sigmoid)(row),
-        **{f"simplex/{n}": fn(jnp.asarray(circles, float)) for n, fn in SIMPLEX_MAPS.items()},
+        **{f"simplex/{name}": fn(circles) for name, fn in SIMPLEX_MAPS.items()},
     }
-    return arrays | {name: np.asarray(table) for name, table in tables.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "num_train", "config"))
-def _train(
-    keys: Array,
-    images: Array,
-    labels: Array,
-    loss: Callable[[Array, Array], Array],
-    num_train: int,
-    config: Config,
-) -> tuple[Array, Array, Array]:
+def train(key: Array, data: Split, loss: Loss, config: Config) -> tuple[Array, Array, Array]:
     """Logits of the test images, and their accuracy and the gradient's norm at every step."""
     optimizer = optax.adam(config.learning_rate)
 
-    def one_seed(key: Array, images: Array, labels: Array) -> tuple[Array, Array, Array]:
-        weights = 0.1 * jax.random.normal(key, (images.shape[-1], 10))
+    def step(state: Any, _: None) -> Any:
+        weights, optimizer_state = state
+        mean_loss = lambda weights: jnp.mean(loss(data.images @ weights, data.labels))
+        gradient = jax.grad(mean_loss)(weights)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state)
+        weights = optax.apply_updates(weights, updates)
+        accuracy = jnp.mean(jnp.argmax(data.test_images @ weights, -1) == data.test_labels)
+        return (weights, optimizer_state), (accuracy, jnp.linalg.norm(gradient))
 
-        def step(state: tuple[Array, Any], _: None) -> Any:
-            weights, optimizer_state = state
-            mean_loss = lambda w: jnp.mean(loss(images[:num_train] @ w, labels[:num_train]))
-            gradient = jax.grad(mean_loss)(weights)
-            updates, optimizer_state = optimizer.update(gradient, optimizer_state)
-            weights = optax.apply_updates(weights, updates)
-            predicted = jnp.argmax(images[num_train:] @ weights, -1).astype(labels.dtype)
-            accuracy = jnp.mean(predicted == labels[num_train:])
-            return (weights, optimizer_state), (accuracy, jnp.linalg.norm(gradient))
-
-        state = weights, optimizer.init(weights)
-        (weights, _), scores = jax.lax.scan(step, state, length=config.num_steps)
-        return images[num_train:] @ weights, *scores
-
-    return jax.vmap(one_seed)(keys, images, labels)
+    weights = 0.1 * jax.random.normal(key, (data.images.shape[-1], 10))
+    state = weights, optimizer.init(weights)
+    (weights, _), scores = jax.lax.scan(step, state, length=config.num_steps)
+    return data.test_images @ weights, *scores
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
     """The three arms, and the controls whose answers are known."""
     accuracy = {name: arrays[f"curves/{name}/test_accuracy"] for name in LOSSES}
-    gained = np.abs(accuracy["argmax"][:, -1] - accuracy["argmax"][:, 0])
+    last = {name: values[:, -1] for name, values in accuracy.items()}
+    gained = np.abs(last["argmax"] - accuracy["argmax"][:, 0])
+    gradient = arrays["curves/argmax/gradient_norm"]
     missed = np.mean(np.abs(arrays["sum/sigmoids"] - 1) > 0.1, axis=-1)
     probs, temperatures = arrays["limits"], arrays["temperatures"]
     eps = float(np.finfo(probs.dtype).eps)
     gap = ROW[0] - ROW[1]
     to_argmax = probs[:, 1:].sum(axis=-1) / ((len(ROW) - 1) * np.exp(-gap / temperatures))
     to_uniform = np.abs(probs - 1 / len(ROW)).max(axis=-1) * temperatures / np.ptp(ROW)
+    off = np.abs(arrays["sum/softmax"] - 1)
+    two = np.abs(arrays["two classes"] - arrays["sigmoid"])
     # At the smallest temperature the exponents are as large as 2 * 2.5 / 0.02 = 250.
-    rounding = 1 + 250 * eps
+    low, high = (1 + 250 * eps, 0.5)
+    share = "sigmoids: sums that miss 1 by 0.1, share"
     return [
-        Measure(
-            "argmax: largest gradient",
-            arrays["curves/argmax/gradient_norm"],
-            at_most=0.0,
-            summary="max",
-        ),
+        Measure("argmax: largest gradient", gradient, at_most=0.0, summary="max"),
         Measure("argmax: accuracy gained or lost", gained, at_most=0.0, summary="max"),
-        Measure("argmax: test accuracy", accuracy["argmax"][:, -1]),
-        Measure(
-            "softmax: test accuracy",
-            accuracy["softmax"][:, -1],
-            at_least=config.min_accuracy,
-        ),
-        Measure("sigmoids: test accuracy", accuracy["sigmoids"][:, -1]),
-        Measure(
-            "sigmoids: sums that miss 1 by 0.1, share",
-            missed,
-            at_least=config.min_missed,
-        ),
-        Measure(
-            "softmax: sum, less 1",
-            np.abs(arrays["sum/softmax"] - 1),
-            at_most=10 * eps,
-            summary="max",
-        ),
-        Measure(
-            "softmax of (x, 0), less sigmoid of x",
-            np.abs(arrays["two classes"] - arrays["sigmoid"]).max(),
-            at_most=4 * eps,
-        ),
-        Measure(
-            "low T: distance from argmax, over its bound", to_argmax.max(), at_most=rounding
-        ),
-        Measure(
-            "high T: distance from 1 / K, times T / range",
-            to_uniform.max(),
-            at_most=0.5,
-        ),
+        Measure("argmax: test accuracy", last["argmax"]),
+        Measure("softmax: test accuracy", last["softmax"], at_least=config.min_accuracy),
+        Measure("sigmoids: test accuracy", last["sigmoids"]),
+        Measure(share, missed, at_least=config.min_missed),
+        Measure("softmax: sum, less 1", off, at_most=10 * eps, summary="max"),
+        Measure("softmax of (x, 0), less sigmoid of x", two.max(), at_most=4 * eps),
+        Measure("low T: distance from argmax, over its bound", to_argmax.max(), at_most=low),
+        Measure("high T: distance from 1 / K, times T / range", to_uniform.max(), at_most=high),
     ]
 
 
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """Training of the arms, how classes share, the limits of T, and the simplex."""
-    training = curves(
+    training = plots.curves(
         arrays,
         "step of Adam",
         "A linear classifier of digits from the same weights under three losses; the gradient"
-        " of argmax is exactly 0 at every step. Thick: median of the seeds; thin: each seed.",
+        f" of argmax is exactly 0 at every step.{plots.SEEDS}",
         names={
             "test_accuracy": "test accuracy, share of images",
             "gradient_norm": "norm of the gradient",
@@ -219,81 +184,56 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     )
     return {
         "training": training,
-        "sharing": _draw_sharing(arrays),
-        "limits": _draw_limits(arrays),
-        "simplex": _draw_simplex(arrays),
+        "sharing": draw_sharing(arrays),
+        "limits": draw_limits(arrays),
+        "simplex": draw_simplex(arrays),
     }
 
 
-def _draw_sharing(arrays: Arrays) -> Figure:
-    titles = ["softmax: dp / dz", "sigmoids: dp / dz", "sum of the probabilities"]
-    figure, axes = panels(
-        titles,
+def draw_sharing(arrays: Arrays) -> Figure:
+    """What a class gains when a logit grows, and whether the classes sum to 1."""
+    figure, (*heatmaps, sums) = plots.panels(
+        ["softmax: dp / dz", "sigmoids: dp / dz", "sum of the probabilities"],
         f"Left, middle: derivative of each probability by each logit at {ROW}; what softmax"
         " gives one class it takes from the others. Right: test images by the sum of classes.",
     )
-    for panel, name in zip(axes, ("softmax", "sigmoids"), strict=False):
+    for number, (name, panel) in enumerate(zip(("softmax", "sigmoids"), heatmaps, strict=True)):
         jacobian = arrays[f"jacobian/{name}"]
         texts = [[f"{entry:.2f}" for entry in row] for row in jacobian]
-        heatmap(
-            figure,
-            panel,
-            jacobian,
-            x="logit",
-            y="class",
-            scale="derivative",
-            numbers=texts,
-            low=-0.25,
-            high=0.25,
-        )
-        panel.set_xticks(range(len(ROW)))
-        panel.set_yticks(range(len(ROW)))
-    for number, name in enumerate(("softmax", "sigmoids")):
-        axes[2].hist(
-            np.clip(np.ravel(arrays[f"sum/{name}"]), 0, 2),
-            bins=np.linspace(0, 2, 41),
-            histtype="step",
-            linewidth=1.5,
-            **style(number),
-            label=name,
-        )
-    axes[2].legend(fontsize=8)
-    finish(axes[2], "sum over the classes", "test images of all seeds")
+        look: dict[str, Any] = {"x": "logit", "y": "class", "scale": "derivative"}
+        plots.heatmap(figure, panel, jacobian, **look, numbers=texts, low=-0.25, high=0.25)
+        panel.set(xticks=range(len(ROW)), yticks=range(len(ROW)))
+        plots.histogram(sums, arrays[f"sum/{name}"], np.linspace(0, 2, 41), name, number)
+    sums.legend(fontsize=8)
+    plots.finish(sums, "sum over the classes", "test images of all seeds")
     return figure
 
 
-def _draw_limits(arrays: Arrays) -> Figure:
-    figure, (limits, two) = panels(
+def draw_limits(arrays: Arrays) -> Figure:
+    """Probabilities by temperature, and the case of two classes."""
+    figure, (limits, two) = plots.panels(
         ["limits of the temperature", "two classes"],
         f"Left: softmax of {ROW} at temperature T, from argmax to equal shares. Right: the"
         " softmax of (x, 0) and the sigmoid of x are one curve.",
         size=4.4,
     )
     for number, logit in enumerate(ROW):
-        look = style(number)
-        limits.plot(
-            arrays["temperatures"], arrays["limits"][:, number], **look, label=f"z = {logit:g}"
-        )
-    limits.legend(fontsize=8)
-    finish(limits, "temperature T", "probability", x_scale="log")
-    two.plot(
-        arrays["x"],
-        arrays["two classes"],
-        color=COLOURS[0],
-        linewidth=5,
-        alpha=0.4,
-        label="softmax of (x, 0)",
-    )
-    two.plot(arrays["x"], arrays["sigmoid"], **style(1), label="sigmoid of x")
-    two.legend(fontsize=8)
-    finish(two, "x", "probability of the first class")
+        probs = arrays["limits"][None, :, number]
+        plots.lines(limits, arrays["temperatures"], probs, f"z = {logit:g}", number)
+    plots.finish(limits, "temperature T", "probability", x_scale="log")
+    wide = {"color": plots.COLOURS[0], "linewidth": 5, "alpha": 0.4}
+    two.plot(arrays["x"], arrays["two classes"], **wide, label="softmax of (x, 0)")
+    plots.lines(two, arrays["x"], arrays["sigmoid"][None], "sigmoid of x", 1)
+    plots.finish(two, "x", "probability of the first class")
+    for panel in (limits, two):
+        panel.legend(fontsize=8)
     return figure
 
 
-def _draw_simplex(arrays: Arrays) -> Figure:
+def draw_simplex(arrays: Arrays) -> Figure:
     """Where each map sends the circles: sparse maps reach the edges, softmax never does."""
     corners = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]])
-    figure, axes = panels(
+    figure, axes = plots.panels(
         list(SIMPLEX_MAPS),
         "Circles of three logits around zero, of radius 0.2 to 2 (darker is larger), where each"
         " map sends them on the simplex; argmax would send every point to a corner.",
@@ -305,7 +245,7 @@ def _draw_simplex(arrays: Arrays) -> Figure:
             panel.text(x, place, f"class {number}", fontsize=8, ha="center")
         circles = arrays[f"simplex/{name}"] @ corners
         for shade, circle in zip(np.linspace(0.35, 1, len(circles)), circles, strict=True):
-            panel.plot(*circle.T, color=COLOURS[0], alpha=shade, linewidth=1.2)
+            panel.plot(*circle.T, color=plots.COLOURS[0], alpha=shade, linewidth=1.2)
         panel.set_aspect("equal")
         panel.set_axis_off()
     return figure

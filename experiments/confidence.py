@@ -27,25 +27,23 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import softjax as sj
-from experiments._data import digits
+from experiments._data import Split, shuffled_digits
 from experiments._networks import Layers, mlp
-from experiments._plots import curves, finish, legend, panels, style
-from experiments._run import (
-    Arrays,
-    Experiment,
-    Measure,
-    Options,
-    Track,
-    arms_of,
-    launch,
-    untracked,
-)
+from experiments._plots import SEEDS, curves, finish, legend, lines, panels, under
+from experiments._run import Arrays, Experiment, Measure, Options, Track, launch, untracked
+from experiments._training import each
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
-LOSSES: dict[str, Callable[[Array, Array], Array]] = {
+Loss = Callable[[Array, Array], Array]
+LOSSES: dict[str, Loss] = {
     "softjax": sj.cross_entropy,
     "optax": optax.softmax_cross_entropy_with_integer_labels,
+}
+CURVES = {  # What is measured at each step, and how pictures name it.
+    "train_loss": "training loss, nats per image",
+    "test_loss": "test loss, nats per image",
+    "test_accuracy": "test accuracy, share of images",
 }
 DtypeName = Literal["float32", "bfloat16"]
 NETWORK = mlp([64, 64, 10])
@@ -90,117 +88,84 @@ class Config(Options):
 
 def run(config: Config, track: Track = untracked) -> Arrays:
     """Trains the scale and the network, with each loss in each dtype."""
-    data = digits()
-    rng = np.random.default_rng(config.seed)
-    rows = np.stack([rng.permutation(len(data.labels)) for _ in range(config.num_seeds)])
-    images = jnp.asarray(data.images.reshape(len(data.images), -1)[rows], jnp.float32)
-    labels = jnp.asarray(data.labels[rows])
+    data = shuffled_digits(np.random.default_rng(config.seed), config.num_seeds)
     keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     arrays: Arrays = {"scale_step": np.array(config.scale_step)}
-    arms = list(config.arms)
-    for number in track(range(len(arms)), "losses and dtypes"):
-        loss, dtype = config.arms[arms[number]]
-        arrays[f"scale/{arms[number]}"] = np.asarray(_train_scale(loss, dtype, config))
-        scores = _train(keys, images, labels, loss, dtype, data.num_train, config)
-        names = ("train_loss", "test_loss", "test_accuracy")
-        for measure, values in zip(names, scores, strict=True):
-            arrays[f"curves/{arms[number]}/{measure}"] = np.asarray(values)
+    for arm, (loss, dtype) in each(config.arms.items(), track, "losses and dtypes"):
+        one_seed = functools.partial(train, loss=LOSSES[loss], dtype=dtype, config=config)
+        scores = jax.device_get(jax.jit(jax.vmap(one_seed))(keys, data))
+        arrays |= {f"curves/{arm}/{n}": of for n, of in zip(CURVES, scores, strict=True)}
+        one_scale = functools.partial(train_scale, LOSSES[loss], dtype, config)
+        arrays[f"scale/{arm}"] = np.asarray(jax.jit(one_scale)())
     return arrays
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "dtype", "config"))
-def _train_scale(loss: str, dtype: DtypeName, config: Config) -> Array:
+def train_scale(loss: Loss, dtype: DtypeName, config: Config) -> Array:
     """The scale after each step, `[steps]`, for ten classes of which the first is right."""
 
     def step(scale: Array, _: None) -> tuple[Array, Array]:
         def of_scale(scale: Array) -> Array:
-            one_hot = jnp.zeros(10, dtype).at[0].set(1)
-            return LOSSES[loss](scale.astype(one_hot.dtype) * one_hot, jnp.array(0, jnp.int32))
+            logits = scale.astype(dtype) * jnp.zeros(10, dtype).at[0].set(1)
+            return loss(logits, jnp.array(0, jnp.int32)).astype(jnp.float32)
 
-        slope = jax.grad(lambda scale: of_scale(scale).astype(jnp.float32))(scale)
-        scale -= config.scale_step * jnp.sign(slope)
+        scale -= config.scale_step * jnp.sign(jax.grad(of_scale)(scale))
         return scale, scale
 
     return jax.lax.scan(step, jnp.zeros((), jnp.float32), length=config.num_scale_steps)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "dtype", "num_train", "config"))
-def _train(
-    keys: Array,
-    images: Array,
-    labels: Array,
-    loss: str,
-    dtype: DtypeName,
-    num_train: int,
-    config: Config,
+def train(
+    key: Array, data: Split, loss: Loss, dtype: DtypeName, config: Config
 ) -> tuple[Array, Array, Array]:
-    """Training loss, test loss and test accuracy, each `[seeds, steps]`.
+    """Training loss, test loss and test accuracy, each `[steps]`.
 
     The weights are float32; the loss sees the logits in the dtype. The losses that are
     returned are computed from the logits in float32, by `cross_entropy` for all arms.
     """
     optimizer = optax.adam(config.learning_rate)
 
-    def one_seed(key: Array, images: Array, labels: Array) -> tuple[Array, Array, Array]:
-        layers = jax.tree.map(lambda leaf: leaf.astype(images.dtype), NETWORK.init(key))
+    def mean_loss(layers: Layers) -> tuple[Array, Array]:
+        logits = NETWORK.apply(layers, data.images)
+        losses = loss(logits.astype(dtype), data.labels).astype(jnp.float32)
+        return jnp.mean(losses), jnp.mean(sj.cross_entropy(logits, data.labels))
 
-        def mean_loss(layers: Layers) -> tuple[Array, Array]:
-            logits = NETWORK.apply(layers, images[:num_train])
-            losses = LOSSES[loss](logits.astype(dtype), labels[:num_train])
-            exact = jnp.mean(sj.cross_entropy(logits, labels[:num_train]))
-            return jnp.mean(losses.astype(images.dtype)), exact
+    def step(state: Any, _: None) -> Any:
+        layers, optimizer_state = state
+        grads, train_loss = jax.grad(mean_loss, has_aux=True)(layers)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
+        layers = optax.apply_updates(layers, updates)
+        logits = NETWORK.apply(layers, data.test_images)
+        test_loss = jnp.mean(sj.cross_entropy(logits, data.test_labels))
+        accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == data.test_labels)
+        return (layers, optimizer_state), (train_loss, test_loss, accuracy)
 
-        def step(state: tuple[Layers, Any], _: None) -> Any:
-            layers, optimizer_state = state
-            grads, train_loss = jax.grad(mean_loss, has_aux=True)(layers)
-            updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
-            layers = optax.apply_updates(layers, updates)
-            logits, tested = NETWORK.apply(layers, images[num_train:]), labels[num_train:]
-            test_loss = jnp.mean(sj.cross_entropy(logits, tested))
-            accuracy = jnp.mean(jnp.argmax(logits, -1).astype(tested.dtype) == tested)
-            return (layers, optimizer_state), (train_loss, test_loss, accuracy)
-
-        state = layers, optimizer.init(layers)
-        return jax.lax.scan(step, state, length=config.num_steps)[1]
-
-    return jax.vmap(one_seed)(keys, images, labels)
+    layers = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), NETWORK.init(key))
+    state = layers, optimizer.init(layers)
+    return jax.lax.scan(step, state, length=config.num_steps)[1]
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
     """Where each scale is after all steps, and how far the networks differ."""
-    reached = {arm: arrays[f"scale/{arm}"][-1] for arm in config.arms}
     known = config.scale_step * config.num_scale_steps
-    limits = {"optax, float32": config.max_optax_scale, "optax, bfloat16": 9.0}
-    measures = [
-        Measure(
-            f"scale, {arm}",
-            scale,
-            at_least=known if arm.startswith("softjax") else None,
-            at_most=limits.get(arm, known),
-        )
-        for arm, scale in reached.items()
-    ]
-    final = {
-        (arm, measure): arrays[f"curves/{arm}/{measure}"][:, -1]
-        for arm in config.arms
+    stalls = {"optax, float32": config.max_optax_scale, "optax, bfloat16": 9.0}
+    measures = []
+    for arm in config.arms:
+        low, high = (None, stalls[arm]) if arm in stalls else (known, known)
+        measures.append(Measure(f"scale, {arm}", arrays[f"scale/{arm}"][-1], low, high))
+    losses, accuracies = (
+        {arm: arrays[f"curves/{arm}/{measure}"][:, -1] for arm in config.arms}
         for measure in ("test_loss", "test_accuracy")
-    }
+    )
     ours, theirs = "softjax, float32", "optax, float32"
-    gap = np.abs(final[ours, "test_loss"] / final[theirs, "test_loss"] - 1)
-    points = np.abs(final[ours, "test_accuracy"] - final[theirs, "test_accuracy"])
+    gap, limit = np.abs(losses[ours] / losses[theirs] - 1), config.max_gap
+    points = np.abs(accuracies[ours] - accuracies[theirs])
+    title = "float32: relative difference of the test losses"
     return [
         *measures,
-        *(Measure(f"test loss, {arm}, nats", final[arm, "test_loss"]) for arm in config.arms),
-        *(Measure(f"test accuracy, {arm}", final[arm, "test_accuracy"]) for arm in config.arms),
-        Measure(
-            "float32: relative difference of the test losses",
-            gap,
-            at_most=config.max_gap,
-            summary="max",
-        ),
-        Measure(
-            "float32: difference of the test accuracies", points, at_most=0.01, summary="max"
-        ),
+        *(Measure(f"test loss, {arm}, nats", values) for arm, values in losses.items()),
+        *(Measure(f"test accuracy, {arm}", values) for arm, values in accuracies.items()),
+        Measure(title, gap, None, limit, "max"),
+        Measure("float32: difference of the test accuracies", points, None, 0.01, "max"),
     ]
 
 
@@ -212,24 +177,19 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         " 0, so that an exact loss climbs for ever. A flat curve has stalled.",
         size=5.0,
     )
-    arms = list(arms_of(arrays))
-    steps = np.arange(1, len(arrays[f"scale/{arms[0]}"]) + 1)
+    for number, (arm, scale) in enumerate(under(arrays, "scale").items()):
+        steps = np.arange(1, len(scale) + 1)
+        lines(panel, steps, scale[None], arm, number)
     known = float(arrays["scale_step"]) * steps
     panel.plot(steps, known, color="black", linewidth=4, alpha=0.15, label="known answer")
-    for number, arm in enumerate(arms):
-        panel.plot(steps, arrays[f"scale/{arm}"], **style(number), label=arm)
     finish(panel, "step", "scale: margin of the right class, nats", whole=True)
     legend(figure)
     training = curves(
         arrays,
         "step of Adam",
         "A network on digits under each loss, in each dtype of the logits; losses are measured"
-        " in float32 for all. Thick: median of the seeds; thin: each seed.",
-        names={
-            "train_loss": "training loss, nats per image",
-            "test_loss": "test loss, nats per image",
-            "test_accuracy": "test accuracy, share of images",
-        },
+        f" in float32 for all.{SEEDS}",
+        names=CURVES,
     )
     return {"scale": figure, "training": training}
 

@@ -27,25 +27,18 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import softjax as sj
-from experiments._data import digits
+from experiments._data import Split, digits
 from experiments._networks import Layers, mlp
-from experiments._plots import curves, finish, legend, lines, panels
-from experiments._run import (
-    Arrays,
-    Experiment,
-    Measure,
-    NDArray,
-    Options,
-    Track,
-    launch,
-    untracked,
-)
+from experiments._plots import SEEDS, curves, finish, legend, lines, panels
+from experiments._run import Arrays, Experiment, Measure, Options, Track, launch, untracked
+from experiments._training import each
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
 NUM_CLASSES, NUM_TEST = 10, 50  # test images per class
-ARMS = ("plain", "class-balanced", "post hoc", "in training")
 BALANCED = "equal frequencies"  # The control.
+TRAINED = ("plain", "class-balanced", "in training", BALANCED)
+ARMS = ("plain", "class-balanced", "post hoc", "in training")
 NETWORK = mlp([64, 64, NUM_CLASSES])
 
 
@@ -90,134 +83,90 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     equal[: counts.sum() % NUM_CLASSES] += 1
     # The class of each rank, the commonest first, `[seeds, classes]`.
     order = np.stack([rng.permutation(NUM_CLASSES) for _ in range(config.num_seeds)])
-    draws = [_draw(rng, data.labels, ranks, (counts, equal)) for ranks in order]
-    test, tail, balanced = (np.stack(rows) for rows in zip(*draws, strict=True))
-    by_class = np.zeros_like(order)
-    np.put_along_axis(by_class, order, np.tile(counts, (config.num_seeds, 1)), axis=1)
+    # The images of each class in an order of its own: the first are for testing.
+    rows = [[rng.permutation(np.flatnonzero(data.labels == k)) for k in o] for o in order]
+    test = np.array([np.concatenate([of[:NUM_TEST] for of in seed]) for seed in rows])
+    tail, balanced = (
+        np.array(
+            [
+                np.concatenate([of[NUM_TEST:][:n] for of, n in zip(seed, numbers, strict=True)])
+                for seed in rows
+            ]
+        )
+        for numbers in (counts, equal)
+    )
+    by_class = np.take_along_axis(np.tile(counts, (len(order), 1)), np.argsort(order), axis=1)
 
     keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     arrays: Arrays = {"counts": counts, "order": order}
-    arms = ("plain", "class-balanced", "in training", BALANCED)
-    for number in track(range(len(arms)), "long tail"):
-        arm = arms[number]
-        rows = balanced if arm == BALANCED else tail
-        frequencies = np.full_like(by_class, 1) if arm == BALANCED else by_class
-        examples = (images[rows], data.labels[rows], images[test], data.labels[test])
-        found = _train(
-            keys,
-            *(
-                jnp.asarray(part, float if part.dtype.kind == "f" else None)
-                for part in examples
-            ),
-            jnp.asarray(frequencies, float),
-            jnp.int32(arms.index(arm)),
-            config,
-        )
-        (loss, accuracy), (recall, adjusted, changed) = jax.device_get(found)
+    # One program for all arms, which are numbered.
+    train_all = jax.jit(jax.vmap(functools.partial(train, config=config), (0, 0, 0, None)))
+    for number, arm in each(enumerate(TRAINED), track, "long tail"):
+        seen, frequencies = (balanced, by_class**0) if arm == BALANCED else (tail, by_class)
+        given = Split(images[seen], data.labels[seen], images[test], data.labels[test])
+        found = train_all(keys, given, jnp.asarray(frequencies, float), jnp.int32(number))
+        (loss, accuracy), (recall, corrected, changed) = jax.device_get(found)
         arrays[f"curves/{arm}/train_loss"] = loss
         arrays[f"curves/{arm}/balanced_accuracy"] = accuracy
         arrays[f"recall/{arm}"] = recall
         if arm == "plain":
-            arrays["recall/post hoc"] = adjusted
-        if arm == BALANCED:
-            arrays["changed"] = changed
+            arrays["recall/post hoc"] = corrected
+    arrays["changed"] = changed  # Of the last arm, the control.
     return arrays
 
 
-def _draw(
-    rng: np.random.Generator, labels: NDArray, ranks: NDArray, counts: tuple[NDArray, NDArray]
-) -> tuple[NDArray, ...]:
-    """Rows for testing, and rows for training with each of the counts by rank."""
-    rows = [rng.permutation(np.flatnonzero(labels == digit)) for digit in ranks]
-    test = np.concatenate([of[:NUM_TEST] for of in rows])
-    picked = [
-        [of[NUM_TEST : NUM_TEST + n] for of, n in zip(rows, count, strict=True)]
-        for count in counts
-    ]
-    return test, *(np.concatenate(parts) for parts in picked)
-
-
-@functools.partial(jax.jit, static_argnames=("config",))
-def _train(
-    keys: Array,
-    images: Array,
-    labels: Array,
-    test_images: Array,
-    test_labels: Array,
-    counts: Array,
-    arm: Array,
-    config: Config,
-) -> Any:
-    """Loss and balanced accuracy `[seeds, steps]`; and recalls `[seeds, classes]`.
+def train(key: Array, data: Split, counts: Array, arm: Array, config: Config) -> Any:
+    """Loss and balanced accuracy `[steps]`; and recalls `[classes]`.
 
     `arm` numbers the losses: 1 is class-balanced, 2 adjusts the logits, all others are plain.
-    They are compiled into one program. The recalls are those of the logits as they are, and of
-    those that are corrected for the counts; last, the share of predictions that differ.
+    The recalls are those of the logits as they are, and of those that are corrected for the
+    counts; last, the share of predictions that differ.
     """
     optimizer = optax.adam(config.learning_rate)
+    adjustment = sj.logit_adjustment(counts)
+    weights = jnp.where(arm == 1, sj.class_balanced_weights(counts, beta=config.beta), 1)
+    shifts = jnp.where(arm == 2, adjustment, 0)
 
-    def one_seed(
-        key: Array,
-        images: Array,
-        labels: Array,
-        test_images: Array,
-        test_labels: Array,
-        counts: Array,
-    ) -> Any:
-        adjustment = sj.logit_adjustment(counts)
-        weights = jnp.where(arm == 1, sj.class_balanced_weights(counts, beta=config.beta), 1)
-        shifts = jnp.where(arm == 2, adjustment, 0)
-        layers = NETWORK.init(key)
+    def mean_loss(layers: Layers) -> Array:
+        logits = sj.adjusted_scores(NETWORK.apply(layers, data.images), shifts)
+        losses = sj.cross_entropy(logits, data.labels, class_weights=weights)
+        return jnp.sum(losses) / jnp.sum(weights[data.labels])
 
-        def mean_loss(layers: Layers) -> Array:
-            logits = sj.adjusted_scores(NETWORK.apply(layers, images), shifts)
-            losses = sj.cross_entropy(logits, labels, class_weights=weights)
-            return jnp.sum(losses) / jnp.sum(weights[labels])
+    def recalls(logits: Array) -> tuple[Array, Array]:
+        predicted = jnp.argmax(logits, axis=-1)
+        is_class = jax.nn.one_hot(data.test_labels, NUM_CLASSES, dtype=logits.dtype)
+        is_right = (predicted == data.test_labels).astype(logits.dtype)
+        return is_right @ is_class / NUM_TEST, predicted
 
-        def recalls(logits: Array) -> tuple[Array, Array]:
-            predicted = jnp.argmax(logits, axis=-1).astype(test_labels.dtype)
-            is_class = jax.nn.one_hot(test_labels, NUM_CLASSES, dtype=logits.dtype)
-            is_right = (predicted == test_labels).astype(logits.dtype)
-            return is_right @ is_class / NUM_TEST, predicted
+    def step(state: Any, _: None) -> Any:
+        layers, optimizer_state = state
+        loss, grads = jax.value_and_grad(mean_loss)(layers)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
+        layers = optax.apply_updates(layers, updates)
+        recall, _ = recalls(NETWORK.apply(layers, data.test_images))
+        return (layers, optimizer_state), (loss, jnp.mean(recall))
 
-        def step(state: tuple[Layers, Any], _: None) -> Any:
-            layers, optimizer_state = state
-            loss, grads = jax.value_and_grad(mean_loss)(layers)
-            updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
-            layers = optax.apply_updates(layers, updates)
-            recall = recalls(NETWORK.apply(layers, test_images))[0]
-            return (layers, optimizer_state), (loss, jnp.mean(recall))
-
-        state = layers, optimizer.init(layers)
-        (layers, _), scores = jax.lax.scan(step, state, length=config.num_steps)
-        logits = NETWORK.apply(layers, test_images)
-        recall, predicted = recalls(logits)
-        corrected, others = recalls(sj.adjusted_scores(logits, -adjustment))
-        return scores, (recall, corrected, jnp.mean((predicted != others).astype(logits.dtype)))
-
-    return jax.vmap(one_seed)(keys, images, labels, test_images, test_labels, counts)
+    layers = NETWORK.init(key)
+    state = layers, optimizer.init(layers)
+    (layers, _), scores = jax.lax.scan(step, state, length=config.num_steps)
+    logits = NETWORK.apply(layers, data.test_images)
+    recall, predicted = recalls(logits)
+    corrected, others = recalls(sj.adjusted_scores(logits, -adjustment))
+    return scores, (recall, corrected, jnp.mean(predicted != others))
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
     """Balanced accuracies, the gain of logit adjustment, and the controls."""
     accuracy = {arm: arrays[f"recall/{arm}"].mean(axis=-1) for arm in (*ARMS, BALANCED)}
-    best = np.max([accuracy[arm] for arm in ARMS], axis=0)
+    measures = [Measure(f"balanced accuracy, {arm}", of) for arm, of in accuracy.items()]
+    for arm in ARMS[1:]:
+        gain = accuracy[arm] - accuracy["plain"]
+        goal = config.min_gain if arm == "in training" else 0.0
+        measures.append(Measure(f"{arm}, less plain", gain, at_least=goal))
+    changed, best = arrays["changed"], np.max([accuracy[arm] for arm in ARMS], axis=0)
     return [
-        *(Measure(f"balanced accuracy, {arm}", values) for arm, values in accuracy.items()),
-        *(
-            Measure(
-                f"{arm}, less plain",
-                accuracy[arm] - accuracy["plain"],
-                at_least=config.min_gain if arm == "in training" else 0.0,
-            )
-            for arm in ARMS[1:]
-        ),
-        Measure(
-            f"{BALANCED}: predictions changed",
-            arrays["changed"],
-            at_most=0,
-            summary="max",
-        ),
+        *measures,
+        Measure(f"{BALANCED}: predictions changed", changed, at_most=0, summary="max"),
         Measure(f"{BALANCED}, less the best arm", accuracy[BALANCED] - best, at_least=0.0),
     ]
 
@@ -227,8 +176,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     figure, (panel,) = panels(
         ["recall by how common the class is"],
         "Share of the test images of a class that are recognised, by its number of training"
-        " images; with equal frequencies every class has 29 or 30. Thick: median of the seeds;"
-        " thin: each seed.",
+        f" images; with equal frequencies every class has 29 or 30.{SEEDS}",
         size=5.0,
     )
     for number, arm in enumerate((*ARMS, BALANCED)):
@@ -241,8 +189,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     training = curves(
         arrays,
         "step of Adam",
-        "Training by step; the losses of the arms weigh the classes differently. Thick: median"
-        " of the seeds; thin: each seed.",
+        f"Training by step; the losses of the arms weigh the classes differently.{SEEDS}",
         names={
             "train_loss": "training loss, nats per image",
             "balanced_accuracy": "balanced accuracy on test images",

@@ -27,8 +27,8 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import softjax as sj
-from experiments._data import digits
-from experiments._plots import finish, legend, lines, panels, style
+from experiments._data import Split, shuffled_digits
+from experiments._plots import SEEDS, finish, histogram, legend, lines, panels, under
 from experiments._run import (
     Arrays,
     Experiment,
@@ -39,11 +39,13 @@ from experiments._run import (
     launch,
     untracked,
 )
+from experiments._training import auroc, each
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
 ArmName = Literal["softmax", "smoothing", "temperature", "soft cap", "entmax15"]
 TEMPERATURE, CAP, SMOOTHING = 5.0, 4.0, 0.1
+KINDS = ("near", "far")
 
 
 class Arm(NamedTuple):
@@ -71,7 +73,6 @@ ARMS: dict[ArmName, Arm] = {
         functools.partial(sj.entmax_loss, alpha=1.5),
     ),
 }
-KINDS = ("near", "far")
 
 
 @dataclass(frozen=True)
@@ -107,149 +108,117 @@ class Config(Options):
     @classmethod
     def reduced(cls) -> Self:
         """Two losses, two rates, and few steps."""
-        return cls(
-            quick=True,
-            num_seeds=2,
-            arms=("softmax", "soft cap"),
-            rates=(0.0, 0.2),
-            num_steps=60,
-            min_clean=0.88,
-        )
+        size: dict[str, Any] = {"num_seeds": 2, "arms": ("softmax", "soft cap")}
+        return cls(quick=True, **size, rates=(0.0, 0.2), num_steps=60, min_clean=0.88)
 
 
 def run(config: Config, track: Track = untracked) -> Arrays:
     """Trains every arm at every rate, with near and with far wrong labels."""
-    data = digits()
     rng = np.random.default_rng(config.seed)
-    rows = np.stack([rng.permutation(len(data.labels)) for _ in range(config.num_seeds)])
-    images = data.images.reshape(len(data.images), -1)[rows]
-    labels, num_train = data.labels[rows], data.num_train
-    order = rng.permuted(np.tile(np.arange(num_train), (config.num_seeds, 1)), axis=1)
-    shifts = rng.integers(1, 10, (config.num_seeds, num_train))
+    data = shuffled_digits(rng, config.num_seeds)
+    shape = data.labels.shape
+    order = rng.permuted(np.tile(np.arange(shape[1]), (config.num_seeds, 1)), axis=1)
+    shifts = rng.integers(1, 10, shape)
     keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     arrays: Arrays = {"rates": np.array(config.rates)}
-    for arm in config.arms:
-        found: dict[str, list[Any]] = {f"{n}/{k}": [] for n in _NAMES for k in KINDS}
-        for number in track(range(len(config.rates)), arm):
-            is_wrong = order < config.rates[number] * num_train
-            given = labels.copy()
-            given[:, :num_train] = (labels[:, :num_train] + is_wrong * shifts) % 10
-            for kind in KINDS:
-                seen = images.copy()
-                seen[:, :num_train][is_wrong] *= config.factor if kind == "far" else 1
-                accuracy, nll, losses = _train(
-                    keys, jnp.asarray(seen, float), jnp.asarray(given), arm, num_train, config
-                )
-                found[f"accuracy/{kind}"].append(np.asarray(accuracy))
-                found[f"nll/{kind}"].append(np.asarray(nll))
-                found[f"auroc/{kind}"].append(_auroc(np.asarray(losses), is_wrong))
-                shuffled = rng.permuted(is_wrong, axis=1)
-                found[f"shuffled/{kind}"].append(_auroc(np.asarray(losses), shuffled))
-                arrays[f"losses/{arm}/{kind}"] = np.asarray(losses[0])
-                arrays[f"wrong/{arm}/{kind}"] = is_wrong[0]
-        arrays |= {f"{name}/{arm}": np.stack(of, -1) for name, of in found.items()}
+    cases = [(rate, kind) for rate in config.rates for kind in KINDS]
+    for name in each(config.arms, track, "losses"):
+        one_seed = functools.partial(train, arm=ARMS[name], config=config)
+        train_all = jax.jit(jax.vmap(one_seed))
+        found: dict[str, list[Any]] = {}
+        for rate, kind in cases:
+            is_wrong = order < rate * shape[1]
+            factors = np.where(is_wrong & (kind == "far"), config.factor, 1).astype(np.float32)
+            given = data._replace(
+                images=data.images * factors[..., None],
+                labels=((data.labels + is_wrong * shifts) % 10).astype(np.int32),
+            )
+            accuracy, nll, losses = jax.device_get(train_all(keys, given))
+            shuffled = rng.permuted(is_wrong, axis=1)
+            scores = {"accuracy": accuracy, "nll": nll, "auroc": aurocs(losses, is_wrong)}
+            scores["shuffled"] = aurocs(losses, shuffled)
+            for measure, values in scores.items():
+                found.setdefault(f"{measure}/{kind}/{name}", []).append(values)
+            arrays[f"losses/{name}/{kind}"] = losses[0]
+            arrays[f"wrong/{name}/{kind}"] = is_wrong[0]
+        arrays |= {key: np.stack(values, axis=-1) for key, values in found.items()}
     return arrays
 
 
-_NAMES = ("accuracy", "nll", "auroc", "shuffled")
-
-
-@functools.partial(jax.jit, static_argnames=("arm", "num_train", "config"))
-def _train(
-    keys: Array, images: Array, labels: Array, arm: ArmName, num_train: int, config: Config
-) -> tuple[Array, Array, Array]:
-    """Test accuracy and NLL `[seeds]`, and the loss of each training example."""
+def train(key: Array, data: Split, arm: Arm, config: Config) -> tuple[Array, Array, Array]:
+    """Test accuracy and NLL, and the loss of each training example `[n]`."""
     optimizer = optax.adam(config.learning_rate)
-    loss = ARMS[arm].loss
 
-    def one_seed(key: Array, images: Array, labels: Array) -> tuple[Array, Array, Array]:
-        weights = 0.1 * jax.random.normal(key, (images.shape[-1], 10))
+    def step(state: Any, _: None) -> Any:
+        weights, optimizer_state = state
+        mean_loss = lambda weights: jnp.mean(arm.loss(data.images @ weights, data.labels))
+        gradient = jax.grad(mean_loss)(weights)
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state)
+        return (optax.apply_updates(weights, updates), optimizer_state), None
 
-        def step(state: tuple[Array, Any], _: None) -> tuple[tuple[Array, Any], None]:
-            weights, optimizer_state = state
-            mean_loss = lambda w: jnp.mean(loss(images[:num_train] @ w, labels[:num_train]))
-            updates, optimizer_state = optimizer.update(
-                jax.grad(mean_loss)(weights), optimizer_state
-            )
-            return (optax.apply_updates(weights, updates), optimizer_state), None
-
-        state = weights, optimizer.init(weights)
-        (weights, _), _ = jax.lax.scan(step, state, length=config.num_steps)
-        logits, tested = images[num_train:] @ weights, labels[num_train:]
-        accuracy = jnp.mean(jnp.argmax(logits, -1).astype(tested.dtype) == tested)
-        log_probs = ARMS[arm].log_probs(logits)
-        nll = -jnp.mean(jnp.take_along_axis(log_probs, tested[:, None], axis=-1))
-        return accuracy, nll, loss(images[:num_train] @ weights, labels[:num_train])
-
-    return jax.vmap(one_seed)(keys, images, labels)
+    weights = 0.1 * jax.random.normal(key, (data.images.shape[-1], 10))
+    state = weights, optimizer.init(weights)
+    (weights, _), _ = jax.lax.scan(step, state, length=config.num_steps)
+    logits = data.test_images @ weights
+    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == data.test_labels)
+    log_probs = arm.log_probs(logits)
+    nll = -jnp.mean(jnp.take_along_axis(log_probs, data.test_labels[:, None], axis=-1))
+    return accuracy, nll, arm.loss(data.images @ weights, data.labels)
 
 
-def _auroc(scores: NDArray, is_positive: NDArray) -> NDArray:
-    """How often a positive example scores above a negative one, `[seeds]`; ties count half."""
-    areas = []
-    for score, flag in zip(scores, is_positive, strict=True):
-        negatives = np.sort(score[~flag])
-        if not flag.any() or flag.all():
-            areas.append(0.5)
-            continue
-        below = np.searchsorted(negatives, score[flag], "left")
-        up_to = np.searchsorted(negatives, score[flag], "right")
-        areas.append(np.mean(below + up_to) / 2 / len(negatives))
+def aurocs(losses: NDArray, is_wrong: NDArray) -> NDArray:
+    """How well the losses find wrong labels, `[seeds]`; 1/2 where there are none."""
+    areas = [
+        auroc(loss[flag], loss[~flag]) if flag.any() else 0.5
+        for loss, flag in zip(losses, is_wrong, strict=True)
+    ]
     return np.array(areas)
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
     """Accuracy without and with wrong labels, and how well the losses find them."""
-    measures = []
     clean = config.rates.index(0.0)
     judged = max(i for i, rate in enumerate(config.rates) if rate < 0.35)
-    rate = config.rates[judged]
+    wrong = f"{config.rates[judged]:.0%} wrong"
+    at = {name: values[:, judged] for name, values in arrays.items() if values.ndim == 2}
+    goals = {"accuracy/softmax": config.min_clean, "auroc/far/soft cap": config.min_auroc}
+    measures = []
     for arm in config.arms:
-        target = config.min_clean if arm == "softmax" else None
-        accuracy = arrays[f"accuracy/near/{arm}"][:, clean]
-        measures.append(Measure(f"accuracy, all right, {arm}", accuracy, at_least=target))
-    for kind in KINDS:
-        for arm in config.arms:
-            accuracy = arrays[f"accuracy/{kind}/{arm}"][:, judged]
-            measures.append(Measure(f"accuracy, {rate:.0%} wrong and {kind}, {arm}", accuracy))
-    capped, plain = (
-        arrays[f"accuracy/far/{arm}"][:, judged] for arm in ("soft cap", "softmax")
-    )
-    for kind in KINDS:
-        for arm in config.arms:
-            auroc = arrays[f"auroc/{kind}/{arm}"][:, judged]
-            goal = config.min_auroc if (kind, arm) == ("far", "soft cap") else None
-            measures.append(Measure(f"AUROC, {kind} wrong labels, {arm}", auroc, at_least=goal))
-    control = arrays["shuffled/near/softmax"][:, judged]
+        accuracy, goal = arrays[f"accuracy/near/{arm}"][:, clean], goals.get(f"accuracy/{arm}")
+        measures.append(Measure(f"accuracy, all right, {arm}", accuracy, at_least=goal))
+    pairs = [(kind, arm) for kind in KINDS for arm in config.arms]
+    for kind, arm in pairs:
+        accuracy = at[f"accuracy/{kind}/{arm}"]
+        measures.append(Measure(f"accuracy, {wrong} and {kind}, {arm}", accuracy))
+    for kind, arm in pairs:
+        area, goal = at[f"auroc/{kind}/{arm}"], goals.get(f"auroc/{kind}/{arm}")
+        measures.append(Measure(f"AUROC, {kind} wrong labels, {arm}", area, at_least=goal))
+    gain = at["accuracy/far/soft cap"] - at["accuracy/far/softmax"]
+    title, control = f"gain of the soft cap, {wrong} and far", at["shuffled/near/softmax"]
     return [
         *measures,
-        Measure(
-            f"gain of the soft cap, {rate:.0%} wrong and far",
-            capped - plain,
-            at_least=config.min_gain,
-        ),
+        Measure(title, gain, at_least=config.min_gain),
         Measure("AUROC, shuffled flags", control, at_least=0.45, at_most=0.55),
     ]
 
 
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """Accuracy and NLL by rate, and the loss of right and wrong examples."""
-    arms = [name.removeprefix("auroc/far/") for name in arrays if name.startswith("auroc/far/")]
-    titles = [f"{kind} wrong labels: {what}" for what in ("accuracy", "NLL") for kind in KINDS]
+    arms = list(under(arrays, "auroc/far"))
+    measures = {"accuracy": "accuracy, share of images", "nll": "NLL, nats per image"}
+    pairs = [(measure, kind) for measure in measures for kind in KINDS]
     by_rate, axes = panels(
-        titles,
+        [f"{kind} wrong labels: {measures[measure].split(',')[0]}" for measure, kind in pairs],
         "Clean test images after training on wrong labels. The NLL of entmax15 is missing where"
-        " it gives a right class no probability. Thick: median of the seeds; thin: each seed.",
+        f" it gives a right class no probability.{SEEDS}",
         columns=2,
     )
-    measures = [(what, kind) for what in ("accuracy", "nll") for kind in KINDS]
-    for panel, (what, kind) in zip(axes, measures, strict=True):
+    for panel, (measure, kind) in zip(axes, pairs, strict=True):
         for number, arm in enumerate(arms):
-            values = arrays[f"{what}/{kind}/{arm}"]
+            values = arrays[f"{measure}/{kind}/{arm}"]
             finite = np.where(np.isfinite(values), values, np.nan)
             lines(panel, 100 * arrays["rates"], finite, arm, number)
-        name = "accuracy, share of images" if what == "accuracy" else "NLL, nats per image"
-        finish(panel, "wrong labels, %", name)
+        finish(panel, "wrong labels, %", measures[measure])
     legend(by_rate)
     pulls, axes = panels(
         arms,
@@ -260,8 +229,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         losses, is_wrong = arrays[f"losses/{arm}/far"], arrays[f"wrong/{arm}/far"]
         edges = np.linspace(0, np.quantile(losses, 0.99), 40)
         for number, (flag, label) in enumerate(((False, "right label"), (True, "wrong label"))):
-            shown = np.clip(losses[is_wrong == flag], 0, edges[-1])
-            panel.hist(shown, edges, histtype="step", **style(number), label=label)
+            histogram(panel, losses[is_wrong == flag], edges, label, number)
         finish(panel, "loss of the example", "training images", y_scale="log")
     legend(pulls)
     return {"rates": by_rate, "losses": pulls}
