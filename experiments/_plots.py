@@ -153,9 +153,12 @@ def lines(panel: Any, x: NDArray, values: NDArray, label: str, number: int) -> N
     panel.plot(x, median, **look, marker=marker, markersize=4, label=label)
 
 
-def errorbars(panel: Any, x: NDArray, values: NDArray, label: str, number: int) -> None:
-    """One arm `[seeds, points]`: means, and their standard errors as bars."""
+def errorbars(
+    panel: Any, x: NDArray, values: NDArray, label: str, number: int, *, joined: bool = True
+) -> None:
+    """One arm `[seeds, points]`: means, joined by lines, and their standard errors as bars."""
     look = {**style(number), "marker": MARKERS[number % 7], "markersize": 4, "capsize": 2}
+    look |= {} if joined else {"linestyle": ""}
     error = values.std(axis=0) / max(len(values) - 1, 1) ** 0.5
     panel.errorbar(x, values.mean(axis=0), error, **look, label=label)
 

@@ -38,8 +38,18 @@ from matplotlib.figure import Figure
 import softjax as sj
 from experiments._data import load
 from experiments._networks import Layers, Network, mlp
-from experiments._plots import MARKERS, finish, legend, lines, panels, style
-from experiments._run import Arrays, Experiment, Measure, Options, Track, launch, untracked
+from experiments._plots import SEEDS, errorbars, finish, legend, lines, panels, under
+from experiments._run import (
+    Arrays,
+    Experiment,
+    Measure,
+    NDArray,
+    Options,
+    Track,
+    launch,
+    untracked,
+)
+from experiments._training import each
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
@@ -104,8 +114,8 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     hidden = config.num_hidden, config.num_hidden
     network = mlp([images.shape[-1], *hidden, data.num_classes])
     keys = jax.random.split(jax.random.key(config.seed), (config.num_members, config.num_seeds))
-    members = track(range(config.num_members), "networks")
-    found = [np.asarray(_train(keys[i], images, given, network, config)) for i in members]
+    train_all = jax.jit(jax.vmap(functools.partial(train_one, network=network, config=config)))
+    found = [np.asarray(train_all(k, images, given)) for k in each(keys, track, "networks")]
     logits = np.stack(found, axis=1)
 
     fit_temperature = jax.jit(jax.vmap(sj.fit_temperature))
@@ -116,20 +126,14 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     tested, answers = scaled[:, test], labels[:, test]
     weights = np.exp(tested - tested.max(axis=-1, keepdims=True))
     probs = weights / weights.sum(axis=-1, keepdims=True)
-    # The last sum, which is 1 but for rounding, is left out.
-    sums, uniform = np.cumsum(probs, axis=-1), rng.random((NUM_DRAWS, *answers.shape, 1))
-    drawn = np.swapaxes((uniform > sums[..., :-1]).sum(axis=-1, dtype=np.int32), 0, 1)
-    scores = jax.device_get(_score(logits[:, :, test], tested, answers, drawn))
+    drawn = draw_labels(rng, probs)
+    scores = jax.device_get(score(logits[:, :, test], tested, answers, drawn))
     places = dict(zip(ARMS, (0, *range(len(found), len(found) + 3)), strict=True))
     for name, values in scores.items():
         arrays |= {f"{name}/{arm}": values[:, place] for arm, place in places.items()}
     arrays["members"] = scores["NLL"][:, : len(found)].mean(axis=1)
-    # The gap of each of the 15 bins is nearly normal around 0 under drawn labels, and its
-    # expected size is the square root of 2 / pi of its standard deviation.
-    top = probs.max(axis=-1)[..., None]
-    variances = np.sum(top * (1 - top) * (np.ceil(15 * top) == np.arange(1, 16)), axis=1)
-    expected = np.sum(np.sqrt(2 / np.pi * variances), axis=-1) / len(test)
-    arrays["own labels"] = scores["ECE"][:, len(found) + 3 :].mean(axis=1) / expected
+    of_drawn = scores["ECE"][:, len(found) + 3 :].mean(axis=1)
+    arrays["own labels"] = of_drawn / expected_error(probs)
     for kind in config.kinds:
         options: dict[str, Any] = {"kind": kind, **(RAPS if kind == "raps" else {})}
         choose: Any = functools.partial(sj.conformal_threshold, level=config.level, **options)
@@ -141,35 +145,46 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     return arrays | {"data": np.array(data.name)}
 
 
-@functools.partial(jax.jit, static_argnames=("network", "config"))
-def _train(
-    keys: Array, images: Array, labels: Array, network: Network, config: Config
+def draw_labels(rng: np.random.Generator, probs: NDArray) -> NDArray:
+    """Labels drawn from the probabilities `[seeds, n, K]`, `[seeds, draws, n]`."""
+    # The last sum, which is 1 but for rounding, is left out.
+    sums, uniform = np.cumsum(probs, axis=-1), rng.random((NUM_DRAWS, *probs.shape[:-1], 1))
+    return np.swapaxes((uniform > sums[..., :-1]).sum(axis=-1, dtype=np.int32), 0, 1)
+
+
+def expected_error(probs: NDArray) -> NDArray:
+    """The mean ECE `[seeds]` of labels that are drawn from the probabilities, in theory."""
+    # The gap of each of the 15 bins is nearly normal around 0 under drawn labels, and its
+    # expected size is the square root of 2 / pi of its standard deviation.
+    top = probs.max(axis=-1)[..., None]
+    variances = np.sum(top * (1 - top) * (np.ceil(15 * top) == np.arange(1, 16)), axis=1)
+    return np.asarray(np.sum(np.sqrt(2 / np.pi * variances), axis=-1) / probs.shape[1])
+
+
+def train_one(
+    key: Array, images: Array, labels: Array, network: Network, config: Config
 ) -> Array:
-    """The logits `[seeds, n, K]` of all images, of networks that know the labels of some."""
+    """The logits `[n, K]` of all images, of a network that knows the labels of the first."""
     optimizer = optax.adam(config.learning_rate)
 
-    def one_seed(key: Array, images: Array, labels: Array) -> Array:
-        layers = network.init(key)
+    def mean_loss(layers: Layers) -> Array:
+        logits = network.apply(layers, images[: len(labels)])
+        return sj.cross_entropy(logits, labels, reduction="mean")
 
-        def mean_loss(layers: Layers) -> Array:
-            logits = network.apply(layers, images[: len(labels)])
-            return sj.cross_entropy(logits, labels, reduction="mean")
+    def step(state: Any, _: None) -> Any:
+        layers, optimizer_state = state
+        grads = jax.grad(mean_loss)(layers)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
+        return (optax.apply_updates(layers, updates), optimizer_state), None
 
-        def step(state: tuple[Layers, Any], _: None) -> Any:
-            layers, optimizer_state = state
-            grads = jax.grad(mean_loss)(layers)
-            updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
-            return (optax.apply_updates(layers, updates), optimizer_state), None
-
-        state = layers, optimizer.init(layers)
-        (layers, _), _ = jax.lax.scan(step, state, length=config.num_steps)
-        return network.apply(layers, images)
-
-    return jax.vmap(one_seed)(keys, images, labels)
+    layers = network.init(key)
+    state = layers, optimizer.init(layers)
+    (layers, _), _ = jax.lax.scan(step, state, length=config.num_steps)
+    return network.apply(layers, images)
 
 
 @jax.jit
-def _score(logits: Array, scaled: Array, labels: Array, drawn: Array) -> dict[str, Array]:
+def score(logits: Array, scaled: Array, labels: Array, drawn: Array) -> dict[str, Array]:
     """Scores of the networks, of one that is scaled, of both means, and of drawn labels.
 
     Each is `[seeds, networks + 3 + draws, ...]`; the logits are `[seeds, networks, n, K]`.
@@ -239,10 +254,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     )
     for number, arm in enumerate(ARMS):
         confidence, accuracy = np.moveaxis(arrays[f"bins/{arm}"], 1, 0)
-        error = accuracy.std(axis=0) / max(len(accuracy) - 1, 1) ** 0.5
-        look = {**style(number), "marker": MARKERS[number], "markersize": 4, "capsize": 2}
-        middle = confidence.mean(axis=0), accuracy.mean(axis=0)
-        axes[number // 2].errorbar(*middle, error, **look, label=arm)
+        errorbars(axes[number // 2], confidence.mean(axis=0), accuracy, arm, number)
     for panel in axes:
         panel.plot([0, 1], [0, 1], color="black", linewidth=4, alpha=0.15, label="calibrated")
         panel.set(xlim=(0.2, 1.02), ylim=(0.2, 1.02))
@@ -251,13 +263,11 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     sets, (panel,) = panels(
         ["sizes of prediction sets"],
         "Share of the test images by the size of their sets, for one scaled network. A set of"
-        " aps or raps is empty where the largest probability is above the threshold. Thick:"
-        " median of the seeds; thin: each seed.",
+        " aps or raps is empty where the largest probability is above the threshold."
+        f"{SEEDS}",
         size=5.0,
     )
-    kinds = [name.removeprefix("sizes/") for name in arrays if name.startswith("sizes/")]
-    for number, kind in enumerate(kinds):
-        sizes = arrays[f"sizes/{kind}"]
+    for number, (kind, sizes) in enumerate(under(arrays, "sizes").items()):
         lines(panel, np.arange(sizes.shape[1]), sizes, kind, number)
     finish(panel, "classes in the set", "share of the test images", whole=True)
     legend(sets)

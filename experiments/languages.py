@@ -32,8 +32,8 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import softjax as sj
+from experiments import _plots as plots
 from experiments._data import CLDR, load_names
-from experiments._plots import curves, heatmap, panels
 from experiments._run import (
     Arrays,
     Experiment,
@@ -44,8 +44,9 @@ from experiments._run import (
     launch,
     untracked,
 )
+from experiments._training import each
 
-__all__ = ["Config", "draw", "judge", "main", "run"]
+__all__ = ["Config", "draw", "judge", "main", "run", "tell"]
 
 FAMILIES = {  # Codes of the languages, by family.
     "Germanic": ("en", "de", "nl", "sv", "da"),
@@ -57,6 +58,10 @@ LANGUAGES = tuple(code for codes in FAMILIES.values() for code in codes)
 MAPS: dict[str, tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]] = {
     "softmax": (sj.softmax, sj.cross_entropy),
     "sparsemax": (sj.sparsemax, sj.sparsemax_loss),
+}
+CURVES = {  # What is measured at each step, and how pictures name it.
+    "train_loss": "training loss",
+    "test_accuracy": "accuracy, share of test names",
 }
 SHUFFLED = "shuffled labels"  # The control.
 
@@ -95,28 +100,28 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     """Trains every map on the same names, and the control."""
     names, rng = load_names(config.data_dir, LANGUAGES), np.random.default_rng(config.seed)
     bags = jnp.asarray(np.stack([_bag(text, config) for text in names.texts]))
-    num_things = int(names.things.max()) + 1
+    num_things, num_classes = int(names.things.max()) + 1, len(names.classes)
     held_out = np.stack([rng.permutation(num_things) for _ in range(config.num_seeds)]) % 3 == 0
     is_test = held_out[:, names.things]
     labels = np.tile(names.labels, (config.num_seeds, 1))
-    shuffled = np.stack([_shuffle(rng, names.labels, test) for test in is_test])
+    shuffled = labels.copy()
+    for row, tested in zip(shuffled, is_test, strict=True):
+        row[~tested] = rng.permutation(row[~tested])
 
     arrays: Arrays = {"data": np.array(names.name), "classes": np.array(names.classes)}
-    arms = (*MAPS, SHUFFLED)
-    for number in track(range(len(arms)), "languages"):
-        arm = arms[number]
-        given = shuffled if arm == SHUFFLED else labels
-        name = "softmax" if arm == SHUFFLED else arm
-        state = jnp.asarray(given), jnp.asarray(labels), jnp.asarray(is_test)
-        found = _train(bags, *state, name, len(names.classes), config)
-        (loss, accuracy), logits, probs = found
-        reports, probs = jax.device_get((_report(logits, probs, *state[1:]), probs))
-        arrays[f"curves/{arm}/train_loss"] = loss
-        arrays[f"curves/{arm}/test_accuracy"] = accuracy
-        for measure, values in reports.items():
-            arrays[f"{measure}/{arm}"] = values
-        counts = np.zeros((len(names.classes), len(names.classes)))
-        predicted = probs.argmax(axis=-1)
+    arms = {**{name: (name, labels) for name in MAPS}, SHUFFLED: ("softmax", shuffled)}
+    programs = {}
+    for name in MAPS:
+        options = {"name": name, "num_classes": num_classes, "config": config}
+        over_seeds = jax.vmap(functools.partial(train, **options), (None, 0, 0, 0))
+        programs[name] = jax.jit(over_seeds)
+    for arm, (name, given) in each(arms.items(), track, "languages"):
+        scores, predicted, reports = jax.device_get(
+            programs[name](bags, given, labels, is_test)
+        )
+        arrays |= {f"curves/{arm}/{n}": of for n, of in zip(CURVES, scores, strict=True)}
+        arrays |= {f"{measure}/{arm}": values for measure, values in reports.items()}
+        counts = np.zeros((num_classes, num_classes))
         np.add.at(counts, (labels[is_test], predicted[is_test]), 1)
         arrays[f"confusion/{arm}"] = counts
     return arrays
@@ -132,69 +137,52 @@ def _bag(text: str, config: Config) -> NDArray:
     return counts / np.linalg.norm(counts)
 
 
-def _shuffle(rng: np.random.Generator, labels: NDArray, is_test: NDArray) -> NDArray:
-    shuffled = labels.copy()
-    shuffled[~is_test] = rng.permutation(labels[~is_test])
-    return shuffled
-
-
-@functools.partial(jax.jit, static_argnames=("name", "num_classes", "config"))
-def _train(
+def train(
     bags: Array,
+    given: Array,
     labels: Array,
-    true_labels: Array,
     is_test: Array,
     name: str,
     num_classes: int,
     config: Config,
-) -> Any:
-    """Curves `[seeds, steps]`; logits and probabilities of all names `[seeds, names, K]`."""
-    output_map, loss_of = MAPS[name]
+) -> tuple[tuple[Array, Array], Array, dict[str, Array]]:
+    """Curves `[steps]`, the class predicted of each name, and what test names are judged by.
+
+    The map of that name learns from the given labels, and is judged by the others.
+    """
+    probs_of, loss_of = MAPS[name]
     optimizer = optax.adamw(config.learning_rate, weight_decay=config.weight_decay)
+    share = lambda values: jnp.sum(values * is_test) / jnp.sum(is_test)
 
-    def one_seed(labels: Array, true_labels: Array, is_test: Array) -> Any:
-        def mean_loss(weights: Array) -> tuple[Array, Array]:
-            logits = bags @ weights
-            losses = jnp.where(is_test, 0, loss_of(logits, labels))
-            first = jnp.argmax(logits, axis=-1).astype(true_labels.dtype)
-            is_right = (first == true_labels) & is_test
-            return jnp.sum(losses) / jnp.sum(~is_test), jnp.sum(is_right) / jnp.sum(is_test)
-
-        def step(state: Any, _: None) -> Any:
-            weights, optimizer_state = state
-            (loss, accuracy), grads = jax.value_and_grad(mean_loss, has_aux=True)(weights)
-            updates, optimizer_state = optimizer.update(grads, optimizer_state, weights)
-            state = optax.apply_updates(weights, updates), optimizer_state
-            return state, (loss, accuracy)
-
-        weights = jnp.zeros((bags.shape[1], num_classes), bags.dtype)
-        state = weights, optimizer.init(weights)
-        (weights, _), scores = jax.lax.scan(step, state, length=config.num_steps)
+    def mean_loss(weights: Array) -> tuple[Array, Array]:
         logits = bags @ weights
-        return scores, logits, output_map(logits)
+        losses = jnp.where(is_test, 0, loss_of(logits, given))
+        accuracy = share(jnp.argmax(logits, axis=-1) == labels)
+        return jnp.sum(losses) / jnp.sum(~is_test), accuracy
 
-    return jax.vmap(one_seed)(labels, true_labels, is_test)
+    def step(state: Any, _: None) -> Any:
+        weights, optimizer_state = state
+        scores, grads = jax.value_and_grad(mean_loss, has_aux=True)(weights)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, weights)
+        return (optax.apply_updates(weights, updates), optimizer_state), scores
 
-
-@jax.jit
-def _report(logits: Array, probs: Array, labels: Array, is_test: Array) -> dict[str, Array]:
-    """What is measured on the test names, `[seeds]` each."""
-
-    def one_seed(
-        logits: Array, probs: Array, labels: Array, is_test: Array
-    ) -> dict[str, Array]:
-        share = lambda values: jnp.sum(values * is_test) / jnp.sum(is_test)
-        own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-        rank = jnp.sum(logits > own, axis=-1)
-        tested = jnp.where(is_test, labels, -1)
-        return {
+    weights = jnp.zeros((bags.shape[1], num_classes), bags.dtype)
+    state = weights, optimizer.init(weights)
+    (weights, _), scores = jax.lax.scan(step, state, length=config.num_steps)
+    logits = bags @ weights
+    probs = probs_of(logits)
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    rank, tested = jnp.sum(logits > own, axis=-1), jnp.where(is_test, labels, -1)
+    return (
+        scores,
+        jnp.argmax(probs, axis=-1),
+        {
             "top-1": share(rank < 1),
             "top-3": share(rank < 3),
             "calibration error": sj.expected_calibration_error(probs, tested, ignore_index=-1),
             "languages kept": share(jnp.sum(probs > 0, axis=-1)),
-        }
-
-    return jax.vmap(one_seed)(logits, probs, labels, is_test)
+        },
+    )
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
@@ -234,29 +222,19 @@ def tell(arrays: Arrays) -> str:
 
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """Which languages are taken for which, and the training of every map."""
-    counts, classes = arrays["confusion/softmax"], arrays["classes"]
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    texts = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in r] for r in shares]
-    confusion, (panel,) = panels(
+    confusion, (panel,) = plots.panels(
         ["softmax"],
         "Which language test names were taken for, over all seeds: every row sums to 1; the"
         " numbers are per cent, and shares below 0.5 % are left out.",
         size=6.5,
     )
-    options: dict[str, Any] = {"x": "language predicted", "y": "language of the name"}
-    scale = "share of the names of the language"
-    is_small = len(classes) <= 20
-    numbers = texts if is_small else None
-    heatmap(confusion, panel, shares, **options, scale=scale, numbers=numbers)
-    if is_small:
-        panel.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
-        panel.set_yticks(range(len(classes)), classes)
-    training = curves(
+    counts, classes = arrays["confusion/softmax"], arrays["classes"]
+    plots.confusion(confusion, panel, counts, classes, what="language")
+    training = plots.curves(
         arrays,
         "step of Adam",
-        "Training by step; each map has a loss of its own, in its own unit. Thick: median of"
-        " the seeds; thin: each seed.",
-        names={"test_accuracy": "accuracy, share of test names", "train_loss": "training loss"},
+        f"Training by step; each map has a loss of its own, in its own unit.{plots.SEEDS}",
+        names=CURVES,
     )
     return {"confusion": confusion, "training": training}
 

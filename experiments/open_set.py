@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 import softjax as sj
 from experiments._data import load
 from experiments._networks import Layers, mlp
-from experiments._plots import MARKERS, finish, legend, lines, panels, style
+from experiments._plots import SEEDS, errorbars, finish, legend, lines, panels
 from experiments._run import (
     Arrays,
     Experiment,
@@ -49,6 +49,7 @@ from experiments._run import (
     launch,
     untracked,
 )
+from experiments._training import auroc, each
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
@@ -95,9 +96,8 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     data, rng = load(config.data_dir), np.random.default_rng(config.seed)
     size, num_rows = len(data.labels), config.num_train + config.num_test
     if num_rows > size:
-        raise ValueError(
-            f"num_train and num_test need {num_rows} images; {data.name} has {size}."
-        )
+        wanted = f"num_train and num_test need {num_rows} images"
+        raise ValueError(f"{wanted}; {data.name} has {size}.")
     if max(config.known) > data.num_classes - 2:
         raise ValueError(f"known must be at most {data.num_classes - 2}, got {config.known}.")
     rows = np.stack([rng.permutation(size)[:num_rows] for _ in range(config.num_seeds)])
@@ -109,69 +109,65 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     arrays: Arrays = {"data": np.array(data.name), "known": np.array(config.known)}
     cases = [(known, arm) for known in config.known for arm in ARMS]
     classes = np.arange(data.num_classes + 1)  # The last one is "other".
-    for number in track(range(len(cases)), "networks"):
-        known, arm = cases[number]
+    # One program for all cases, which differ in the outputs that are used.
+    one_seed = functools.partial(train, config=config)
+    train_all = jax.jit(jax.vmap(one_seed, (0, 0, 0, None, None)))
+    for known, arm in each(cases, track, "networks"):
         held_out = known + (data.num_classes - known) // 2
         is_known = classes < known
         is_kept = is_known | (arm == "and other") & (classes == data.num_classes)
         # A label of -1 is ignored.
         others = np.where((labels < held_out) & is_kept[-1], data.num_classes, -1)
         given = np.where(labels < known, labels, others)[:, : config.num_train]
-        found = _train(keys, images, given.astype(np.int32), is_known, is_kept, config)
-        predicted, scores = jax.device_get(found)
-        reports = [
-            _report(tested, predicted[seed], scores[seed], known, held_out, rng)
-            for seed, tested in enumerate(labels[:, config.num_train :])
-        ]
+        found = jax.device_get(
+            train_all(keys, images, given.astype(np.int32), is_known, is_kept)
+        )
+        seeds = zip(labels[:, config.num_train :], *found, strict=True)
+        reports = [report(*seed, known, held_out, rng) for seed in seeds]
         for name in reports[0]:
-            arrays[f"{name}/{known} {arm}"] = np.stack([report[name] for report in reports])
+            arrays[f"{name}/{known} {arm}"] = np.stack([of[name] for of in reports])
     return arrays
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _train(
-    keys: Array, images: Array, labels: Array, is_known: Array, is_kept: Array, config: Config
+def train(
+    key: Array, images: Array, labels: Array, is_known: Array, is_kept: Array, config: Config
 ) -> tuple[Array, Array]:
-    """Predictions `[seeds, num_test]` and scores `[seeds, 5, num_test]` of the test images.
+    """Predictions `[num_test]` and scores `[5, num_test]` of the test images.
 
     `labels` are those of the training images, -1 for an image that is not used. A network
     has an output for each class and one for "other"; `is_kept` says which of them it uses.
     """
     optimizer = optax.adam(config.learning_rate)
     network = mlp([images.shape[-1], 64, 64, is_known.size])
+    seen, tested = images[: config.num_train], images[config.num_train :]
 
-    def one_seed(key: Array, images: Array, labels: Array) -> tuple[Array, Array]:
-        layers = network.init(key)
+    def mean_loss(layers: Layers) -> Array:
+        options: dict[str, Any] = {"where": is_kept, "ignore_index": -1, "reduction": "mean"}
+        return sj.cross_entropy(network.apply(layers, seen), labels, **options)
 
-        def mean_loss(layers: Layers) -> Array:
-            logits = network.apply(layers, images[: config.num_train])
-            options: dict[str, Any] = {"where": is_kept, "ignore_index": -1}
-            return sj.cross_entropy(logits, labels, reduction="mean", **options)
+    def step(state: Any, _: None) -> Any:
+        layers, optimizer_state = state
+        grads = jax.grad(mean_loss)(layers)
+        updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
+        return (optax.apply_updates(layers, updates), optimizer_state), None
 
-        def step(state: tuple[Layers, Any], _: None) -> Any:
-            layers, optimizer_state = state
-            grads = jax.grad(mean_loss)(layers)
-            updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
-            return (optax.apply_updates(layers, updates), optimizer_state), None
-
-        state = layers, optimizer.init(layers)
-        (layers, _), _ = jax.lax.scan(step, state, length=config.num_steps)
-        logits = network.apply(layers, images[config.num_train :])
-        probs = sj.softmax(logits, where=is_kept)
-        of_known = jnp.where(is_known, logits, -jnp.inf)
-        scores = {
-            "probability": -jnp.max(jnp.where(is_known, probs, 0), axis=-1),
-            "logit": -jnp.max(of_known, axis=-1),
-            "entropy": sj.entropy(of_known),
-            "energy": sj.energy_score(of_known),
-            "other": probs[:, -1],
-        }
-        return jnp.argmax(of_known, axis=-1), jnp.stack([scores[name] for name in SCORES])
-
-    return jax.vmap(one_seed)(keys, images, labels)
+    layers = network.init(key)
+    state = layers, optimizer.init(layers)
+    (layers, _), _ = jax.lax.scan(step, state, length=config.num_steps)
+    logits = network.apply(layers, tested)
+    probs = sj.softmax(logits, where=is_kept)
+    of_known = jnp.where(is_known, logits, -jnp.inf)
+    scores = {
+        "probability": -jnp.max(jnp.where(is_known, probs, 0), axis=-1),
+        "logit": -jnp.max(of_known, axis=-1),
+        "entropy": sj.entropy(of_known),
+        "energy": sj.energy_score(of_known),
+        "other": probs[:, -1],
+    }
+    return jnp.argmax(of_known, axis=-1), jnp.stack([scores[name] for name in SCORES])
 
 
-def _report(
+def report(
     labels: NDArray,
     predicted: NDArray,
     scores: NDArray,
@@ -189,15 +185,9 @@ def _report(
         "accuracy": np.mean(predicted[is_known] == labels[is_known]),
         "known": above[is_known].mean(axis=0),
         "unknown": above[is_unknown].mean(axis=0),
-        "AUROC": np.array([_auroc(score[is_unknown], score[is_known]) for score in scores]),
-        "halves": np.array([_auroc(*halves), variance]),
+        "AUROC": np.array([auroc(score[is_unknown], score[is_known]) for score in scores]),
+        "halves": np.array([auroc(*halves), variance]),
     }
-
-
-def _auroc(positive: NDArray, negative: NDArray) -> float:
-    """How often a positive example scores above a negative one; ties count half."""
-    difference = positive[:, None] - negative
-    return float(np.mean(difference > 0) + np.mean(difference == 0) / 2)
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
@@ -206,47 +196,50 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
     for known in config.known:
         for arm, names in ARMS.items():
             case = f"{known} {arm}"
-            values = dict(zip(SCORES, arrays[f"AUROC/{case}"].T, strict=True))
-            chosen = values["probability"]
+            chosen, *others = arrays[f"AUROC/{case}"].T[: len(names)]
             is_judged = on_digits and case == f"{config.known[-1]} alone"
             goal = config.min_auroc if is_judged else None
-            measures += [Measure(f"accuracy, {case}", arrays[f"accuracy/{case}"])]
-            for group in GROUPS:
-                share = arrays[f"{group}/{case}"][:, HIGH]
-                measures.append(Measure(f"{group} above 0.9, {case}", share))
-            measures.append(Measure(f"AUROC of probability, {case}", chosen, at_least=goal))
-            for name in names[1:]:
-                measures.append(Measure(f"gain of {name}, {case}", values[name] - chosen))
+            measures += [
+                Measure(f"accuracy, {case}", arrays[f"accuracy/{case}"]),
+                *(
+                    Measure(f"{group} above 0.9, {case}", arrays[f"{group}/{case}"][:, HIGH])
+                    for group in GROUPS
+                ),
+                Measure(f"AUROC of probability, {case}", chosen, at_least=goal),
+                *(
+                    Measure(f"gain of {name}, {case}", values - chosen)
+                    for name, values in zip(names[1:], others, strict=True)
+                ),
+            ]
         before, after = (arrays[f"unknown/{known} {arm}"][:, HIGH] for arm in ARMS)
         halves, variances = arrays[f"halves/{known} alone"].T
         slack = 3 * (np.mean(variances) / len(variances)) ** 0.5
-        fall = Measure(
-            f"fall above 0.9, {known}", before - after, at_least=0.0 if on_digits else None
-        )
-        control = Measure(
-            f"AUROC between halves, {known}", halves, at_least=0.5 - slack, at_most=0.5 + slack
-        )
-        measures += [fall, control]
+        least = 0.0 if on_digits else None
+        measures += [
+            Measure(f"fall above 0.9, {known}", before - after, at_least=least),
+            Measure(f"AUROC between halves, {known}", halves, 0.5 - slack, 0.5 + slack),
+        ]
     return measures
 
 
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """How many images are above each confidence, and the AUROC of the scores."""
-    cases = [f"{known} {arm}" for known in arrays["known"] for arm in ARMS]
+    cases = [(known, arm) for known in arrays["known"] for arm in ARMS]
     confidence, axes = panels(
-        [f"{known} known classes, {arm}" for known in arrays["known"] for arm in ARMS],
+        [f"{known} known classes, {arm}" for known, arm in cases],
         "Share of the test images above each confidence. Networks learn the known classes alone"
-        " or these and others, as one more class; no network sees the unknown ones. Thick:"
-        " median of the seeds; thin: each seed.",
+        " or these and others, as one more class; no network sees the unknown ones."
+        f"{SEEDS}",
         columns=2,
     )
-    for panel, case in zip(axes, cases, strict=True):
+    for panel, (known, arm) in zip(axes, cases, strict=True):
         for number, group in enumerate(GROUPS):
-            lines(panel, LEVELS, arrays[f"{group}/{case}"], f"{group} classes", number)
+            values = arrays[f"{group}/{known} {arm}"]
+            lines(panel, LEVELS, values, f"{group} classes", number)
         panel.axvline(0.9, color="black", linewidth=4, alpha=0.15, label="0.9")
         finish(panel, "largest probability of a known class", "share of images above it")
     legend(confidence)
-    auroc, axes = panels(
+    areas, axes = panels(
         [f"{known} known classes" for known in arrays["known"]],
         "How well each score tells held-out classes from known ones; 0.5 is chance. Means and"
         " standard errors of the seeds.",
@@ -255,15 +248,13 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     )
     for panel, known in zip(axes, arrays["known"], strict=True):
         for number, (arm, names) in enumerate(ARMS.items()):
-            values = arrays[f"AUROC/{known} {arm}"][:, : len(names)]
-            error = values.std(axis=0) / max(len(values) - 1, 1) ** 0.5
             places = np.arange(len(names)) + 0.12 * (2 * number - 1)
-            look = {**style(number), "linestyle": "", "marker": MARKERS[number], "capsize": 3}
-            panel.errorbar(places, values.mean(axis=0), error, **look, label=arm)
+            values = arrays[f"AUROC/{known} {arm}"][:, : len(names)]
+            errorbars(panel, places, values, arm, number, joined=False)
         finish(panel, "score", "AUROC")
         panel.set_xticks(range(len(SCORES)), SCORES, rotation=20)
-    legend(auroc)
-    return {"auroc": auroc, "confidence": confidence}
+    legend(areas)
+    return {"auroc": areas, "confidence": confidence}
 
 
 def main(args: Sequence[str] | None = None) -> int:
