@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from babel import Locale, UnknownLocaleError
@@ -64,10 +64,10 @@ class Dataset(NamedTuple):
 class Split(NamedTuple):
     """Flat images `[seeds, n, pixels]` and labels `[seeds, n]`, to train on and to test on."""
 
-    images: NDArray
-    labels: NDArray
-    test_images: NDArray
-    test_labels: NDArray
+    images: Any  # Arrays of NumPy, or such as JAX traces.
+    labels: Any
+    test_images: Any
+    test_labels: Any
 
 
 class Text(NamedTuple):

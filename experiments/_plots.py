@@ -284,7 +284,7 @@ def heatmap(
 
 
 def confusion(
-    figure: Figure, panel: Any, counts: NDArray, classes: Sequence[Any], *, what: str
+    figure: Figure, panel: Any, counts: NDArray, classes: Sequence[Any] | NDArray, *, what: str
 ) -> None:
     """How often each class, by row, was taken for each: a row sums to 1, numbers are per cent.
 
@@ -297,10 +297,14 @@ def confusion(
     """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     texts = [
-        [f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shares
+        [f"{100 * share:.0f}" if share > 0.005 else "" for share in row] for row in shares
     ]
     few = len(classes) <= 20
-    names = {"x": f"{what} predicted", "y": what, "scale": f"share of the {what}"}
+    names: dict[str, Any] = {
+        "x": f"{what} predicted",
+        "y": what,
+        "scale": f"share of the {what}",
+    }
     heatmap(figure, panel, shares, **names, numbers=texts if few else None)
     if few:
         slanted = {"rotation": 60} if max(len(str(name)) for name in classes) > 2 else {}

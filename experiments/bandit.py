@@ -123,7 +123,11 @@ class Config(Options):
     def reduced(cls) -> Self:
         """Fewer learners, settings, runs and steps, and targets to go with them."""
         size: dict[str, Any] = {"num_seeds": 2, "num_runs": 100, "num_steps": 200, "stride": 2}
-        goals = {"with_baseline": 0.61, "without_baseline": 0.36, "tolerance": 0.06}
+        goals: dict[str, Any] = {
+            "with_baseline": 0.61,
+            "without_baseline": 0.36,
+            "tolerance": 0.06,
+        }
         return cls(quick=True, learners=NAMES[:3], **size, **goals)
 
 
@@ -216,7 +220,7 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
         for setting, share in zip(
             config.settings(name), arrays[f"best_arm/{name}"], strict=True
         ):
-            ends = [100 * (goal + sign * config.tolerance) for sign in (-1, 1)]
+            ends: list[Any] = [100 * (goal + sign * config.tolerance) for sign in (-1, 1)]
             bounds = ends if setting == 0.1 else [None, None]
             measures.append(Measure(f"{name}, {setting}: best arm, %", 100 * share, *bounds))
     for name in config.learners:

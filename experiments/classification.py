@@ -26,9 +26,9 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import softjax as sj
+from experiments import _plots as plots
 from experiments._data import Dataset, load
 from experiments._networks import Layers, Network, cnn, mlp
-from experiments._plots import curves, heatmap, panels
 from experiments._run import (
     Arrays,
     Experiment,
@@ -44,12 +44,17 @@ from experiments.my_map import expm1max_loss
 __all__ = ["Config", "draw", "judge", "main", "run"]
 
 NetworkName = Literal["mlp", "cnn"]
-State = tuple[Layers, Any]  # Layers, and the state of the optimiser.
+CURVES = {  # What is measured in each epoch, and how pictures name it.
+    "train_loss": "training",
+    "test_loss": "test",
+    "test_accuracy": "test accuracy, share of images",
+}
+Loss = Callable[[Array, Array], Array]
 
 # The loss of a map is 0 exactly where its probabilities are the label's, and its gradient is
 # p - y (Blondel, Martins, Niculae 2020, Learning with Fenchel-Young losses). A line with the
 # loss of your own map makes its name an answer to `--maps`.
-LOSSES: dict[str, Callable[[Array, Array], Array]] = {
+LOSSES: dict[str, Loss] = {
     "softmax": sj.cross_entropy,
     "sparsemax": sj.sparsemax_loss,
     "entmax15": functools.partial(sj.entmax_loss, alpha=1.5),
@@ -90,219 +95,138 @@ class Config(Options):
     @classmethod
     def reduced(cls) -> Self:
         """One map and a few epochs, with targets to go with them."""
-        return cls(
-            quick=True,
-            num_seeds=2,
-            maps=("softmax",),
-            num_epochs=4,
-            min_mlp_accuracy=0.9,
-            min_cnn_accuracy=0.93,
-        )
+        size: dict[str, Any] = {"num_seeds": 2, "maps": ("softmax",), "num_epochs": 4}
+        return cls(quick=True, **size, min_mlp_accuracy=0.9, min_cnn_accuracy=0.93)
 
 
 def run(config: Config, track: Track = untracked) -> Arrays:
     """Trains every network with every map on the same splits, and the control."""
-    data = load(config.data_dir)
+    data, rng = load(config.data_dir), np.random.default_rng(config.seed)
     if config.batch_size > data.num_train:
         wanted = f"batch_size must be at most {data.num_train}, the images to train on"
         raise ValueError(f"{wanted}; got {config.batch_size}.")
-    rng = np.random.default_rng(config.seed)
-    rows = np.stack([_split(rng, data) for _ in range(config.num_seeds)])
+    size, num_train = len(data.labels), data.num_train
+    order = lambda: np.arange(size) if data.is_split else rng.permutation(size)
+    rows = np.stack([order() for _ in range(config.num_seeds)])
+    train_rows, test_rows = np.split(rows, [num_train], axis=1)
     shuffled = rng.permutation(data.labels)
     arms: dict[str, tuple[NetworkName, str, NDArray]] = {
         f"{network}, {name}": (network, name, data.labels)
         for network in config.networks
         for name in config.maps
     }
-    arms["shuffled labels"] = (config.networks[0], config.maps[0], shuffled)
+    arms["shuffled labels"] = config.networks[0], config.maps[0], shuffled
 
     arrays: Arrays = {"data": np.array(data.name)}
-    networks = {name: _network(name, data) for name in config.networks}
+    networks = {name: network_of(name, data) for name in config.networks}
     images = jnp.asarray(data.images, float)
-    train_rows, test_rows = jnp.split(jnp.asarray(rows), [data.num_train], axis=1)
     start_keys, order_keys = jax.random.split(
         jax.random.key(config.seed), (2, config.num_seeds)
     )
     for arm, (network, name, labels) in arms.items():
-        arm_of = {"network": networks[network], "loss": LOSSES[name]}
-        examples = images, jnp.asarray(labels)
-        state = _start(start_keys, networks[network], config, data.num_train)
-        scores = []
-        for epoch in track(range(config.num_epochs), arm):
-            keys = _fold_in(order_keys, jnp.int32(epoch))
-            state, train_loss = _epoch(
-                state, keys, *examples, train_rows, **arm_of, config=config
-            )
-            test_loss, predicted, accuracy = _test(state[0], *examples, test_rows, **arm_of)
-            # Fetching waits for the epoch, so that the progress bar shows finished work.
-            scores.append(jax.device_get((train_loss, test_loss, accuracy)))
-        for measure, values in zip(
-            ("train_loss", "test_loss", "test_accuracy"),
-            np.moveaxis(np.array(scores), 0, -1),
-            strict=True,
-        ):
-            arrays[f"curves/{arm}/{measure}"] = values
-        tested = labels[rows[:, data.num_train :]]
-        arrays[f"confusion/{arm}"] = _confusion(tested, np.asarray(predicted), data.num_classes)
+        start, epoch = trainer(networks[network], LOSSES[name], num_train, config)
+        state, scores = start(start_keys), []
+        for number in track(range(config.num_epochs), arm):
+            given = order_keys, train_rows, test_rows, jnp.int32(number), images, labels
+            state, score, predicted = jax.block_until_ready(epoch(state, *given))
+            scores.append(jax.device_get(score))
+        by_epoch = np.moveaxis(np.array(scores), 0, -1)
+        arrays |= {f"curves/{arm}/{n}": of for n, of in zip(CURVES, by_epoch, strict=True)}
+        counts = np.zeros((data.num_classes, data.num_classes), np.int64)
+        np.add.at(counts, (labels[test_rows], np.asarray(predicted)), 1)
+        arrays[f"confusion/{arm}"] = counts
     return arrays
 
 
-def _split(rng: np.random.Generator, data: Dataset) -> NDArray:
-    """The rows of one seed, those for training first."""
-    num_rows = len(data.labels)
-    return np.arange(num_rows) if data.is_split else rng.permutation(num_rows)
-
-
-def _network(name: NetworkName, data: Dataset) -> Network:
+def network_of(name: NetworkName, data: Dataset) -> Network:
+    """The network of that name for images of this shape."""
     height, width, num_channels = data.images.shape[1:]
     if name == "mlp":
         return mlp([height * width * num_channels, 128, 64, data.num_classes])
     return cnn((height, width, num_channels), [32, 64], 64, data.num_classes)
 
 
-def _optimizer(config: Config, num_train: int) -> Any:
-    num_steps = config.num_epochs * (num_train // config.batch_size)
-    return optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps))
-
-
-@functools.partial(jax.jit, static_argnames=("network", "config", "num_train"))
-def _start(keys: Array, network: Network, config: Config, num_train: int) -> State:
-    """One network per seed, and the state of its optimiser."""
-
-    def start(key: Array) -> State:
-        layers = network.init(key)
-        return layers, _optimizer(config, num_train).init(layers)
-
-    return jax.vmap(start)(keys)
-
-
-@jax.jit
-def _fold_in(keys: Array, epoch: Array) -> Array:
-    return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, epoch)
-
-
-@functools.partial(jax.jit, static_argnames=("network", "loss", "config"))
-def _epoch(
-    state: State,
-    keys: Array,
-    images: Array,
-    labels: Array,
-    rows: Array,
-    *,
-    network: Network,
-    loss: Callable[[Array, Array], Array],
-    config: Config,
-) -> tuple[State, Array]:
-    """One pass over the training rows `[seeds, n]`; the new state, and the mean loss."""
-    num_train = rows.shape[1]
+@functools.cache  # The control runs the programs of another arm.
+def trainer(network: Network, loss: Loss, num_train: int, config: Config) -> tuple[Any, Any]:
+    """How the training starts, and one epoch of it, for all seeds side by side."""
     num_batches = num_train // config.batch_size
-    optimizer = _optimizer(config, num_train)
+    num_steps = config.num_epochs * num_batches
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps))
 
-    def mean_loss(layers: Layers, batch: Array) -> Array:
-        return jnp.mean(loss(network.apply(layers, images[batch]), labels[batch]))
+    def start(key: Array) -> tuple[Layers, Any]:
+        layers = network.init(key)
+        return layers, optimizer.init(layers)
 
-    def step(state: State, batch: Array) -> tuple[State, Array]:
-        layers, optimizer_state = state
-        batch_loss, grads = jax.value_and_grad(mean_loss)(layers, batch)
-        updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
-        return (optax.apply_updates(layers, updates), optimizer_state), batch_loss
+    def epoch(
+        state: tuple[Layers, Any],
+        key: Array,
+        train_rows: Array,
+        test_rows: Array,
+        number: Array,
+        images: Array,
+        labels: Array,
+    ) -> tuple[tuple[Layers, Any], tuple[Array, Array, Array], Array]:
+        """The new state; training loss, test loss and test accuracy; the predictions."""
 
-    def one_seed(state: State, key: Array, rows: Array) -> tuple[State, Array]:
+        def mean_loss(layers: Layers, batch: Array) -> Array:
+            return jnp.mean(loss(network.apply(layers, images[batch]), labels[batch]))
+
+        def step(state: tuple[Layers, Any], batch: Array) -> tuple[tuple[Layers, Any], Array]:
+            layers, optimizer_state = state
+            batch_loss, grads = jax.value_and_grad(mean_loss)(layers, batch)
+            updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
+            return (optax.apply_updates(layers, updates), optimizer_state), batch_loss
+
         # A smaller last batch is left out; the next epoch has another order.
-        order = jax.random.permutation(key, rows)[: num_batches * config.batch_size]
-        state, losses = jax.lax.scan(step, state, order.reshape(num_batches, -1))
-        return state, jnp.mean(losses)
-
-    return jax.vmap(one_seed)(state, keys, rows)
-
-
-@functools.partial(jax.jit, static_argnames=("network", "loss"))
-def _test(
-    layers: Layers,
-    images: Array,
-    labels: Array,
-    rows: Array,
-    *,
-    network: Network,
-    loss: Callable[[Array, Array], Array],
-) -> tuple[Array, Array, Array]:
-    """Mean loss `[seeds]`, predictions `[seeds, rows]` and accuracy `[seeds]`."""
-
-    def one_seed(layers: Layers, rows: Array) -> tuple[Array, Array, Array]:
+        order = jax.random.permutation(jax.random.fold_in(key, number), train_rows)
+        batches = order[: num_batches * config.batch_size].reshape(num_batches, -1)
+        state, losses = jax.lax.scan(step, state, batches)
         # The images of a large test set go through the network in parts that fit in memory.
-        apply = lambda row: network.apply(layers, images[row][None])[0]
-        logits = jax.lax.map(apply, rows, batch_size=min(512, len(rows)))
-        predicted = jnp.argmax(logits, axis=-1).astype(labels.dtype)  # Maps keep the order.
-        is_right = predicted == labels[rows]
-        return jnp.mean(loss(logits, labels[rows])), predicted, jnp.mean(is_right)
+        apply = lambda row: network.apply(state[0], images[row][None])[0]
+        logits = jax.lax.map(apply, test_rows, batch_size=min(512, len(test_rows)))
+        predicted, tested = jnp.argmax(logits, axis=-1), labels[test_rows]
+        test_loss, accuracy = jnp.mean(loss(logits, tested)), jnp.mean(predicted == tested)
+        return state, (jnp.mean(losses), test_loss, accuracy), predicted
 
-    return jax.vmap(one_seed)(layers, rows)
-
-
-def _confusion(labels: NDArray, predicted: NDArray, num_classes: int) -> NDArray:
-    """How often each class, by row, was taken for each, by column, over all seeds."""
-    counts = np.zeros((num_classes, num_classes), np.int64)
-    np.add.at(counts, (labels, predicted), 1)
-    return counts
+    axes = (0, 0, 0, 0, None, None, None)
+    return jax.jit(jax.vmap(start)), jax.jit(jax.vmap(epoch, axes))
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
     """The accuracy of every arm, with targets on the digits only, and the control."""
-    targets = {"mlp": config.min_mlp_accuracy, "cnn": config.min_cnn_accuracy}
+    goals = {"mlp": config.min_mlp_accuracy, "cnn": config.min_cnn_accuracy}
     measures = []
     for network in config.networks:
         for name in config.maps:
             accuracy = arrays[f"curves/{network}, {name}/test_accuracy"][:, -1]
-            target = targets[network] if arrays["data"] == "digits" else None
-            measures.append(
-                Measure(f"{network}, {name}: test accuracy", accuracy, at_least=target)
-            )
+            goal = goals[network] if arrays["data"] == "digits" else None
+            title = f"{network}, {name}: test accuracy"
+            measures.append(Measure(title, accuracy, at_least=goal))
     counts = arrays["confusion/shuffled labels"]
-    chance = float(counts.sum(axis=1).max() / counts.sum())
+    limit = float(counts.sum(axis=1).max() / counts.sum()) + 0.05
     control = arrays["curves/shuffled labels/test_accuracy"][:, -1]
-    return [
-        *measures,
-        Measure("shuffled labels: test accuracy", control, at_most=chance + 0.05),
-    ]
+    return [*measures, Measure("shuffled labels: test accuracy", control, at_most=limit)]
 
 
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """The curves of all arms, and the confusion matrix of each."""
-    losses = curves(
+    losses = plots.curves(
         arrays,
         "epoch",
-        "Training and testing by epoch; thick: median of the seeds, thin: each seed. Every map"
-        " has a loss of its own, in its own unit, so losses are compared only within an arm.",
-        names={
-            "train_loss": "training",
-            "test_loss": "test",
-            "test_accuracy": "test accuracy, share of images",
-        },
+        "Training and testing by epoch. Every map has a loss of its own, in its own unit, so"
+        f" losses are compared only within an arm.{plots.SEEDS}",
+        names=CURVES,
         apart=("train_loss", "test_loss"),
     )
-    arms = [name.removeprefix("confusion/") for name in arrays if name.startswith("confusion/")]
-    figure, axes = panels(
-        arms,
-        "How often each class was taken for each, over all seeds: every row sums to 1;"
-        " the numbers are counts.",
+    counts = plots.under(arrays, "confusion")
+    figure, axes = plots.panels(
+        list(counts),
+        "How often each class was taken for each, over all seeds: every row sums to 1; the"
+        " numbers are per cent, and shares below 0.5 % are left out.",
         size=3.9,
     )
-    for panel, arm in zip(axes, arms, strict=True):
-        counts = arrays[f"confusion/{arm}"]
-        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        texts = [[str(n) if n else "" for n in row] for row in counts]
-        heatmap(
-            figure,
-            panel,
-            shares,
-            x="predicted class",
-            y="class",
-            scale="share of the class",
-            numbers=texts if len(counts) <= 10 else None,
-        )
-        if len(counts) <= 10:
-            panel.set_xticks(range(len(counts)))
-            panel.set_yticks(range(len(counts)))
+    for panel, matrix in zip(axes, counts.values(), strict=True):
+        plots.confusion(figure, panel, matrix, range(len(matrix)), what="class")
     return {"curves": losses, "confusion": figure}
 
 

@@ -99,7 +99,7 @@ class Config(Options):
 def run(config: Config, track: Track = untracked) -> Arrays:
     """Trains every map on the same names, and the control."""
     names, rng = load_names(config.data_dir, LANGUAGES), np.random.default_rng(config.seed)
-    bags = jnp.asarray(np.stack([_bag(text, config) for text in names.texts]))
+    bags = jnp.asarray(np.stack([bag(text, config) for text in names.texts]))
     num_things, num_classes = int(names.things.max()) + 1, len(names.classes)
     held_out = np.stack([rng.permutation(num_things) for _ in range(config.num_seeds)]) % 3 == 0
     is_test = held_out[:, names.things]
@@ -112,7 +112,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     arms = {**{name: (name, labels) for name in MAPS}, SHUFFLED: ("softmax", shuffled)}
     programs = {}
     for name in MAPS:
-        options = {"name": name, "num_classes": num_classes, "config": config}
+        options: dict[str, Any] = {"name": name, "num_classes": num_classes, "config": config}
         over_seeds = jax.vmap(functools.partial(train, **options), (None, 0, 0, 0))
         programs[name] = jax.jit(over_seeds)
     for arm, (name, given) in each(arms.items(), track, "languages"):
@@ -127,7 +127,7 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     return arrays
 
 
-def _bag(text: str, config: Config) -> NDArray:
+def bag(text: str, config: Config) -> NDArray:
     """How often each bucket is met, scaled to length 1, `[num_buckets]`."""
     marked, counts = f"^{text}$".encode("utf-32-le"), np.zeros(config.num_buckets, np.float32)
     for length in range(1, config.longest + 1):

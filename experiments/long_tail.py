@@ -143,8 +143,8 @@ def train(key: Array, data: Split, counts: Array, arm: Array, config: Config) ->
         loss, grads = jax.value_and_grad(mean_loss)(layers)
         updates, optimizer_state = optimizer.update(grads, optimizer_state, layers)
         layers = optax.apply_updates(layers, updates)
-        recall, _ = recalls(NETWORK.apply(layers, data.test_images))
-        return (layers, optimizer_state), (loss, jnp.mean(recall))
+        accuracy = jnp.mean(recalls(NETWORK.apply(layers, data.test_images))[0])
+        return (layers, optimizer_state), (loss, accuracy)
 
     layers = NETWORK.init(key)
     state = layers, optimizer.init(layers)

@@ -119,10 +119,9 @@ def run(config: Config, track: Track = untracked) -> Arrays:
         # A label of -1 is ignored.
         others = np.where((labels < held_out) & is_kept[-1], data.num_classes, -1)
         given = np.where(labels < known, labels, others)[:, : config.num_train]
-        found = jax.device_get(
-            train_all(keys, images, given.astype(np.int32), is_known, is_kept)
-        )
-        seeds = zip(labels[:, config.num_train :], *found, strict=True)
+        found = train_all(keys, images, given.astype(np.int32), is_known, is_kept)
+        predicted, scores = jax.device_get(found)
+        seeds = zip(labels[:, config.num_train :], predicted, scores, strict=True)
         reports = [report(*seed, known, held_out, rng) for seed in seeds]
         for name in reports[0]:
             arrays[f"{name}/{known} {arm}"] = np.stack([of[name] for of in reports])

@@ -14,7 +14,7 @@ p - y would refute it.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 import softjax as sj
 from experiments._networks import Layers, mlp
-from experiments._plots import bars, curves, finish, legend, panels
+from experiments._plots import SEEDS, bars, curves, finish, legend, panels
 from experiments._run import Arrays, Experiment, Measure, Options, Track, launch, untracked
 
 __all__ = ["Config", "Steps", "draw", "judge", "main", "run", "steps_by_hand", "tell"]
@@ -40,6 +40,15 @@ FEATURES = (
     (1, 78, 953, 42, 0),
 )
 CLASSES = (1, 2, 2, 1, 3, 3, 2)
+MEANINGS = {
+    "scores": "x",
+    "exponentials": "e^x",
+    "total": "sum of e^x",
+    "probs": "p = e^x / sum",
+    "loss": "-ln p of the class",
+    "gradient": "p - y",
+}
+BARS = ("scores", "exponentials", "probs", "gradient")
 
 
 @dataclass(frozen=True)
@@ -95,36 +104,33 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     network = mlp([table.shape[1], 4, 3], activation=jnp.tanh)
     optimizer = optax.adam(config.learning_rate)
 
-    def start(key: Array) -> tuple[Layers, optax.OptState]:
+    def start(key: Array) -> tuple[Layers, Any]:
         hidden, output = network.init(key)
         layers = [hidden, jax.tree.map(jnp.zeros_like, output)]
         return layers, optimizer.init(layers)
 
-    def mean_loss(layers: Layers) -> Array:
-        return -jnp.mean(sj.log_prob(network.apply(layers, features), labels))
+    def step(layers: Layers, state: Any) -> tuple[Layers, Any, Array, Array]:
+        def mean_loss(layers: Layers) -> tuple[Array, Array]:
+            scores = network.apply(layers, features)
+            return -jnp.mean(sj.log_prob(scores, labels)), scores
 
-    def step(layers: Layers, state: optax.OptState) -> tuple[Layers, optax.OptState, Array]:
-        loss, grads = jax.value_and_grad(mean_loss)(layers)
+        (loss, scores), grads = jax.value_and_grad(mean_loss, has_aux=True)(layers)
         updates, state = optimizer.update(grads, state, layers)
-        return optax.apply_updates(layers, updates), state, loss
+        return optax.apply_updates(layers, updates), state, loss, scores
 
     keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     layers, state = jax.jit(jax.vmap(start))(keys)
-    scores_of = jax.jit(jax.vmap(lambda layers: network.apply(layers, features)))
-    step_all = jax.jit(jax.vmap(step))
-    before, losses = scores_of(layers), []
-    for _ in track(range(config.num_steps), "seven rows"):
-        layers, state, loss = step_all(layers, state)
+    step_all, losses, scores = jax.jit(jax.vmap(step)), [], []
+    # One step more, because a step gives the scores before it.
+    for _ in track(range(config.num_steps + 1), "seven rows"):
+        layers, state, loss, found = step_all(layers, state)
         losses.append(jax.device_get(loss))
-    scores = jnp.stack([before, scores_of(layers)])
+        scores.append(found)
 
-    every_label = jnp.broadcast_to(labels, scores.shape[:-1])
-    steps = jax.jit(steps_by_hand)(scores, every_label)
-    library = jax.jit(_steps_by_library)(scores, every_label)
-    by_hand = (steps.probs, steps.loss, steps.gradient)
-    gaps = [np.max(np.abs(np.subtract(*pair))) for pair in zip(library, by_hand, strict=True)]
+    ends = jnp.stack([scores[0], scores[-1]])
+    steps, gaps = jax.jit(both_ways)(ends, jnp.broadcast_to(labels, ends.shape[:-1]))
     return {
-        "curves/softmax/loss": np.stack(losses, axis=1),
+        "curves/softmax/loss": np.stack(losses[:-1], axis=1),
         "labels": np.asarray(labels),
         "row": np.array(config.row - 1),
         "gap": np.array(gaps),
@@ -132,30 +138,32 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     }
 
 
-def _steps_by_library(scores: Array, labels: Array) -> tuple[Array, Array, Array]:
-    """Probabilities, loss and gradient, by `softjax` and automatic differentiation."""
+def both_ways(scores: Array, labels: Array) -> tuple[Steps, list[Array]]:
+    """The steps by hand, and how far `softjax` and automatic differentiation are from them."""
+    steps = steps_by_hand(scores, labels)
     gradient = jax.grad(lambda scores: -jnp.sum(sj.log_prob(scores, labels)))(scores)
-    return sj.softmax(scores), -sj.log_prob(scores, labels), gradient
+    library = {
+        "probs": sj.softmax(scores),
+        "loss": -sj.log_prob(scores, labels),
+        "gradient": gradient,
+    }
+    return steps, [jnp.max(jnp.abs(of - getattr(steps, name))) for name, of in library.items()]
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
     """Rows right, and the two controls: the first loss, and the steps by another way."""
     _, after = arrays["steps/scores"]
     rows_right = np.sum(np.argmax(after, axis=-1) == arrays["labels"], axis=-1)
-    first_loss = arrays["curves/softmax/loss"][:, 0]
+    first, last = arrays["curves/softmax/loss"][:, [0, -1]].T
     eps = float(np.finfo(after.dtype).eps)
     # exp(s) has the relative error |s| eps, and the logarithm of it that error as it is.
     bound = 4 * eps * (1 + float(np.max(np.abs(after))))
+    off, gap = abs(first - math.log(3)), arrays["gap"]
     return [
         Measure("rows right, of 7", rows_right, at_least=config.min_rows_right, summary="min"),
-        Measure("loss after training", arrays["curves/softmax/loss"][:, -1]),
-        Measure(
-            "first loss, less ln 3",
-            abs(first_loss - math.log(3)),
-            at_most=4 * eps,
-            summary="max",
-        ),
-        Measure("steps by hand, less softjax", arrays["gap"], at_most=bound, summary="max"),
+        Measure("loss after training", last),
+        Measure("first loss, less ln 3", off, at_most=4 * eps, summary="max"),
+        Measure("steps by hand, less softjax", gap, at_most=bound, summary="max"),
     ]
 
 
@@ -166,7 +174,7 @@ def tell(arrays: Arrays) -> str:
     lines = [f"{title:42}{'class 1':>12}{'class 2':>12}{'class 3':>12}"]
     for when, moment in enumerate(("before training", "after training")):
         lines.append(moment)
-        for name, meaning in _MEANINGS.items():
+        for name, meaning in MEANINGS.items():
             values = np.atleast_1d(arrays[f"steps/{name}"][when, 0, row])
             lines.append(f"  {name:14}{meaning:26}" + "".join(f"{v:12.6f}" for v in values))
     return "\n".join(lines)
@@ -176,37 +184,26 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     """The loss of all seeds, and the steps of one row as bars."""
     row = int(arrays["row"])
     figure, axes = panels(
-        [f"{name}: {_MEANINGS[name]}" for name in _BARS],
+        [f"{name}: {MEANINGS[name]}" for name in BARS],
         f"Row {row + 1}, of class {CLASSES[row]}, for the first seed: every step from the"
         " scores to the gradient, before training and after it.",
         columns=4,
     )
-    for panel, name in zip(axes, _BARS, strict=True):
+    for panel, name in zip(axes, BARS, strict=True):
         before, after = arrays[f"steps/{name}"][:, 0, row]
         heights = {"before training": before, "after training": after}
         bars(panel, [str(number + 1) for number in range(len(before))], heights, ".3g")
         panel.axhline(0, color="black", linewidth=0.6)
-        finish(panel, "class", _MEANINGS[name])
+        finish(panel, "class", MEANINGS[name])
     legend(figure)
     loss = curves(
         arrays,
         "step of Adam",
         "Cross-entropy of the seven rows; it starts at ln 3 = 1.0986 because the output layer"
-        " starts at zero. Thick: median of the seeds; thin: each seed.",
+        f" starts at zero.{SEEDS}",
         names={"loss": "mean cross-entropy, nats per row"},
     )
     return {"loss": loss, "steps": figure}
-
-
-_MEANINGS = {
-    "scores": "x",
-    "exponentials": "e^x",
-    "total": "sum of e^x",
-    "probs": "p = e^x / sum",
-    "loss": "-ln p of the class",
-    "gradient": "p - y",
-}
-_BARS = ("scores", "exponentials", "probs", "gradient")
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -23,6 +23,8 @@ from experiments import (
     _plots,
     _report,
     _run,
+    _sounds,
+    _training,
     blobs,
     classification,
     language_model,
@@ -127,11 +129,11 @@ def test_unknown_name(capsys):
         ["toy", "--num-seeds", "0"],
         ["toy", "--row", "8"],
         ["blobs", "--maps", "sparsemax"],
-        ["bandit", "--num-arms", "0"],
+        ["bandit", "--num-runs", "0"],
         ["blobs", "--num-test", "1000"],
         ["attention", "--num-symbols", "3"],
         ["bandit", "--learners", "mellowmax"],
-        ["cartpole", "--num-minibatches", "3"],
+        ["cartpole", "--num-updates", "3"],
         ["confidence", "--dtypes", "bfloat16"],
         ["calibration", "--level", "1"],
         ["open_set", "--known", "1"],
@@ -320,11 +322,11 @@ def test_languages_of_own_names(tmp_path):
 def test_pieces_of_a_name():
     """One bucket for each piece of one to four letters, marks of both ends included."""
     config = languages.Config(num_buckets=2**20)
-    bag = languages._bag("aé", config)
+    bag = languages.bag("aé", config)
     counts = np.sort(bag[bag > 0])
     # "^aé$" has 4 + 3 + 2 + 1 pieces, all of them different.
     np.testing.assert_allclose(counts, np.full(10, 0.1**0.5), rtol=1e-6)
-    assert (languages._bag("aa", config) > 0).sum() == 9  # Its letter "a" is there twice.
+    assert (languages.bag("aa", config) > 0).sum() == 9  # Its letter "a" is there twice.
 
 
 def speak(frequencies, rate, pitch=110, seconds=0.2):
@@ -347,13 +349,13 @@ def test_formants(vowel, rate):
     be moved to: it is known to half of the pitch.
     """
     frequencies, pitch = vowels.MEANS[vowels.VOWELS.index(vowel), 0], 110
-    found = vowels.formants(speak(frequencies, rate, pitch), rate)
+    found = _sounds.formants(speak(frequencies, rate, pitch), rate)
     np.testing.assert_allclose(found, frequencies, rtol=0, atol=pitch / 2)
 
 
 def test_too_few_formants():
     with pytest.raises(ValueError, match="resonances"):
-        vowels.formants(np.sin(np.arange(2000.0)), 8000, order=2)
+        _sounds.formants(np.sin(np.arange(2000.0)), 8000, order=2)
 
 
 @pytest.mark.slow
@@ -383,9 +385,9 @@ def test_vowels_of_own_sounds(tmp_path):
 
 def test_rule_of_bayes():
     """On drawn frames it is calibrated: its mean confidence is its accuracy."""
-    frames = vowels._draw_frames(np.random.default_rng(0), 20000)
+    frames = vowels.draw_frames(np.random.default_rng(0), 20000)
     for is_told in (False, True):
-        logits = vowels._bayes(frames, is_told)
+        logits = vowels.bayes(frames, is_told)
         probs = np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True))
         is_right = logits.argmax(axis=-1) == frames.vowels
         assert abs(probs.max(axis=-1).mean() - is_right.mean()) < 4 * 0.5 / 20000**0.5
@@ -516,6 +518,14 @@ def test_he_uniform():
         np.testing.assert_array_equal(layer.bias, jnp.zeros(layer.weights.shape[1]))
 
 
+def test_area_under_the_roc():
+    """By its definition, the share of pairs in order; ties count half."""
+    positive, negative = np.random.default_rng(0).integers(0, 9, (2, 30))
+    pairs = np.subtract.outer(positive, negative)
+    expected = np.mean(pairs > 0) + np.mean(pairs == 0) / 2
+    np.testing.assert_allclose(_training.auroc(positive, negative), expected, rtol=1e-15)
+
+
 @pytest.mark.slow
 def test_classification_trains_on_the_training_rows_alone(tmp_path):
     """Other labels of the test images change what is measured, and no weight."""
@@ -615,6 +625,17 @@ def test_numbers_differ_from_their_cells():
         ink = {"black": 0, "white": 1}[text.get_color()]
         assert abs(shade - ink) > 0.5
     assert [axes.get_ylabel() for axes in figure.axes] == ["y", "share"]
+
+
+def test_confusion_in_per_cent():
+    """Rows sum to 1 whatever their counts; small shares and long lists are left out."""
+    figure, (panel, many) = _plots.panels(["a", "b"], "caption")
+    counts = np.array([[199, 1, 0], [2, 6, 0], [0, 0, 0]])
+    _plots.confusion(figure, panel, counts, ["one", "two", "three"], what="class")
+    assert [text.get_text() for text in panel.texts] == ["100", "", "", "25", "75", *[""] * 4]
+    assert (panel.get_xlabel(), panel.get_ylabel()) == ("class predicted", "class")
+    _plots.confusion(figure, many, np.eye(21), range(21), what="class")
+    assert not many.texts
 
 
 def test_legend_names_each_arm_once():
