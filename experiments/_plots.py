@@ -33,10 +33,21 @@ __all__ = [
     "under",
 ]
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#666666")
-DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++")
+# The last look is that of training curves, which stand beside those of every arm.
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#666666",
+    "#000000",
+)
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)), (0, (3, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+HATCHES = ("", "//", "..", "xx", "\\\\", "--", "++", "oo")
+TRAINING = 7  # The number of that look.
 SEEDS = " Thick: median of the seeds; thin: each seed."  # For captions of `lines`.
 FEW = 25  # A curve of so few points, or fewer, shows each of them by a marker.
 
@@ -50,9 +61,12 @@ def under(arrays: Arrays, folder: str) -> Arrays:
 
 
 def panels(
-    titles: Sequence[str], caption: str, *, size: float = 3.6, columns: int = 3, **options: Any
+    titles: Sequence[str], caption: str, *, size: float = 3.5, columns: int = 2, **options: Any
 ) -> tuple[Figure, list[Any]]:
-    """A figure of square panels under the given titles, with a caption above all of them."""
+    """A figure of square panels under the given titles, with a caption above all of them.
+
+    Two panels of the default size are as wide as the report, and can still be read on a phone.
+    """
     columns = min(columns, len(titles))
     rows = -(-len(titles) // columns)
     width = max(size * columns, 4.0)
@@ -110,6 +124,7 @@ def _logarithmic(panel: Any, axis: Any, scale: Scale) -> None:
         # zero has a place, and a tick, of its own.
         lowest = base ** np.floor(np.log(positive.min()) / np.log(base))
         set_scale("symlog", base=base, linthresh=lowest, linscale=0.4)
+        panel.set_ylim(bottom=-lowest / 4)
         axis.set_minor_locator(NullLocator())
     else:
         set_scale("log", base=base)
@@ -117,7 +132,12 @@ def _logarithmic(panel: Any, axis: Any, scale: Scale) -> None:
         if low > 0 and base == 10 and high / low < 30:
             axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5, 7)))
         axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value, base)))
+
+
+def _plain(value: float, base: int) -> str:
+    """A tick in plain digits, and a negative power of 2, which has many, as a fraction."""
+    return f"1/{1 / value:.0f}" if base == 2 and 0 < value < 1 else f"{value:.4g}"
 
 
 def legend(figure: Figure, panels_with_labels: Sequence[Any] | None = None) -> None:
@@ -140,7 +160,7 @@ def legend(figure: Figure, panels_with_labels: Sequence[Any] | None = None) -> N
 
 def style(number: int) -> dict[str, Any]:
     """Colour and dashes of an arm by its number."""
-    return {"color": COLOURS[number % 7], "linestyle": DASHES[number % 7]}
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(COLOURS)]}
 
 
 def lines(panel: Any, x: NDArray, values: NDArray, label: str, number: int) -> None:
@@ -148,7 +168,7 @@ def lines(panel: Any, x: NDArray, values: NDArray, label: str, number: int) -> N
     look = style(number)
     if len(values) > 1:
         panel.plot(x, values.T, color=look["color"], linewidth=0.5, alpha=0.3)
-    marker = MARKERS[number % 7] if len(x) <= FEW else None
+    marker = MARKERS[number % len(COLOURS)] if len(x) <= FEW else None
     median = np.median(values, axis=0)
     panel.plot(x, median, **look, marker=marker, markersize=4, label=label)
 
@@ -157,7 +177,12 @@ def errorbars(
     panel: Any, x: NDArray, values: NDArray, label: str, number: int, *, joined: bool = True
 ) -> None:
     """One arm `[seeds, points]`: means, joined by lines, and their standard errors as bars."""
-    look = {**style(number), "marker": MARKERS[number % 7], "markersize": 4, "capsize": 2}
+    look = {
+        **style(number),
+        "marker": MARKERS[number % len(COLOURS)],
+        "markersize": 4,
+        "capsize": 2,
+    }
     look |= {} if joined else {"linestyle": ""}
     error = values.std(axis=0) / max(len(values) - 1, 1) ** 0.5
     panel.errorbar(x, values.mean(axis=0), error, **look, label=label)
@@ -185,16 +210,17 @@ def curves(
         caption: a sentence that says what is shown.
         names: the name, with its unit, of each measure's axis; a measure without one is
             named as in the arrays.
-        apart: two measures that each arm has in a unit of its own, such as the training
-            and test loss of different maps; every arm has a panel of its own for these.
+        apart: one or two measures that each arm has in a unit of its own, such as the
+            training and test loss of different maps; every arm has a panel of its own for
+            these.
     """
     arms = arms_of(arrays)
     measures = list(dict.fromkeys(measure for arm in arms.values() for measure in arm))
     names = {measure: measure.replace("_", " ") for measure in measures} | (names or {})
     together = [measure for measure in measures if measure not in apart]
     own = list(arms) if apart else []
-    titles = [names[measure] for measure in together] + [f"{arm}: loss" for arm in own]
-    figure, axes = panels(titles, caption, columns=4 if apart else 3)
+    titles = [names[measure].partition(",")[0] for measure in together]
+    figure, axes = panels([*titles, *(f"{arm}: loss" for arm in own)], caption)
     for panel, measure in zip(axes, together, strict=False):
         for number, (arm, values) in enumerate(arms.items()):
             if measure in values:
@@ -202,10 +228,11 @@ def curves(
         y_scale: Scale = "log" if "loss" in measure else "linear"
         finish(panel, unit, names[measure], y_scale=y_scale, whole=True)
     for number, (panel, arm) in enumerate(zip(axes[len(together) :], own, strict=True)):
-        for measure, look in zip(apart, (6, number), strict=True):
+        for measure, look in zip(apart, (TRAINING, number)[-len(apart) :], strict=True):
             lines(panel, _steps(arms[arm][measure]), arms[arm][measure], names[measure], look)
         finish(panel, unit, "loss", y_scale="log", whole=True)
-        panel.legend(fontsize=7)
+        if len(apart) > 1:
+            panel.legend(fontsize=7)
     legend(figure, axes[: len(together)])
     return figure
 
@@ -227,8 +254,8 @@ def bars(panel: Any, groups: Sequence[str], values: dict[str, NDArray], form: st
     for number, (arm, heights) in enumerate(values.items()):
         shifted = places + width * (number - (len(values) - 1) / 2)
         look = {
-            "color": COLOURS[number % 7],
-            "hatch": HATCHES[number % 7],
+            "color": COLOURS[number % len(COLOURS)],
+            "hatch": HATCHES[number % len(COLOURS)],
             "edgecolor": "white",
         }
         drawn = panel.bar(shifted, heights, width, **look, label=arm)
@@ -255,6 +282,8 @@ def heatmap(
 ) -> Any:
     """Shades by value, with a bar that says what they mean, and numbers that can be read.
 
+    Values of both signs have a colour for each sign, and 0 is white.
+
     Args:
         figure: the figure that the bar is added to.
         panel: the axes to draw on.
@@ -267,7 +296,8 @@ def heatmap(
         high: the value of the darkest shade.
         extent: left, right, low and high of the image, where they are not the indices.
     """
-    options: dict[str, Any] = {"cmap": "Blues", "vmin": low, "vmax": high, "aspect": "auto"}
+    shades = "RdBu" if low < 0 < high else "Blues"
+    options: dict[str, Any] = {"cmap": shades, "vmin": low, "vmax": high, "aspect": "auto"}
     if extent is not None:
         options |= {"extent": extent, "origin": "lower"}
     image = panel.imshow(values, **options)
@@ -277,7 +307,8 @@ def heatmap(
         figure.colorbar(image, ax=panel, label=scale)
     for row, texts in enumerate(numbers or ()):
         for column, text in enumerate(texts):
-            is_dark = values[row, column] > (low + high) / 2
+            red, green, blue, _ = image.cmap(image.norm(values[row, column]))
+            is_dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             colour = "white" if is_dark else "black"
             panel.text(column, row, text, color=colour, ha="center", va="center", fontsize=6)
     return image
@@ -296,9 +327,7 @@ def confusion(
         what: what a class is called, such as "language".
     """
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    texts = [
-        [f"{100 * share:.0f}" if share > 0.005 else "" for share in row] for row in shares
-    ]
+    texts = [[f"{100 * share:.0f}" if share > 0.005 else "" for share in row] for row in shares]
     few = len(classes) <= 20
     names: dict[str, Any] = {
         "x": f"{what} predicted",

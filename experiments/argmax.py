@@ -194,8 +194,8 @@ def draw_sharing(arrays: Arrays) -> Figure:
     """What a class gains when a logit grows, and whether the classes sum to 1."""
     figure, (*heatmaps, sums) = plots.panels(
         ["softmax: dp / dz", "sigmoids: dp / dz", "sum of the probabilities"],
-        f"Left, middle: derivative of each probability by each logit at {ROW}; what softmax"
-        " gives one class it takes from the others. Right: test images by the sum of classes.",
+        f"Above: derivative of each probability by each logit at {ROW}; what softmax"
+        " gives one class it takes from the others. Below: test images by the sum of classes.",
     )
     for number, (name, panel) in enumerate(zip(("softmax", "sigmoids"), heatmaps, strict=True)):
         jacobian = arrays[f"jacobian/{name}"]
@@ -203,7 +203,9 @@ def draw_sharing(arrays: Arrays) -> Figure:
         look: dict[str, Any] = {"x": "logit", "y": "class", "scale": "derivative"}
         plots.heatmap(figure, panel, jacobian, **look, numbers=texts, low=-0.25, high=0.25)
         panel.set(xticks=range(len(ROW)), yticks=range(len(ROW)))
-        plots.histogram(sums, arrays[f"sum/{name}"], np.linspace(0, 2, 41), name, number)
+        plots.histogram(
+            sums, arrays[f"sum/{name}"], np.linspace(-0.025, 2.025, 42), name, number
+        )
     sums.legend(fontsize=8)
     plots.finish(sums, "sum over the classes", "test images of all seeds")
     return figure
@@ -215,7 +217,6 @@ def draw_limits(arrays: Arrays) -> Figure:
         ["limits of the temperature", "two classes"],
         f"Left: softmax of {ROW} at temperature T, from argmax to equal shares. Right: the"
         " softmax of (x, 0) and the sigmoid of x are one curve.",
-        size=4.4,
     )
     for number, logit in enumerate(ROW):
         probs = arrays["limits"][None, :, number]

@@ -271,7 +271,6 @@ def draw_curves(arms: dict[str, Arrays], title: str) -> Figure:
     figure, axes = plots.panels(
         ["mean reward", "how often the best arm is taken"],
         f"{title}; shaded: one standard error of the mean.",
-        size=4.4,
     )
     for panel, measure, scale in zip(axes, ("reward", "best_arm"), (1, 100), strict=True):
         for number, (arm, curves) in enumerate(arms.items()):

@@ -250,7 +250,6 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         ["one network", "several networks"],
         "Share of right predictions by confidence, in ten bins with as many test images each:"
         " means and standard errors of the seeds. Below the diagonal, confidence is too high.",
-        size=4.2,
     )
     for number, arm in enumerate(ARMS):
         confidence, accuracy = np.moveaxis(arrays[f"bins/{arm}"], 1, 0)
@@ -263,8 +262,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     sets, (panel,) = panels(
         ["sizes of prediction sets"],
         "Share of the test images by the size of their sets, for one scaled network. A set of"
-        " aps or raps is empty where the largest probability is above the threshold."
-        f"{SEEDS}",
+        f" aps or raps is empty where the largest probability is above the threshold.{SEEDS}",
         size=5.0,
     )
     for number, (kind, sizes) in enumerate(under(arrays, "sizes").items()):

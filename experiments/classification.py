@@ -223,7 +223,6 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         list(counts),
         "How often each class was taken for each, over all seeds: every row sums to 1; the"
         " numbers are per cent, and shares below 0.5 % are left out.",
-        size=3.9,
     )
     for panel, matrix in zip(axes, counts.values(), strict=True):
         plots.confusion(figure, panel, matrix, range(len(matrix)), what="class")

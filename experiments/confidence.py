@@ -188,7 +188,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         arrays,
         "step of Adam",
         "A network on digits under each loss, in each dtype of the logits; losses are measured"
-        f" in float32 for all.{SEEDS}",
+        f" in float32 for all. Where curves lie on each other, the losses agree.{SEEDS}",
         names=CURVES,
     )
     return {"scale": figure, "training": training}

@@ -219,25 +219,27 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
 def draw(arrays: Arrays) -> dict[str, Figure]:
     """The curves of all arms, and images of the first seed with their reconstructions."""
     kinds = under(arrays, "images")
-    titles = [kind if column == 0 else "" for kind in kinds for column in range(NUM_SHOWN)]
     figure, axes = panels(
-        titles,
+        [""] * (len(kinds) * NUM_SHOWN),
         "Test images of the first seed, and the probability of each pixel given one one-hot"
         " sample of the latent variables: black is 1, white is 0.",
-        size=1.2,
+        size=0.72,
         columns=NUM_SHOWN,
     )
     for panel, image in zip(axes, np.concatenate(list(kinds.values())), strict=True):
         panel.imshow(image.reshape(8, 8), cmap="gray_r", vmin=0, vmax=1)
         panel.set(xticks=[], yticks=[])
+    for panel, kind in zip(axes[::NUM_SHOWN], kinds, strict=True):
+        panel.set_title(kind, fontsize=9, loc="left")
     nelbo = curves(
         arrays,
         "round of training",
-        f"Negative evidence lower bound by round, in nats per image; lower is better.{SEEDS}",
+        "Negative evidence lower bound by round, in nats per image; lower is better. One-hot"
+        f" and relaxed samples are those of the test images.{SEEDS}",
         names={
-            "train_nelbo": "training images, nats",
-            "test_nelbo": "test images, one-hot samples, nats",
-            "test_nelbo_of_relaxed_samples": "test images, relaxed samples, nats",
+            "train_nelbo": "NELBO of training images, nats",
+            "test_nelbo": "NELBO of one-hot samples, nats",
+            "test_nelbo_of_relaxed_samples": "NELBO of relaxed samples, nats",
         },
     )
     return {"nelbo": nelbo, "reconstructions": figure}

@@ -235,6 +235,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         "step of Adam",
         f"Training by step; each map has a loss of its own, in its own unit.{plots.SEEDS}",
         names=CURVES,
+        apart=("train_loss",),
     )
     return {"confusion": confusion, "training": training}
 

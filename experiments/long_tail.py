@@ -179,7 +179,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         f" images; with equal frequencies every class has 29 or 30.{SEEDS}",
         size=5.0,
     )
-    for number, arm in enumerate((*ARMS, BALANCED)):
+    for number, arm in enumerate((*TRAINED, "post hoc")):
         by_rank = np.take_along_axis(arrays[f"recall/{arm}"], arrays["order"], axis=1)
         lines(panel, np.arange(1, NUM_CLASSES + 1), by_rank, arm, number)
     panel.set_ylim(-0.02, 1.02)

@@ -181,7 +181,6 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         "Left: the first of two probabilities by the difference of the logits. Right: the"
         " number of entries with a probability above 0 by the spread of normal logits; thick:"
         " median of the seeds, thin: each seed.",
-        size=4.2,
     )
     for number, name in enumerate(("softmax", "expm1max", "sparsemax")):
         lines(values, arrays["x"], arrays[f"first/{name}"][None], name, number)

@@ -227,9 +227,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     confidence, axes = panels(
         [f"{known} known classes, {arm}" for known, arm in cases],
         "Share of the test images above each confidence. Networks learn the known classes alone"
-        " or these and others, as one more class; no network sees the unknown ones."
-        f"{SEEDS}",
-        columns=2,
+        f" or these and others, as one more class; no network sees the unknown ones.{SEEDS}",
     )
     for panel, (known, arm) in zip(axes, cases, strict=True):
         for number, group in enumerate(GROUPS):
@@ -242,14 +240,13 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         [f"{known} known classes" for known in arrays["known"]],
         "How well each score tells held-out classes from known ones; 0.5 is chance. Means and"
         " standard errors of the seeds.",
-        size=4.2,
         sharey=True,
     )
     for panel, known in zip(axes, arrays["known"], strict=True):
         for number, (arm, names) in enumerate(ARMS.items()):
             places = np.arange(len(names)) + 0.12 * (2 * number - 1)
             values = arrays[f"AUROC/{known} {arm}"][:, : len(names)]
-            errorbars(panel, places, values, arm, number, joined=False)
+            errorbars(panel, places, values, f"known {arm}", number, joined=False)
         finish(panel, "score", "AUROC")
         panel.set_xticks(range(len(SCORES)), SCORES, rotation=20)
     legend(areas)

@@ -211,7 +211,6 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         [f"{kind} wrong labels: {measures[measure].split(',')[0]}" for measure, kind in pairs],
         "Clean test images after training on wrong labels. The NLL of entmax15 is missing where"
         f" it gives a right class no probability.{SEEDS}",
-        columns=2,
     )
     for panel, (measure, kind) in zip(axes, pairs, strict=True):
         for number, arm in enumerate(arms):
@@ -223,7 +222,8 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     pulls, axes = panels(
         arms,
         "Loss of each training example at the highest rate of far wrong labels, for the first"
-        " seed, after training; where the curves lie apart, the loss finds the wrong labels.",
+        " seed, after training; where the curves lie apart, the loss finds the wrong labels."
+        " Each loss has its own unit; larger losses are in its last bin.",
     )
     for panel, arm in zip(axes, arms, strict=True):
         losses, is_wrong = arrays[f"losses/{arm}/far"], arrays[f"wrong/{arm}/far"]

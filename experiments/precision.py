@@ -104,6 +104,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         "Left, middle: one logit stands above nine others by the margin; 1 means that no"
         " digit is left, and 0 is drawn as 1e-9. Right: eight logits under five maps.",
         size=4.4,
+        columns=3,
     )
     for panel, measure in zip(axes, ("loss", "gradient"), strict=False):
         for number, library in enumerate(LOSSES):

@@ -187,7 +187,6 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         [f"{name}: {MEANINGS[name]}" for name in BARS],
         f"Row {row + 1}, of class {CLASSES[row]}, for the first seed: every step from the"
         " scores to the gradient, before training and after it.",
-        columns=4,
     )
     for panel, name in zip(axes, BARS, strict=True):
         before, after = arrays[f"steps/{name}"][:, 0, row]

@@ -261,10 +261,11 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     classes, sizes = arrays["classes"], arrays["sizes"]
     vowels, (plane, confusion) = plots.panels(
         ["some test frames", "quadratic: what each is taken for"],
-        "Left: the first two formants of frames of every vowel, with its word at their medians."
-        " Right: every row sums to 1; the numbers are per cent,"
-        " over all seeds, and shares below 0.5 % are left out.",
-        size=5.2,
+        "Above: the first two formants of frames of every vowel, with its word at their"
+        " medians. Below: every row sums to 1; the numbers are per cent, over all seeds, and"
+        " shares below 0.5 % are left out.",
+        size=5.0,
+        columns=1,
     )
     for number, name in enumerate(classes):
         first, second, _ = arrays["formants"][arrays["vowels"] == number].T
@@ -283,9 +284,8 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     learning, axes = plots.panels(
         ["error", "loss above that of Bayes"],
         "Test error, and loss less that of the rule of Bayes, by the frames learnt from."
-        " Horizontal: the rule of Bayes. d / (2 n): what theory expects where the best rule can"
-        f" be learnt.{plots.SEEDS}",
-        size=4.2,
+        " Horizontal: the rule of Bayes. d/(2n): what theory expects where the best rule can be"
+        f" learnt.{plots.SEEDS}",
     )
     for number, (arm, name) in enumerate(BAYES.items()):
         above = arrays[f"loss/{arm}"] - arrays[f"loss/{name}"][:, None]
@@ -294,9 +294,9 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     for number, name in enumerate(dict.fromkeys(BAYES.values()), start=5):
         level = np.full((1, len(sizes)), arrays[f"error/{name}"].mean())
         plots.lines(axes[0], sizes, level, name, number)
-    plots.lines(axes[1], sizes, theory(sizes)[None], "d / (2 n)", 4)
+    plots.lines(axes[1], sizes, theory(sizes)[None], "d/(2n)", 4)
     plots.finish(axes[0], "frames learnt from", "error, share of frames", x_scale="log")
-    plots.finish(axes[1], "frames learnt from", "nats", x_scale="log", y_scale="log")
+    plots.finish(axes[1], "frames learnt from", "nats per frame", x_scale="log", y_scale="log")
     for panel in axes:
         panel.set_xticks(sizes, [str(size) for size in sizes])
         panel.minorticks_off()
