@@ -310,7 +310,7 @@ def heatmap(
             red, green, blue, _ = image.cmap(image.norm(values[row, column]))
             is_dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
             colour = "white" if is_dark else "black"
-            panel.text(column, row, text, color=colour, ha="center", va="center", fontsize=6)
+            panel.text(column, row, text, color=colour, ha="center", va="center", fontsize=7)
     return image
 
 

@@ -15,7 +15,7 @@ passes, would refute it.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from jax import Array
 from matplotlib.figure import Figure
 
 import softjax as sj
-from experiments._plots import finish, legend, lines, panels
+from experiments._plots import SEEDS, finish, legend, lines, panels
 from experiments._run import (
     Arrays,
     Experiment,
@@ -35,6 +35,7 @@ from experiments._run import (
     launch,
     untracked,
 )
+from experiments._training import each
 from softjax.testing import check_map
 
 __all__ = ["Config", "draw", "expm1max", "expm1max_loss", "judge", "main", "run"]
@@ -118,11 +119,10 @@ class Config(Options):
 
 def run(config: Config, track: Track = untracked) -> Arrays:
     """Checks the map and its broken versions, and compares it with the sorted solution."""
-    names = ["", *list(BROKEN)[: 2 if config.quick else None]]
-    found = []
-    for number in track(range(len(names)), "checks"):
+    names, found = ["", *list(BROKEN)[: 2 if config.quick else None]], []
+    for name in each(names, track, "checks"):
         try:
-            check_map(BROKEN.get(names[number], expm1max), seed=config.seed)
+            check_map(jax.jit(BROKEN.get(name, expm1max)), seed=config.seed)
             found.append("")
         except AssertionError as error:
             found.append(str(error).partition(":")[0].partition(" ")[0])
@@ -130,25 +130,28 @@ def run(config: Config, track: Track = untracked) -> Arrays:
     shape = config.num_seeds, len(SCALES), config.num_classes
     logits = rng.normal(size=shape) * SCALES[:, None]
     labels = rng.integers(0, config.num_classes, shape[:2])
-    given = jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.int32)
-    probs = {"softmax": sj.softmax, "expm1max": expm1max, "sparsemax": sj.sparsemax}
     x = np.linspace(-3, 3, 121, dtype=np.float32)
-    pairs = jnp.asarray(np.stack([x, np.zeros_like(x)], axis=-1))
-    gradient = jax.grad(lambda z: expm1max_loss(z, given[1]).sum())(given[0])
-    mine = np.asarray(expm1max(given[0]))
-    arrays: Arrays = {
+    pairs = np.stack([x, np.zeros_like(x)], axis=-1)
+
+    @jax.jit  # All maps in one program.
+    def tables(logits: Array, labels: Array, pairs: Array) -> tuple[Array, Array, Any]:
+        gradient = jax.grad(lambda z: expm1max_loss(z, labels).sum())(logits)
+        maps = {"softmax": sj.softmax, "expm1max": expm1max, "sparsemax": sj.sparsemax}
+        first = {f"first/{name}": of(pairs)[:, 0] for name, of in maps.items()}
+        kept = {f"kept/{name}": jnp.sum(of(logits) > 0, axis=-1) for name, of in maps.items()}
+        return gradient, expm1max(logits), first | kept
+
+    given = jnp.asarray(logits, jnp.float32), jnp.asarray(labels, jnp.int32)
+    gradient, mine, shown = jax.device_get(tables(*given, jnp.asarray(pairs)))
+    slope_error = np.abs(gradient - (mine - np.eye(config.num_classes)[labels]))
+    return {
         "promises": np.array(names),
         "found": np.array(found),
         "error": np.abs(mine - _by_sorting(np.asarray(given[0], float))).max(axis=(1, 2)),
-        "slope error": np.abs(gradient - (mine - np.eye(config.num_classes)[labels])).max(
-            (1, 2)
-        ),
+        "slope error": slope_error.max(axis=(1, 2)),
         "x": x,
+        **shown,
     }
-    for name, output_map in probs.items():
-        arrays[f"first/{name}"] = np.asarray(output_map(pairs)[:, 0])
-        arrays[f"kept/{name}"] = np.asarray(output_map(given[0]) > 0).sum(axis=-1)
-    return arrays
 
 
 def _by_sorting(logits: NDArray) -> NDArray:
@@ -179,8 +182,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     figure, (values, kept) = panels(
         ["two logits", "many logits"],
         "Left: the first of two probabilities by the difference of the logits. Right: the"
-        " number of entries with a probability above 0 by the spread of normal logits; thick:"
-        " median of the seeds, thin: each seed.",
+        f" number of entries with a probability above 0 by the spread of normal logits.{SEEDS}",
     )
     for number, name in enumerate(("softmax", "expm1max", "sparsemax")):
         lines(values, arrays["x"], arrays[f"first/{name}"][None], name, number)
