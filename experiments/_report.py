@@ -192,6 +192,7 @@ figure { margin: 1rem 0; }
 img { max-width: 100%; height: auto; background: white; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; font-size: 0.9rem; }
 dd { margin: 0; }
+@media (max-width: 30rem) { table { font-size: 0.8rem; } }
 @media print { section { break-before: page; } .wide { overflow: visible; } }
 </style>
 </head>

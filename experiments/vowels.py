@@ -270,7 +270,8 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
     for number, name in enumerate(classes):
         first, second, _ = arrays["formants"][arrays["vowels"] == number].T
         colour, marker = plots.COLOURS[number % 7], plots.MARKERS[number % 6]
-        plane.scatter(second, first, 12, colour, marker, alpha=0.6, linewidths=0)
+        look = {"color": colour, "marker": marker, "s": 12, "alpha": 0.6}
+        plane.scatter(second, first, **look, linewidths=0)
         box = {"facecolor": "white", "edgecolor": colour, "alpha": 0.8, "pad": 1}
         place = np.median(second), np.median(first)
         plane.text(*place, name, fontsize=8, ha="center", va="center", bbox=box)
