@@ -412,3 +412,16 @@ def test_a_folder_without_a_text_is_refused(tmp_path, folder):
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no complete data set"):
         _data.load(tmp_path / "nowhere")
+
+
+def test_shuffled_digits():
+    """Each seed has all digits once, in an order of its own, with the labels that they have."""
+    data, digits = _data.shuffled_digits(np.random.default_rng(0), 2), _data.digits()
+    images = np.concatenate([data.images, data.test_images], axis=1)
+    labels = np.concatenate([data.labels, data.test_labels], axis=1)
+    assert data.labels.shape == (2, digits.num_train)
+    known = np.column_stack([digits.images.reshape(-1, 64), digits.labels])
+    for seed in range(2):
+        found = np.column_stack([images[seed], labels[seed]])
+        np.testing.assert_array_equal(np.unique(found, axis=0), np.unique(known, axis=0))
+    assert not np.array_equal(*labels)

@@ -18,6 +18,7 @@ import scipy.signal
 
 from experiments import __main__ as command_line
 from experiments import (
+    _cartpole,
     _choice,
     _gallery,
     _plots,
@@ -33,7 +34,7 @@ from experiments import (
     toy,
     vowels,
 )
-from experiments._networks import Layer, cnn, mlp
+from experiments._networks import Layer, cnn, mlp, orthogonal
 
 NAMES = tuple(command_line.questions())
 FIGURES = {
@@ -526,6 +527,24 @@ def test_area_under_the_roc():
     np.testing.assert_allclose(_training.auroc(positive, negative), expected, rtol=1e-15)
 
 
+def test_orthogonal_start():
+    """Columns, or rows where these are fewer, are orthogonal, and as long as the scale."""
+    layers = orthogonal(jax.random.key(0), [4, 8, 2], last_scale=0.01)
+    for (weights, bias), scale in zip(layers, (2**0.5, 0.01), strict=True):
+        tall = weights if weights.shape[0] > weights.shape[1] else weights.T
+        np.testing.assert_allclose(tall.T @ tall, scale**2 * np.eye(tall.shape[1]), atol=1e-14)
+        np.testing.assert_array_equal(bias, 0)
+
+
+def test_carts_start_anew_where_they_are_done():
+    key, done = jax.random.key(0), jnp.array([False, True])
+    state = _cartpole.State(jnp.ones((2, 4)), jnp.full(2, 9, jnp.int32))
+    motion, time = _cartpole.restart(key, state, done)
+    np.testing.assert_array_equal(motion[0], 1)
+    np.testing.assert_array_equal(motion[1], _cartpole.reset(key, (2,)).motion[1])
+    np.testing.assert_array_equal(time, [9, 0])
+
+
 @pytest.mark.slow
 def test_classification_trains_on_the_training_rows_alone(tmp_path):
     """Other labels of the test images change what is measured, and no weight."""
@@ -617,14 +636,45 @@ def test_exact_zeros_have_a_place_on_a_logarithmic_axis():
 
 
 def test_numbers_differ_from_their_cells():
+    for cells, low in ((np.array([[0.0, 1.0]]), 0), (np.array([[-1.0, 0.0, 1.0]]), -1)):
+        figure, (panel,) = _plots.panels(["a"], "caption")
+        options = {"x": "x", "y": "y", "scale": "share", "low": low}
+        image = _plots.heatmap(
+            figure, panel, cells, **options, numbers=cells.astype(str).tolist()
+        )
+        for text, value in zip(panel.texts, cells[0], strict=True):
+            shade = np.mean(image.cmap(image.norm(value))[:3])
+            ink = {"black": 0, "white": 1}[text.get_color()]
+            assert abs(shade - ink) > 0.5
+        assert [axes.get_ylabel() for axes in figure.axes] == ["y", "share"]
+    assert min(image.cmap(image.norm(0.0))[:3]) > 0.95  # No sign, no colour.
+
+
+@pytest.mark.parametrize("apart", [("loss",), ("loss", "test_loss")])
+def test_losses_apart(apart):
+    """Each arm has a panel for the losses of its own unit, where no two curves look alike."""
+    curves = {
+        f"curves/{arm}/{measure}": np.ones((2, 3))
+        for arm in range(7)
+        for measure in (*apart, "accuracy")
+    }
+    figure = _plots.curves(curves, "step", "caption", apart=apart)
+    accuracy, *losses = figure.axes
+    assert accuracy.get_title() == "accuracy"
+    assert [panel.get_title() for panel in losses] == [f"{arm}: loss" for arm in range(7)]
+    for panel in figure.axes:
+        named = [line for line in panel.lines if not line.get_label().startswith("_")]
+        assert len({line.get_color() for line in named}) == len(named)
+    assert all(panel.get_legend() for panel in losses) is (len(apart) > 1)
+
+
+def test_powers_of_two_are_fractions():
     figure, (panel,) = _plots.panels(["a"], "caption")
-    cells, options = np.array([[0.0, 1.0]]), {"x": "x", "y": "y", "scale": "share"}
-    image = _plots.heatmap(figure, panel, cells, **options, numbers=[["0", "9"]])
-    for text, value in zip(panel.texts, cells[0], strict=True):
-        shade = np.mean(image.cmap(image.norm(value))[:3])
-        ink = {"black": 0, "white": 1}[text.get_color()]
-        assert abs(shade - ink) > 0.5
-    assert [axes.get_ylabel() for axes in figure.axes] == ["y", "share"]
+    _plots.lines(panel, np.array([1 / 128, 4]), np.ones((1, 2)), "arm", 0)
+    _plots.finish(panel, "x", "y", x_scale="log2")
+    figure.canvas.draw()
+    shown = {text.get_text() for text in panel.get_xticklabels()}
+    assert {"1/64", "1/16", "1", "4"} <= shown
 
 
 def test_confusion_in_per_cent():
