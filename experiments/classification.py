@@ -94,9 +94,9 @@ class Config(Options):
 
     @classmethod
     def reduced(cls) -> Self:
-        """One map and a few epochs, with targets to go with them."""
-        size: dict[str, Any] = {"num_seeds": 2, "maps": ("softmax",), "num_epochs": 4}
-        return cls(quick=True, **size, min_mlp_accuracy=0.9, min_cnn_accuracy=0.93)
+        """One network, one map and a few epochs, with a target to go with them."""
+        size: dict[str, Any] = {"networks": ("mlp",), "maps": ("softmax",), "num_epochs": 4}
+        return cls(quick=True, num_seeds=2, **size, min_mlp_accuracy=0.9)
 
 
 def run(config: Config, track: Track = untracked) -> Arrays:
