@@ -45,10 +45,12 @@ from softjax.attentions import (
     alibi_slopes,
     attention,
     explain_attention,
+    inverse_zigzag_permutation,
     merge_attention,
     paged_attention,
     qk_norm,
     scalable_queries,
+    zigzag_permutation,
 )
 from softjax.calibration import (
     brier_score,
@@ -166,6 +168,7 @@ __all__ = [
     "gumbel_given_argmax",
     "gumbel_softmax",
     "info_nce",
+    "inverse_zigzag_permutation",
     "jensen_shannon_divergence",
     "kl_divergence",
     "linear_cross_entropy",
@@ -224,6 +227,7 @@ __all__ = [
     "typical_filter",
     "visit_count_temperature",
     "weighted_subset",
+    "zigzag_permutation",
 ]
 
 

@@ -13,25 +13,35 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 
-from softjax._mesh import on_explicit_axes, vary
+from softjax._mesh import check_axes, names_of, on_explicit_axes, vary
 
 Callee = TypeVar("Callee", bound=Callable[..., Any])
 
 
 def jit_unless_asked(
-    *static: str, prepare_call: Callable[[dict[str, Any]], bool]
+    *static: str,
+    prepare_call: Callable[[dict[str, Any]], bool],
+    spread: tuple[str, ...] = (),
 ) -> Callable[[Callee], Callee]:
     """Jits a function, except for calls that pass a user's function.
 
     `jit` would remember a user's function by its identity alone, and answer with the values
     that it once held: the caller's program traces such a call. `prepare_call` checks the
     keyword arguments, which it may replace, and returns whether a function is among them.
+    `spread` is that of `api`.
     """
 
     def decorate(function: Callee) -> Callee:
+        signature = inspect.signature(function)
+        parameters = signature.parameters.values()
+        optional = tuple(p.name for p in parameters if p.default is not p.empty)
 
         def run(*args: Any, captures: bool = False, **kwargs: Any) -> Any:
-            args, kwargs = vary((args, kwargs))
+            mesh_axes = names_of(kwargs.get("axis_name"))
+            if mesh_axes:
+                arguments = signature.bind(*args, **kwargs).arguments
+                check_axes(mesh_axes, arguments, spread, optional)
+            args, kwargs = vary((args, kwargs), but=mesh_axes)
             return on_explicit_axes(function, args, kwargs, captures=captures)
 
         jitted = jax.jit(functools.wraps(function)(run), static_argnames=static)

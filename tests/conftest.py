@@ -1,4 +1,4 @@
-"""Every test runs in 64-bit, with strict promotion of dtypes and ranks, on four CPU devices.
+"""Every test runs in 64-bit, with strict promotion of dtypes and ranks, on eight CPU devices.
 
 Compilation takes most of the time of the tests, so XLA leaves out most optimizations, and
 takes the faster of its two emitters of code. A test that is marked `optimized` compiles what
@@ -14,7 +14,7 @@ from jax._src import compiler
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 4)  # For meshes; all else runs on the first.
+jax.config.update("jax_num_cpu_devices", 8)  # For meshes; all else runs on the first.
 
 FEW = "jax_disable_most_optimizations"
 

@@ -502,9 +502,12 @@ def test_gradients_that_are_taken_inside(name):
 
 def collectives(function, *args):
     """The collectives in the compiled program, and whether each is in a loop."""
-    text = jax.jit(function).lower(*args).compile().as_text()
+    return collectives_of(jax.jit(function).lower(*args).compile())
+
+
+def collectives_of(program):
     kinds = r"(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)"
-    found = re.finditer(rf" {kinds}(?:-start)?\(.*", text)
+    found = re.finditer(rf" {kinds}(?:-start)?\(.*", program.as_text())
     return [(line[1], "while/body" in line[0]) for line in found]
 
 

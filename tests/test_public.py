@@ -60,6 +60,10 @@ APART = {
     ),
     "alibi_slopes": "of no array: test_attention_shaping",
     "explain_attention": "a text: test_attention_backends",
+    **dict.fromkeys(
+        ("zigzag_permutation", "inverse_zigzag_permutation"),
+        "of no array: test_ring",
+    ),
     "check_labels": "an error, and no value of its own: test_losses",
     "prediction_sets": "of bools: test_calibration",
     "gumbel": "random, of no array: test_sampling",

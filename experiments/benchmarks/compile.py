@@ -344,6 +344,9 @@ def cases() -> list[Case]:
     )
     attend("qk_norm", lambda q, k: sj.qk_norm(q, k)[0], _logits, _others)
     attend("scalable_queries", lambda q: sj.scalable_queries(q, q.shape[1]), _logits)
+    for order in (sj.zigzag_permutation, sj.inverse_zigzag_permutation):
+        in_parts = lambda q, order=order: order(2 * q.shape[1], q.shape[1])
+        attend(order.__name__, in_parts, _logits, floats=0)
     attend("alibi_slopes", lambda q: sj.alibi_slopes(q.shape[2]), _logits, floats=0)
 
     # Gradients.

@@ -97,6 +97,7 @@ layer = nn.MultiHeadDotProductAttention(
 
 from softjax.attentions.attend import attention
 from softjax.attentions.explain import explain_attention
+from softjax.attentions.layouts import inverse_zigzag_permutation, zigzag_permutation
 from softjax.attentions.paged import merge_attention, paged_attention
 from softjax.attentions.shaping import alibi_slopes, qk_norm, scalable_queries
 
@@ -104,8 +105,10 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "explain_attention",
+    "inverse_zigzag_permutation",
     "merge_attention",
     "paged_attention",
     "qk_norm",
     "scalable_queries",
+    "zigzag_permutation",
 ]

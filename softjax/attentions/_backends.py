@@ -49,6 +49,7 @@ class Call(NamedTuple):
     num_keys: int
     block_size: tuple[int, int] | None  # the most queries and keys of a tile
     why_no_kernel: str = ""  # the reason why a vendor's kernel cannot serve the call
+    num_hops: int = 0  # of keys around a ring, each of them so many; 0 without a ring
 
 
 class Backend(NamedTuple):
@@ -64,6 +65,7 @@ def call_of(
     queries_shape: tuple[int, ...],
     num_keys: int,
     block_size: int | tuple[int, int] | None,
+    num_hops: int = 0,
 ) -> Call:
     """The call with queries of the shape `[..., T, N, H]`; sizes of 0 count as 1."""
     *batch, num_queries, heads, _ = queries_shape
@@ -74,7 +76,7 @@ def call_of(
         most_queries, most_keys = (check_int(n, name="block_size", least=1) for n in pair)
         block_size = most_queries, most_keys
     heads = max(1, math.prod(batch) * heads)
-    return Call(heads, max(1, num_queries), max(1, num_keys), block_size)
+    return Call(heads, max(1, num_queries), max(1, num_keys), block_size, num_hops=num_hops)
 
 
 def choose(call: Call, implementation: str | None) -> Backend:
@@ -114,7 +116,9 @@ def _is_rounded(call: Call) -> str:
     )
 
 
-def _has_blocks(call: Call) -> str:
+def _has_parts(call: Call) -> str:
+    if call.num_hops:
+        return "the keys of a ring come one device after another"
     if call.block_size is None:
         return ""
     return "`block_size` has no meaning where all scores are formed at once"
@@ -136,7 +140,7 @@ def _whole(call: Call) -> tuple[int, int]:
 
 
 def _tiles(call: Call) -> tuple[int, int]:
-    heads, num_queries, num_keys, block_size, _ = call
+    heads, num_queries, num_keys, block_size, *_ = call
     if block_size is not None:
         return min(block_size[0], num_queries), min(block_size[1], num_keys)
     # A tile has twice as many queries as keys, because each block of queries costs a pass over
@@ -159,6 +163,6 @@ def _even(size: int, block: int) -> int:
 
 BACKENDS = (
     Backend("cudnn", _has_no_kernel, _is_rounded, None),
-    Backend("dense", _has_blocks, _is_large, _whole),
+    Backend("dense", _has_parts, _is_large, _whole),
     Backend("streamed", _none, _none, _tiles),
 )

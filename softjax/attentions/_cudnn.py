@@ -50,7 +50,15 @@ def why_no_kernel(
     del implementation
     shapes = [jnp.shape(x) for x in (queries, keys, values)]
     dtype, width = jnp.result_type(queries), shapes[0][-1]
-    tile_options = ("bias", "score", "soft_cap", "sink", "positions", "dropout_key")
+    tile_options = (
+        "bias",
+        "score",
+        "soft_cap",
+        "sink",
+        "positions",
+        "dropout_key",
+        "axis_name",
+    )
     given = [name for name in (*tile_options, "block_size") if others[name] is not None]
     if jax.default_backend() != "gpu":
         return "the default device is no GPU"

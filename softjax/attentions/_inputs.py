@@ -25,6 +25,7 @@ from softjax._tiles import Grid, grid_of, per_score
 from softjax.attentions._backends import call_of, check_name, choose
 from softjax.attentions._dropout import words_of
 from softjax.attentions._operands import Constants, DiffOperands, Static
+from softjax.attentions._sources import by_source, over_all_keys
 from softjax.masks import Inside, Mask
 
 
@@ -53,14 +54,19 @@ def cut_into_tiles(
     dropout_key: Array | None,
     block_size: int | tuple[int, int] | None,
     implementation: str | None,
+    num_hops: int = 0,
 ) -> TiledAttention:
-    """Checks and cuts the arguments of `attention`."""
+    """Checks and cuts the arguments of `attention`.
+
+    With `num_hops`, keys and values are those of one of so many devices in a ring, and `bias`
+    gets a first axis of sources.
+    """
     queries, keys, values, dtype = three_arrays(queries, keys, values)
     *batch, num_queries, heads, width = queries.shape
     num_keys, key_heads = keys.shape[-3], keys.shape[-2]
     wide = computing_dtype(dtype)
     check_name(implementation)
-    call = call_of(queries.shape, num_keys, block_size)
+    call = call_of(queries.shape, num_keys, block_size, num_hops)
     blocks_of = choose(call, implementation).blocks
     assert blocks_of is not None
     blocks = blocks_of(call)
@@ -70,7 +76,7 @@ def cut_into_tiles(
         num_queries,
         num_keys,
         blocks=blocks,
-        positions=_positions(positions),
+        positions=pair_of_positions(positions),
     )
     bound = None if mask is None else mask.bind(grid)
     if grid.queries.padding or grid.keys.padding:
@@ -93,11 +99,12 @@ def cut_into_tiles(
         grid.queries.cut(queries, 3),
         grid.keys.cut(keys, 2),
         grid.keys.cut(values, 2),
-        bias=None if bias is None else _bias(bias, grid),
+        bias=None if bias is None else _bias(bias, grid, num_hops),
         scale=per_head(scale, heads, wide, "scale"),
         soft_cap=capped,
     )
-    remember = grid.queries.num_blocks == grid.keys.num_blocks == 1 and block_size is None
+    is_one_tile = grid.queries.num_blocks == grid.keys.num_blocks == 1
+    remember = is_one_tile and block_size is None and not num_hops
     static = Static(cap_bias=cap_bias and soft_cap is not None, remember=remember)
     dropout = None
     if dropout_key is not None:
@@ -157,7 +164,7 @@ def three_arrays(
     return queries, keys, values, dtype
 
 
-def _positions(positions: Any) -> tuple[Any, Any]:
+def pair_of_positions(positions: Any) -> tuple[Any, Any]:
     if positions is None:
         return None, None
     if isinstance(positions, tuple):
@@ -169,11 +176,18 @@ def _positions(positions: Any) -> tuple[Any, Any]:
     return positions, positions
 
 
-def _bias(bias: ArrayLike, grid: Grid) -> Array:
+def _bias(bias: ArrayLike, grid: Grid, num_hops: int) -> Array:
     if jnp.result_type(bias) == jnp.bool_:
         raise TypeError("`bias` must hold numbers, got bool: an array of bools is a `mask`.")
     wide, dtype = to_float(bias, name="bias")
-    bias = per_score(wide.astype(dtype), grid, "bias")
+    bias = wide.astype(dtype)
+    if not num_hops:
+        return _cut_scores(per_score(bias, grid, "bias"), grid)
+    whole = per_score(bias, over_all_keys(grid, num_hops), "bias")
+    return jax.vmap(lambda part: _cut_scores(part, grid))(by_source(whole, num_hops))
+
+
+def _cut_scores(bias: Array, grid: Grid) -> Array:
     cut = grid.queries.cut(bias, 2) if bias.shape[2] != 1 else bias[None]
     if bias.shape[3] == 1:
         return cut[:, None]

@@ -43,7 +43,7 @@ from softjax.attentions._tile_loops import (
 WHOLE = TileIndex(0, 0)
 
 
-class _Tangents(NamedTuple):
+class Tangents(NamedTuple):
     """The sums over keys in the tangents of both results."""
 
     mean: Array  # mu
@@ -58,23 +58,23 @@ def average(operands: DiffOperands, constants: Constants) -> tuple[Array, Array]
     """
     if constants.static.remember:
         (part,) = only_tile((operands,))
-        state, _ = _observe_tile(scores_of(part, constants, WHOLE), part, constants, WHOLE)
-        return _results(state, stack=True)
+        state, _ = observe_tile(scores_of(part, constants, WHOLE), part, constants, WHOLE)
+        return results(state, stack=True)
     grid, dtype = constants.grid, computing_dtype(operands.queries.dtype)
     rows = (grid.rows, grid.heads, grid.queries.block)
     start = vary(_online.init(rows, operands.values.shape[-1], dtype), operands, constants)
 
     def visit(at: TileIndex, state: OnlineState, part: DiffOperands) -> OnlineState:
         scores = scores_of(part, constants, at)
-        return _online.merge(state, _observe_tile(scores, part, constants, at)[0])
+        return _online.merge(state, observe_tile(scores, part, constants, at)[0])
 
     def block(i: Any, parts: tuple[DiffOperands], kinds: Array) -> tuple[Array, Array]:
-        return _results(scan_key_blocks(grid, i, visit, start, kinds, *parts))
+        return results(scan_key_blocks(grid, i, visit, start, kinds, *parts))
 
     return map_query_blocks(grid, block, (operands,), tile_kinds(constants))
 
 
-def _observe_tile(
+def observe_tile(
     scores: Array, part: DiffOperands, constants: Constants, at: TileIndex
 ) -> tuple[OnlineState, Array]:
     """The online state of a tile, and its weights below the peak."""
@@ -83,7 +83,8 @@ def _observe_tile(
     return OnlineState(peak, jnp.sum(weights, -1), sums), weights
 
 
-def _results(state: OnlineState, *, stack: bool = False) -> tuple[Array, Array]:
+def results(state: OnlineState, *, stack: bool = False) -> tuple[Array, Array]:
+    """Averages and log-sum-exp; with `stack`, those of the only block of queries."""
     out, lse = _online.finish(state)
     lse = jnp.where(state.peak >= huge(lse.dtype), jnp.inf, lse)
     return (out[None], lse[None]) if stack else (out, lse)
@@ -96,26 +97,26 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     if constants.static.remember:
         part, dot = only_tile((operands, dots))
         scores, scores_dot = push_scores(part, dot, constants, WHOLE)
-        state, weights = _observe_tile(scores, part, constants, WHOLE)
+        state, weights = observe_tile(scores, part, constants, WHOLE)
         # This is `moves` of the scores, read from the weights, so that nothing else of their
         # size must be kept.
         moved = (weights > 0) & ~(state.peak >= huge(weights.dtype))[..., None]
         weights /= jnp.where(state.total == 0, 1, state.total)[..., None]
         scores_dot = jnp.where(moved, scores_dot, 0)
-        mean, sums = _tile_tangents(weights, scores_dot, part, dot, constants, WHOLE)
-        out, lse = _results(state, stack=True)
+        mean, sums = tile_tangents(weights, scores_dot, part, dot, constants, WHOLE)
+        out, lse = results(state, stack=True)
         return (out, lse), (sums[None] - mean[None, ..., None] * out, mean[None])
 
     out, lse = average(operands, constants)
     grid = constants.grid
-    zeros = _Tangents(jnp.zeros_like(lse[0]), jnp.zeros_like(out[0]))
+    zeros = Tangents(jnp.zeros_like(lse[0]), jnp.zeros_like(out[0]))
     start = vary(zeros, primals)
 
-    def term(at: TileIndex, part: DiffOperands, dot: DiffOperands, level: Array) -> _Tangents:
+    def term(at: TileIndex, part: DiffOperands, dot: DiffOperands, level: Array) -> Tangents:
         scores, scores_dot = push_scores(part, dot, constants, at)
         weights = jnp.exp(scores - level[..., None])
         scores_dot = jnp.where(moves(scores), scores_dot, 0)
-        return _tile_tangents(weights, scores_dot, part, dot, constants, at)
+        return tile_tangents(weights, scores_dot, part, dot, constants, at)
 
     def block(i: Any, parts: Any, kinds: Array, out: Array, lse: Array) -> tuple[Array, Array]:
         level = jnp.where(lse == -jnp.inf, 0, lse)
@@ -128,17 +129,17 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return (out, lse), map_query_blocks(grid, block, parts, *rows, remember=False)
 
 
-def _tile_tangents(
+def tile_tangents(
     weights: Array,
     scores_dot: Array,
     part: DiffOperands,
     dot: DiffOperands,
     constants: Constants,
     at: TileIndex,
-) -> _Tangents:
+) -> Tangents:
     """The terms of one tile."""
     pulled = weights * scores_dot
     sums = weighted(drop(pulled, constants, at), part.values)
     if dot.values is not None:
         sums += weighted(drop(weights, constants, at), dot.values)
-    return _Tangents(jnp.sum(pulled, -1), sums)
+    return Tangents(jnp.sum(pulled, -1), sums)

@@ -15,14 +15,20 @@ from softjax import masks
 from softjax._api import api
 from softjax._closures import jit_unless_asked
 from softjax._inputs import check_flag, computing_dtype
+from softjax._mesh import AxisName, check_axes, names_of, num_devices
 from softjax._random import check_key
 from softjax.attentions._backends import call_of, choose
+from softjax.attentions._contexts import check_context, places, with_all_keys, with_all_tokens
 from softjax.attentions._cudnn import kernel_attention, why_no_kernel
 from softjax.attentions._inputs import cut_into_tiles, per_head, three_arrays, with_weigher
+from softjax.attentions._ring import ring_average
 from softjax.attentions._softmax_tiles import average
+from softjax.attentions._sources import check_kinds, of_source, on_each_device
 from softjax.attentions._threshold_tiles import MAPS, sparse_average
 
 __all__ = ["attention"]
+
+STATIC = ("cap_bias", "block_size", "implementation", "return_lse", "context", "axis_name")
 
 
 def _prepare_call(given: dict[str, Any]) -> bool:
@@ -51,6 +57,7 @@ def _prepare_call(given: dict[str, Any]) -> bool:
     if normalizer != "softmax" and (return_lse or given.get("sink") is not None):
         name = "return_lse" if return_lse else "sink"
         raise ValueError(f'`{name}` needs `normalizer="softmax"`.')
+    check_context(given)
     given["mask"] = masks.as_mask(given.get("mask"))
     # Inside of `jit`, the offset of a causal mask would be an array, which cuDNN does not take.
     if given.get("implementation") == "cudnn":
@@ -100,6 +107,8 @@ class Options(TypedDict, total=False):
     dropout_key: Array | None
     block_size: int | tuple[int, int] | None
     implementation: str | None
+    context: str
+    axis_name: AxisName
 
 
 @overload
@@ -135,10 +144,11 @@ def attention(
 ) -> Array | tuple[Array, Array]: ...
 
 
-@api("cap_bias", "block_size", "implementation", "return_lse", jit=False)
+@api(*STATIC, jit=False)
 @jit_unless_asked(
-    *("normalizer", "cap_bias", "block_size", "implementation", "return_lse"),
+    *("normalizer", *STATIC),
     prepare_call=_prepare_call,
+    spread=("queries", "keys", "values", "mask", "bias", "positions"),
 )
 def attention(
     queries: ArrayLike,
@@ -159,6 +169,8 @@ def attention(
     block_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
+    context: str = "ring",
+    axis_name: AxisName = None,
 ) -> Array | tuple[Array, Array]:
     r"""Averages values, weighted by the softmax, or a sparse map, of query-key scores.
 
@@ -201,6 +213,15 @@ def attention(
             `explain_attention` tells which. The results are the same but for rounding.
         return_lse: whether to return also the logarithm of the sum of exponentials; as `sink`,
             for softmax alone.
+        context: how to attend to keys on other devices. In a "ring" queries stay, and keys and
+            values travel from device to device; "allgather" brings all keys and values to each
+            device; "ulysses" exchanges tokens for heads, so that each device gets all tokens in
+            some of the heads, for keys too.
+        axis_name: mesh axis, or axes, over which the tokens are spread, inside of
+            `jax.shard_map`. T and S are the numbers of tokens on a device, which holds their
+            `positions` (by default those of one device follow those of another) and the ids
+            of `masks.Segments`. It holds a bias or mask that is an array for its queries and
+            the keys of all devices, whose order is that of the devices.
 
     Returns:
         Averages `[..., T, N, W]` in the dtype of `queries`; with `return_lse`, a pair of them
@@ -214,7 +235,9 @@ def attention(
         TypeError: an argument is not real, the dtypes of the three differ, or a mask is not of
             bools.
         ValueError: shapes do not fit, an option is out of its range, or a rate of dropout has
-            no key.
+            no key. With `axis_name` also: there is no such axis, an array is not spread over
+            it, or an option cannot be had, which are dropout and masks of your own, and in a
+            ring sparse maps and "dense".
 
     Example:
         >>> tokens = jnp.eye(3)[:, None, :]  # three tokens, one head
@@ -224,6 +247,21 @@ def attention(
          [ 36.  64.   0.]
          [ 26.  26.  47.]]
 
+        Spread over a ring of devices, in an order that gives each of them the same work:
+
+        >>> import jax
+        >>> from softjax import zigzag_permutation
+        >>> mesh, part = jax.make_mesh((1,), ("ring",)), jax.P("ring")
+        >>> order = zigzag_permutation(4, mesh.shape["ring"])
+        >>> in_parts = jax.NamedSharding(mesh, part)
+        >>> tokens, places = jax.device_put((jnp.ones((4, 1, 2))[order], order), in_parts)
+        >>> call = lambda x, places: attention(
+        ...     x, x, x, mask=masks.Causal(), positions=places, axis_name="ring"
+        ... )
+        >>> split = jax.shard_map(call, mesh=mesh, in_specs=(part, part), out_specs=part)
+        >>> print(split(tokens, places)[:, 0, 0])
+        [1. 1. 1. 1.]
+
     Note:
         O(T S) time, and streamed O(T + S) memory: in the value, the gradient, the JVP and
         Hessian-vector products. Tiles that the mask leaves empty are skipped, in all of these,
@@ -231,6 +269,14 @@ def attention(
         sparse maps skip those without weight too, once their thresholds are found in some ten
         walks over the scores. Half precision is summed and averaged in float32, and so are
         cotangents; they are rounded once. Both modes, any order.
+
+        In a ring of n devices nothing is gathered, so that the memory of each falls as 1 / n in
+        all modes. Each sends n - 1 times its keys and values for the value, and 3 (n - 1) times
+        with the gradient, or 4 (n - 1) in half precision. With a causal mask the first device
+        would wait for the last; `zigzag_permutation` orders the tokens so that all do the same
+        work. Floats that `score` captures should vary over the ring (`jax.lax.pcast`):
+        otherwise the derivative skips only the tiles that are empty on all devices at once.
+        "allgather" rounds cotangents in half precision before it adds those of the devices.
 
         A function (`score`, `normalizer`, `masks.Function`) is traced anew in every call, in
         the program of its caller. Outside of `jit` such a call runs operation by operation, and
@@ -241,6 +287,8 @@ def attention(
         normalizer calculation for softmax; Rabe and Staats (2021), Self-attention does not need
         O(n^2) memory; Dao et al. (2022), FlashAttention. Ainslie et al. (2023), GQA, for shared
         heads; Xiao et al. (2024), Efficient streaming language models with attention sinks.
+        Liu et al. (2023), Ring attention with blockwise transformers for near-infinite context;
+        Jacobs et al. (2023), DeepSpeed Ulysses, for the two ways to attend over devices.
     """
     if implementation == "cudnn":
         given = dict(locals())
@@ -251,22 +299,32 @@ def attention(
         return kernel_attention(
             queries, keys, values, mask=mask, scale=scale, attention=attention
         )
-    tiled = cut_into_tiles(
-        queries,
-        keys,
-        values,
-        mask=masks.as_mask(mask),
-        bias=bias,
-        score=score,
-        scale=scale,
-        soft_cap=soft_cap,
-        cap_bias=cap_bias,
-        positions=positions,
-        dropout_rate=dropout_rate,
-        dropout_key=dropout_key,
-        block_size=block_size,
-        implementation=implementation,
-    )
+    mesh_axes = names_of(axis_name)
+    options: dict[str, Any] = {
+        "mask": masks.as_mask(mask),
+        "bias": bias,
+        "score": score,
+        "scale": scale,
+        "soft_cap": soft_cap,
+        "cap_bias": cap_bias,
+        "positions": positions,
+        "dropout_rate": dropout_rate,
+        "dropout_key": dropout_key,
+        "block_size": block_size,
+        "implementation": implementation,
+    }
+    if mesh_axes:
+        check_axes(mesh_axes, {"positions": positions}, ("positions",), ())
+        check_kinds(options["mask"])
+        if any(x is not None for x in (options["mask"], score, positions)):
+            options["positions"] = places(mesh_axes, positions, queries, keys)
+        if context != "ring":
+            run = with_all_keys if context == "allgather" else with_all_tokens
+            options |= {"sink": sink, "normalizer": normalizer, "return_lse": return_lse}
+            return run(attention, mesh_axes, queries, keys, values, options)
+        options["num_hops"] = num_devices(mesh_axes)
+        options["mask"] = of_source(options["mask"], options["num_hops"])
+    tiled = cut_into_tiles(queries, keys, values, **options)
     grid, wide = tiled.constants.grid, computing_dtype(tiled.dtype)
     level = None if sink is None else per_head(sink, grid.heads, wide, "sink")
     shaped = lambda x: grid.queries.join(x, 2).swapaxes(1, 2)
@@ -280,7 +338,10 @@ def attention(
         tiled = with_weigher(tiled, weigh)
         found = sparse_average(tiled.operands, tiled.constants, jnp.asarray(reach, wide))
         return shaped(found).reshape(tiled.shape).astype(tiled.dtype)
-    out, lse = average(tiled.operands, tiled.constants)
+    if mesh_axes:
+        out, lse = ring_average(mesh_axes, on_each_device(tiled.operands), tiled.constants)
+    else:
+        out, lse = average(tiled.operands, tiled.constants)
     if level is not None:
         out, lse = with_sink(out, lse, jnp.squeeze(level, 3)[None])
     out = shaped(out).reshape(tiled.shape).astype(tiled.dtype)

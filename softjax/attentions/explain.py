@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax import masks
+from softjax._mesh import AxisName, names_of, num_devices
 from softjax.attentions._backends import BACKENDS, Backend, Call, call_of, check_name, choose
 from softjax.attentions._cudnn import why_no_kernel
 from softjax.attentions.attend import attention
@@ -36,6 +37,8 @@ def explain_attention(
     block_size: int | tuple[int, int] | None = None,
     implementation: str | None = None,
     return_lse: bool = False,
+    context: str = "ring",
+    axis_name: AxisName = None,
 ) -> str:
     r"""Tells which backend `attention` takes for a call, and why it does not take the others.
 
@@ -59,10 +62,13 @@ def explain_attention(
         block_size: as in `attention`.
         implementation: as in `attention`; one that cannot serve the call raises no error here.
         return_lse: as in `attention`.
+        context: as in `attention`.
+        axis_name: as in `attention`, inside of `jax.shard_map`.
 
     Returns:
         One line for each backend, in the order in which they are tried: its name, the tiles in
-        which it forms the scores of a head, and either "taken" or the reason why it is not.
+        which it forms the scores of a head on a device, and either "taken" or the reason why it
+        is not. In a ring, so many tiles are formed in each hop of the keys.
 
     Raises:
         TypeError: as `attention`.
@@ -84,7 +90,16 @@ def explain_attention(
     check_name(implementation)
     # A bad call raises its errors here. Any implementation may be explained.
     jax.eval_shape(lambda: attention(**given | {"implementation": None}))
-    call = call_of(jnp.shape(queries), jnp.shape(keys)[-3], block_size)
+    *batch, num_queries, heads, width = jnp.shape(queries)
+    num_keys, mesh_axes, num_hops = jnp.shape(keys)[-3], names_of(axis_name), 0
+    if mesh_axes and context == "ring":
+        num_hops = num_devices(mesh_axes)
+    elif mesh_axes:
+        num_keys *= num_devices(mesh_axes)
+        if context == "ulysses":
+            num_queries *= num_devices(mesh_axes)
+            heads //= num_devices(mesh_axes)
+    call = call_of((*batch, num_queries, heads, width), num_keys, block_size, num_hops)
     call = call._replace(why_no_kernel=why_no_kernel(**given | {"mask": masks.as_mask(mask)}))
     is_unable = any(b.name == implementation and b.why_unable(call) for b in BACKENDS)
     taken = None if is_unable else choose(call, implementation)
@@ -107,4 +122,5 @@ def _tiles(backend: Backend, call: Call) -> str:
     query_block, key_block = backend.blocks(call)
     num_tiles = -(-call.num_queries // query_block) * -(-call.num_keys // key_block)
     plural = "" if num_tiles == 1 else "s"
-    return f"{num_tiles} tile{plural} of {query_block} x {key_block}"
+    hops = f"{call.num_hops} hop{'s' * (call.num_hops > 1)} of " if call.num_hops else ""
+    return f"{hops}{num_tiles} tile{plural} of {query_block} x {key_block}"
