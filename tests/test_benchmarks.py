@@ -47,6 +47,7 @@ ROWS = {
         "| others ",
         "0 of 0 counted predictions",
     ],
+    "ring": ["| ring ", "| allgather ", "| ulysses "],
     "steps": ["| transformer ", "| actor-critic ", "| classifier "],
     "rollouts": [
         *("| softmax ", "| softmax, gradient ", "| log_softmax ", "| log_prob, gradient "),
@@ -186,6 +187,12 @@ def check_compiled(results):
             assert found["unknown_loops"] <= found["loops"]
             assert found["temporary_bytes"] >= 0
     assert results["environment"]["target"]["versions"] == {}
+
+
+def check_ring(results):
+    for record in results["records"]:
+        assert record["bytes"] == record["formula_bytes"] > 0
+        assert record["passed"] is None
 
 
 def check_gpu(results):

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import softjax as sj
+from experiments.benchmarks import ring
 from softjax import masks
 from tests.helpers import INF, NAN, assert_close, eps
 from tests.test_axis_name import (
@@ -216,6 +217,11 @@ def test_hops_that_a_mask_empties_do_no_work():
         found[counts[0]] = np.asarray(out)
     back = sj.inverse_zigzag_permutation(TOKENS, 4)
     np.testing.assert_allclose(found[9][back], found[3], **ROUNDINGS)
+
+
+def test_bytes_that_cross_between_devices():
+    for record in ring.run(ring.QUICK)["records"]:
+        assert record["bytes"] == record["formula_bytes"] > 0
 
 
 @pytest.mark.slow
