@@ -4,11 +4,15 @@ An experiment is a pure `run(config, track)` that returns arrays by name, a `jud
 compares them with the targets, and a `draw` that makes figures from the arrays alone, so that
 `draw(dict(numpy.load("arrays.npz")))` makes them again. Every array `curves/<arm>/<measure>`,
 of shape `[seeds, steps]`, is logged step by step.
+
+An experiment whose options are `SpreadOptions` runs on a mesh of devices, in one process or in
+several, and keeps checkpoints, from which `--resume` goes on.
 """
 
 import dataclasses
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 import subprocess
@@ -18,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import jax
 import numpy as np
@@ -30,6 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import softjax
+from experiments import _processes
 
 __all__ = [
     "Arrays",
@@ -37,6 +42,7 @@ __all__ = [
     "Measure",
     "NDArray",
     "Options",
+    "SpreadOptions",
     "Track",
     "arms_of",
     "launch",
@@ -92,6 +98,47 @@ class Options:
         return cls(quick=True)
 
 
+@dataclasses.dataclass(frozen=True)
+class SpreadOptions(Options):
+    """The options of an experiment that is spread over devices and can be resumed."""
+
+    axes: ClassVar[tuple[str, ...]] = ()  # of the mesh
+
+    mesh: str = ""
+    """Devices along each axis of the mesh, such as data=2,vocab=2; 1 along the others."""
+    processes: int = 1
+    """Processes, on this machine, that share the devices evenly."""
+    resume: Path | None = None
+    """Run folder of a run that was stopped, to go on with its options."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if math.prod(self.sizes.values()) % self.processes:
+            raise ValueError(
+                f"mesh must have a multiple of `processes`, {self.processes}, devices, got"
+                f" {self.mesh!r}."
+            )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The number of devices along each axis."""
+        parts = [part.partition("=") for part in self.mesh.split(",") if part]
+        given = {name: int(size) if size.isdecimal() else 0 for name, _, size in parts}
+        if not set(given) <= set(self.axes) or not all(given.values()):
+            wanted = ",".join(f"{name}=2" for name in self.axes)
+            raise ValueError(f"mesh must be sizes such as {wanted}, got {self.mesh!r}.")
+        return {name: given.get(name, 1) for name in self.axes}
+
+    def make_mesh(self) -> jax.sharding.Mesh:
+        """The mesh of the first devices, whose arrays JAX places where no type says so."""
+        sizes = tuple(self.sizes.values())
+        count, found = math.prod(sizes), jax.devices()
+        if count > len(found):
+            raise ValueError(f"mesh {self.mesh} needs {count} devices, got {len(found)}.")
+        kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+        return jax.make_mesh(sizes, self.axes, axis_types=kinds, devices=found[:count])
+
+
 ConfigT = TypeVar("ConfigT", bound=Options)
 
 
@@ -141,12 +188,15 @@ class Measure:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment(Generic[ConfigT]):
-    """One question, and the functions that answer it; `tell` adds text to the final table."""
+    """One question, and the functions that answer it; `tell` adds text to the final table.
+
+    With `SpreadOptions`, `run` has a third argument: the folder of the checkpoints.
+    """
 
     name: str
     question: str | None
     config: type[ConfigT]
-    run: Callable[[ConfigT, Track], Arrays]
+    run: Callable[..., Arrays]
     judge: Callable[[ConfigT, Arrays], list[Measure]]
     draw: Callable[[Arrays], dict[str, Figure]]
     tell: Callable[[Arrays], str] | None = None
@@ -155,27 +205,38 @@ class Experiment(Generic[ConfigT]):
 def launch(experiment: Experiment[ConfigT], args: Sequence[str] | None = None) -> int:
     """Runs an experiment from its command line; returns the exit code."""
     args = sys.argv[1:] if args is None else list(args)
-    config = tyro.cli(
-        experiment.config,
-        default=experiment.config.reduced() if "--quick" in args else experiment.config(),
-        prog=f"python -m experiments {experiment.name}",
-        description=experiment.question,
-        args=args,
-    )
+    config: Any = _parsed(experiment, args)
+    options = args
+    folder = config.out / experiment.name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    kept_in: list[Path] = []
+    if isinstance(config, SpreadOptions):
+        if config.resume is not None:
+            folder = config.resume
+            config, options = _resumed(experiment, args, folder)
+        if config.processes > 1 and not _processes.is_one_of_several():
+            script = ["-m", "experiments", experiment.name]
+            return _processes.run_together(config.processes, [*script, *args])
+        _processes.connect(math.prod(config.sizes.values()))
+        kept_in = [folder]
     if config.quick:
         # In so short a run, XLA's optimizations take longer than they save.
         jax.config.update("jax_disable_most_optimizations", True)
+    if jax.process_index() > 0:  # The first process alone writes and prints.
+        experiment.run(config, untracked, *kept_in)
+        return 0
+
+    folder.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "experiments", experiment.name, *options])
+    _save_json(folder / "config.json", dataclasses.asdict(config))
+    environment = _environment(command)
+    _save_json(folder / "environment.json", environment)
     start = time.perf_counter()
     with _progress() as track:
-        arrays = experiment.run(config, track)
+        arrays = experiment.run(config, track, *kept_in)
     seconds = time.perf_counter() - start
     measures = experiment.judge(config, arrays)
 
-    folder = config.out / experiment.name / datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    folder.mkdir(parents=True)
-    command = shlex.join(["python", "-m", "experiments", experiment.name, *args])
-    _save_json(folder / "config.json", dataclasses.asdict(config))
-    _save_json(folder / "environment.json", {**_environment(command), "seconds": seconds})
+    _save_json(folder / "environment.json", {**environment, "seconds": seconds})
     _save_lines(folder / "metrics.jsonl", [*_steps(arrays), *(m.record() for m in measures)])
     np.savez_compressed(folder / "arrays.npz", allow_pickle=False, **arrays)
     figures = experiment.draw(arrays)
@@ -189,6 +250,40 @@ def launch(experiment: Experiment[ConfigT], args: Sequence[str] | None = None) -
     console.print(_table(f"{experiment.name}, {seconds:.1f} s", measures))
     console.print(f"Saved in {folder}", highlight=False, markup=False, soft_wrap=True)
     return int(config.check and any(measure.passed is False for measure in measures))
+
+
+def _parsed(experiment: Experiment[ConfigT], args: Sequence[str]) -> ConfigT:
+    return tyro.cli(
+        experiment.config,
+        default=experiment.config.reduced() if "--quick" in args else experiment.config(),
+        prog=f"python -m experiments {experiment.name}",
+        description=experiment.question,
+        args=args,
+    )
+
+
+def _resumed(
+    experiment: Experiment[ConfigT], args: Sequence[str], folder: Path
+) -> tuple[Any, list[str]]:
+    """The options of the run in the folder, with `args` behind them, and those of the run."""
+    try:
+        command = json.loads((folder / "environment.json").read_text("utf-8"))["command"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(
+            f"--resume {folder}: no run can be resumed from there, {error}."
+        ) from None
+    name, *options = shlex.split(command)[3:]
+    if name != experiment.name:
+        raise SystemExit(f"--resume {folder}: that is a run of {name}, not {experiment.name}.")
+    then: Any = _parsed(experiment, options)
+    now: Any = _parsed(experiment, [*options, *args])
+    free = {"check": then.check, "processes": then.processes, "resume": None}
+    if dataclasses.replace(now, **free) != then:
+        raise SystemExit(
+            f"--resume {folder} takes the options of that run; beside it, only --check and"
+            " --processes may change."
+        )
+    return now, options
 
 
 @contextmanager
@@ -266,7 +361,11 @@ def _in_words(figure: Figure) -> str:
 
 
 def _save_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    part = path.with_suffix(
+        ".part"
+    )  # A run that is stopped while it writes keeps the old file.
+    part.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def _save_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -8,24 +8,40 @@ values, then keys alone, and must name the value of each. Expected: all maps rec
 in retrieval softmax spreads its weight over the many and fades, and scalable softmax
 (Nakanishi 2025), whose scores grow with the logarithm of the number of items, fades later.
 Softmax as good as that at 16 times the training length would refute it.
+
+Long sequences of pairs are recalled over several devices, each of which holds a part of the
+tokens: `--mesh context=4` sends keys and values around a ring, and with `--context allgather`
+each device gathers all of them, as the sparse maps need. `--processes` and `--resume` are those
+of `language_model`.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 
 import softjax as sj
+from experiments._checkpoints import fetch, restore, save
 from experiments._networks import mlp
 from experiments._plots import curves, finish, heatmap, legend, lines, panels
-from experiments._run import Arrays, Experiment, Measure, Options, Track, launch, untracked
+from experiments._run import (
+    Arrays,
+    Experiment,
+    Measure,
+    SpreadOptions,
+    Track,
+    launch,
+    untracked,
+)
 from softjax import masks
 
 __all__ = ["Config", "draw", "judge", "main", "run"]
@@ -35,34 +51,43 @@ MapName = Literal[
     "softmax", "sink", "scalable softmax", "sparsemax", "entmax15", "adaptive temperature"
 ]
 Params = dict[str, Any]
+Attention = Callable[..., Any]  # `sj.attention`, over one device or several
+# Attention under a map: of a learnt number, queries, keys, values and a mask.
 Attend = Callable[[Array, Array, Array, Array, masks.Mask | None], Array]
 
 
 class Map(NamedTuple):
-    """Attention under one map: of a learnt number, queries, keys, values and a mask."""
+    """Attention under one map, and how the number that it may learn starts."""
 
-    attend: Attend
-    start: float = 0.0  # Start of the learnt number, where there is one.
+    attend: Callable[..., Array]  # of `sj.attention` over devices, and the arguments of Attend
+    start: float = 0.0
     trained_as: MapName | None = None  # The map whose weights are used, where it is another.
+    sparse: bool = False
 
 
-def _normalizer(name: str) -> Attend:
-    return lambda _, *args: sj.attention(*args[:3], mask=args[3], normalizer=name)
+def _normalizer(name: str) -> Callable[..., Array]:
+    return lambda attention, _, *args: attention(*args[:3], mask=args[3], normalizer=name)
 
 
-def _sink(level: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None) -> Array:
-    return sj.attention(q, k, v, mask=mask, sink=level)
+def _sink(
+    attention: Attention, level: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None
+) -> Array:
+    return attention(q, k, v, mask=mask, sink=level)
 
 
-def _scalable(scale: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None) -> Array:
+def _scalable(
+    attention: Attention, scale: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None
+) -> Array:
     """Scores times s ln n, of the n keys that a query sees."""
     seen = k.shape[-3] if mask is None else jnp.arange(1, q.shape[-3] + 1)
-    return sj.attention(sj.scalable_queries(q, seen, scale), k, v, mask=mask)
+    return attention(sj.scalable_queries(q, seen, scale), k, v, mask=mask)
 
 
-def _adaptive(_: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None) -> Array:
+def _adaptive(
+    attention: Attention, _: Array, q: Array, k: Array, v: Array, mask: masks.Mask | None
+) -> Array:
     """Softmax, sharpened by a polynomial in its entropy, as in the paper on retrieval."""
-    attend = functools.partial(sj.attention, mask=mask)
+    attend = functools.partial(attention, mask=mask)
     mean_key, lse = attend(q, k, k, return_lse=True)
     mean_score = jnp.sum(q * mean_key, -1) / jnp.sqrt(q.shape[-1]).astype(q.dtype)
     entropy = lse - mean_score
@@ -75,16 +100,20 @@ MAPS: dict[MapName, Map] = {
     "softmax": Map(_normalizer("softmax")),
     "sink": Map(_sink),
     "scalable softmax": Map(_scalable, start=0.43),
-    "sparsemax": Map(_normalizer("sparsemax")),
-    "entmax15": Map(_normalizer("entmax15")),
+    "sparsemax": Map(_normalizer("sparsemax"), sparse=True),
+    "entmax15": Map(_normalizer("entmax15"), sparse=True),
     "adaptive temperature": Map(_adaptive, trained_as="softmax"),
 }
 
 
 @dataclass(frozen=True)
-class Config(Options):
+class Config(SpreadOptions):
     """Options of attention over ever more tokens."""
 
+    axes: ClassVar[tuple[str, ...]] = ("context",)
+
+    context: Literal["ring", "allgather"] = "ring"
+    """How recall meets the keys of other devices."""
     num_seeds: int = 3
     """Number of independent repetitions, run side by side."""
     maps: tuple[MapName, ...] = tuple(MAPS)
@@ -133,6 +162,18 @@ class Config(Options):
             raise ValueError(
                 f"num_symbols must be at least num_pairs, {self.num_pairs}, got"
                 f" {self.num_symbols}."
+            )
+        num_devices = self.sizes["context"]
+        if 3 * self.num_pairs % num_devices:
+            raise ValueError(
+                f"num_pairs must be such that {num_devices} devices share three times as many"
+                f" tokens evenly, got {self.num_pairs}."
+            )
+        sparse = [name for name in self.maps if MAPS[name].sparse]
+        if sparse and num_devices > 1 and self.context == "ring":
+            raise ValueError(
+                f"maps must not be sparse in a ring, got {', '.join(sparse)}; they need"
+                " --context allgather."
             )
 
     @classmethod
@@ -272,8 +313,13 @@ TASKS = {
 }
 
 
-def run(config: Config, track: Track = untracked) -> Arrays:
+def run(config: Config, track: Track = untracked, folder: Path | None = None) -> Arrays:
     """Training curves, accuracies by seed (and length), and the weights of one example."""
+    with jax.set_mesh(config.make_mesh()):
+        return _run(config, track, folder)
+
+
+def _run(config: Config, track: Track, folder: Path | None) -> Arrays:
     keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
     arrays: Arrays = {"lengths": np.array(config.lengths)}
     for task in TASKS:
@@ -281,27 +327,44 @@ def run(config: Config, track: Track = untracked) -> Arrays:
         for name in config.maps:
             source = MAPS[name].trained_as or name
             if source not in trained:
-                trained[source], losses = _fit(keys, task, source, config, track)
+                kept = folder and folder / "checkpoints" / f"{task}, {source}"
+                trained[source], losses = _fit(keys, task, source, config, track, kept)
                 arrays[f"curves/{task}, {source}/train_loss"] = losses
             params = trained[source]
             if task == "recall":
-                arrays[f"recall/{name}"] = _accuracy(params, keys, task, name, config, 0)
+                arrays[f"recall/{name}"] = fetch(_right(params, keys, task, name, config, 0))
                 continue
-            by_length = [_accuracy(params, keys, task, name, config, n) for n in config.lengths]
-            arrays[f"retrieval/{name}"] = np.stack(by_length, -1)
-            arrays[f"weights/{name}"] = np.asarray(_weights(params, keys[0], name, config))
+            by_length = [_right(params, keys, task, name, config, n) for n in config.lengths]
+            arrays[f"retrieval/{name}"] = np.stack(fetch(by_length), -1)
+            arrays[f"weights/{name}"] = fetch(_weights(params, keys[0], name, config))
     return arrays
 
 
 def _fit(
-    keys: Array, task: str, name: MapName, config: Config, track: Track
+    keys: Array, task: str, name: MapName, config: Config, track: Track, kept: Path | None
 ) -> tuple[Params, Any]:
-    params, state = _start(keys, jnp.asarray(MAPS[name].start, float), task, config)
-    losses = []
-    for number in track(range(config.num_rounds), f"{task}, {name}"):
-        params, state, loss = _train(params, state, keys, jnp.int32(number), task, name, config)
-        losses.append(np.asarray(loss))
-    return params, np.stack(losses, -1)
+    state = _start(keys, jnp.asarray(MAPS[name].start, float), task, config)
+    losses = np.full((config.num_seeds, config.num_rounds), np.nan, jnp.result_type(float))
+    done, (state, losses) = restore(kept, (state, losses))
+    for number in track(range(done, config.num_rounds), f"{task}, {name}"):
+        *state, loss = _train(*state, keys, jnp.int32(number), task, name, config)
+        losses[:, number] = fetch(loss)
+        save(kept, number + 1, (tuple(state), losses))
+    return state[0], losses
+
+
+def _attend(task: str, name: MapName, config: Config) -> Attend:
+    """Attention under the map; in recall, each device holds a part of the tokens."""
+
+    def over_devices(q: Array, k: Array, v: Array, **options: Any) -> Any:
+        tokens = P(None, "context")
+        on = {"axis_name": "context", "context": config.context}
+        attention = functools.partial(sj.attention, **options, **on)
+        specs = (tokens, tokens, tokens)
+        return jax.shard_map(attention, in_specs=specs, out_specs=tokens)(q, k, v)
+
+    is_spread = task == "recall" and config.sizes["context"] > 1
+    return functools.partial(MAPS[name].attend, over_devices if is_spread else sj.attention)
 
 
 def _optimizer(task: str, config: Config) -> Any:
@@ -309,14 +372,14 @@ def _optimizer(task: str, config: Config) -> Any:
     return optax.adam(optax.cosine_decay_schedule(config.learning_rate, num_steps))
 
 
-@functools.partial(jax.jit, static_argnames=("task", "config"))
+@functools.partial(jax.jit, static_argnames=("task", "config"), out_shardings=P())
 def _start(keys: Array, number: Array, task: str, config: Config) -> tuple[Params, Any]:
     start = lambda key: TASKS[task].start(key, number, config)
     params = jax.vmap(start)(keys)
     return params, jax.vmap(_optimizer(task, config).init)(params)
 
 
-@functools.partial(jax.jit, static_argnames=("task", "name", "config"))
+@functools.partial(jax.jit, static_argnames=("task", "name", "config"), out_shardings=P())
 def _train(
     params: Params,
     state: Any,
@@ -327,7 +390,7 @@ def _train(
     config: Config,
 ) -> tuple[Params, Any, Array]:
     """One round; the new parameters and state, and the mean loss `[seeds]`."""
-    optimizer, attend = _optimizer(task, config), MAPS[name].attend
+    optimizer, attend = _optimizer(task, config), _attend(task, name, config)
 
     def mean_loss(params: Params, examples: Any, labels: Array) -> Array:
         logits = TASKS[task].apply(params, examples, attend)
@@ -361,19 +424,13 @@ def _right(
         def some(key: Array) -> Array:
             count = max(1, min(config.num_test, 2**16 // max(1, length)))
             examples, labels = TASKS[task].sample(key, count, config, length)
-            logits = TASKS[task].apply(params, examples, MAPS[name].attend)
+            logits = TASKS[task].apply(params, examples, _attend(task, name, config))
             return jnp.mean(jnp.argmax(logits, -1).astype(labels.dtype) == labels)
 
         num_parts = max(1, config.num_test * length // 2**16)
         return jnp.mean(jax.lax.map(some, jax.random.split(key, num_parts)))
 
     return jax.vmap(one_seed)(params, keys)
-
-
-def _accuracy(
-    params: Params, keys: Array, task: str, name: MapName, config: Config, length: int
-) -> Any:
-    return np.asarray(_right(params, keys, task, name, config, length))
 
 
 @functools.partial(jax.jit, static_argnames=("name", "config"))
@@ -386,7 +443,8 @@ def _weights(params: Params, key: Array, name: MapName, config: Config) -> Array
     items = tuple(jnp.take_along_axis(x, order, -1) for x in (priorities, classes))
     query, keys, _ = _items(params, items)
     eye = jnp.broadcast_to(jnp.eye(length, dtype=query.dtype)[:, None], (8, length, 1, length))
-    return MAPS[name].attend(params["number"], query, keys, eye, None)[:, 0, 0]
+    attend = _attend("retrieval", name, config)
+    return attend(params["number"], query, keys, eye, None)[:, 0, 0]
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:

@@ -10,35 +10,40 @@ Expected on the topics: less than 1.8 nats per character on the last tenth. Cont
 layer starts at zero, so that the first loss is the logarithm of the number of characters; and
 once the characters are shuffled nothing can be learnt from those before, so that the loss stays
 above the entropy of a single character. A model that does better there has seen what it
-predicts. The compiled memory of the gradient of the output layer is compared with that of one
-that stores the logits: expected is less than a tenth at a large vocabulary. A missed target, or
-a control that fails, would refute it.
+predicts. A missed target, or a control that fails, would refute it.
+
+`--mesh data=2,vocab=2` spreads the windows of a step over two groups of devices, and the
+classes over the two devices of each group; a CPU stands in for them where there is no other
+device. With `--processes 2`, two processes share them. The losses are those of one device but
+for rounding. `--resume RUN` goes on with a run that was stopped, to the very same losses.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.sharding import PartitionSpec as P
 from matplotlib.figure import Figure
 
 import softjax as sj
+from experiments._checkpoints import fetch, restore, save
 from experiments._data import REFERENCE, load_text
 from experiments._networks import Layers, Network, mlp
-from experiments._plots import COLOURS, bars, curves, finish, legend, panels
+from experiments._plots import COLOURS, curves, legend
 from experiments._run import (
     Arrays,
     Experiment,
     Measure,
     NDArray,
-    Options,
+    SpreadOptions,
     Track,
     launch,
     untracked,
@@ -47,12 +52,13 @@ from experiments._run import (
 __all__ = ["Config", "Model", "draw", "judge", "main", "run", "tell"]
 
 SHUFFLED = "shuffled characters"
-LARGE_HEAD = (1024, 64, 32768)  # tokens, features, classes
 
 
 @dataclass(frozen=True)
-class Config(Options):
+class Config(SpreadOptions):
     """Options of the language model."""
+
+    axes: ClassVar[tuple[str, ...]] = ("data", "vocab")
 
     num_seeds: int = 3
     """Number of independent repetitions, run side by side."""
@@ -84,8 +90,14 @@ class Config(Options):
     """Temperature that it writes them at."""
     max_loss: float = 1.8
     """Target on Python's reference: the largest mean loss on the last tenth."""
-    max_memory_ratio: float = 0.1
-    """Target: memory without the stored logits over memory with them, large vocabulary."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.sizes["data"]:
+            raise ValueError(
+                f"batch_size must be a multiple of the devices along data, got"
+                f" {self.batch_size} and {self.sizes['data']}."
+            )
 
     @classmethod
     def reduced(cls) -> Self:
@@ -112,7 +124,7 @@ class Model(NamedTuple):
 
     embeddings: Array  # [V, num_embedding]
     layers: Layers
-    weights: Array  # [V, num_features], of the output layer
+    head: Array  # [V, num_features], padded to as many classes on each device
 
 
 class _State(NamedTuple):
@@ -120,8 +132,8 @@ class _State(NamedTuple):
     optimizer: Any
 
 
-def run(config: Config, track: Track = untracked) -> Arrays:
-    """Trains on the text and on its shuffled characters; samples; measures memory."""
+def run(config: Config, track: Track = untracked, folder: Path | None = None) -> Arrays:
+    """Trains on the text and on its shuffled characters, and writes a text."""
     text = load_text(config.data_dir)
     codes = np.frombuffer(text.characters.encode("utf-32-le"), np.uint32)
     vocabulary, tokens = np.unique(codes, return_inverse=True)
@@ -134,43 +146,42 @@ def run(config: Config, track: Track = untracked) -> Arrays:
             f"{text.name} has {len(tokens)}."
         )
     shuffled = np.random.default_rng(config.seed).permutation(tokens)
-    keys = jax.random.split(jax.random.key(config.seed), config.num_seeds)
-    start = _start(keys, config, len(vocabulary))
 
-    def train(arm: str, tokens: Array, num_rounds: int) -> tuple[Model, Arrays]:
-        state, losses = start, []
-        for number in track(range(num_rounds), arm):
-            state, train_loss = _train(state, keys, jnp.int32(number), tokens, config)
+    def validate(model: Model, tokens: NDArray) -> NDArray:
+        return np.mean(fetch(_losses(model, tokens[num_train:], config)), axis=-1)
+
+    def train(arm: str, tokens: NDArray, num_rounds: int) -> tuple[NDArray, Model, Arrays]:
+        state = _start(config, len(vocabulary))
+        first_loss = validate(state.model, tokens)
+        kept = folder and folder / "checkpoints" / arm
+        losses = np.full((2, config.num_seeds, num_rounds), np.nan, first_loss.dtype)
+        done, (state, losses) = restore(kept, (state, losses))
+        for number in track(range(done, num_rounds), arm):
+            state, train_loss = _train(state, jnp.int32(number), tokens, config)
             # Fetching waits for the round, so that the progress bar shows finished work.
-            losses.append((np.asarray(train_loss), _validate(state.model, tokens, config)))
-        train_losses, validation_losses = np.moveaxis(np.array(losses), 0, -1)
-        return state.model, {
-            f"curves/{arm}/train_loss": train_losses,
-            f"curves/{arm}/validation_loss": validation_losses,
-        }
+            losses[:, :, number] = fetch(train_loss), validate(state.model, tokens)
+            save(kept, number + 1, (state, losses))
+        curves = zip(("train_loss", "validation_loss"), losses, strict=True)
+        named = {f"curves/{arm}/{name}": values for name, values in curves}
+        return first_loss, fetch(state.model), named
 
-    model, learnt = train("text", jnp.asarray(tokens), config.num_rounds)
-    _, control = train(SHUFFLED, jnp.asarray(shuffled), config.num_control_rounds)
-    prompt = jnp.asarray(tokens[num_train : num_train + config.window])
-    first_model = jax.tree.map(lambda leaf: leaf[0], model)
+    with jax.set_mesh(config.make_mesh()):
+        first_loss, model, learnt = train("text", tokens, config.num_rounds)
+        _, _, control = train(SHUFFLED, shuffled, config.num_control_rounds)
+    prompt = tokens[num_train : num_train + config.window]
+    first_model = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), model)
     written = _write(jax.random.key(config.seed), first_model, prompt, config)
-    own_head = (config.batch_size, config.num_features, len(vocabulary))
     return {
         "data": np.array(text.name),
         "vocabulary": vocabulary,
         "steps_per_round": np.array(config.num_steps),
-        "first_loss": _validate(start.model, jnp.asarray(tokens), config),
+        "first_loss": first_loss,
         "entropy/text": _entropy(tokens[num_train:]),
         f"entropy/{SHUFFLED}": _entropy(shuffled[num_train:]),
         **learnt,
         **control,
-        "sample/prompt": np.asarray(prompt),
+        "sample/prompt": prompt,
         "sample/written": np.asarray(written),
-        "memory/sizes": np.array([own_head, LARGE_HEAD]),
-        **{
-            f"memory/{name}": np.array([_memory(head, *own_head), _memory(head, *LARGE_HEAD)])
-            for name, head in _HEADS.items()
-        },
     }
 
 
@@ -181,7 +192,9 @@ def _network(config: Config) -> Network:
 def _optimizer(config: Config) -> Any:
     num_steps = config.num_rounds * config.num_steps
     schedule = optax.cosine_decay_schedule(config.learning_rate, num_steps)
-    return optax.adamw(schedule, weight_decay=config.weight_decay)
+    # Adam divides a gradient by its size. With a smaller `eps`, one that is nearly 0 would make
+    # a whole step of its rounding, so that the losses on two meshes would drift apart.
+    return optax.adamw(schedule, eps=1e-5, weight_decay=config.weight_decay)
 
 
 def _features(model: Model, windows: Array, config: Config) -> Array:
@@ -189,31 +202,62 @@ def _features(model: Model, windows: Array, config: Config) -> Array:
     return jax.nn.relu(_network(config).apply(model.layers, model.embeddings[windows]))
 
 
+def _token_losses(model: Model, features: Array, labels: Array, spread: bool) -> Array:
+    """The loss of each token, `[n]`, from the classes of each device; `spread`: its tokens."""
+    is_class = jnp.arange(len(model.head)) < len(model.embeddings)
+    bias = jnp.where(is_class, 0.0, -jnp.inf)  # A class with bias -inf does not count.
+    tokens, classes = P("data" if spread else None), P("vocab")
+
+    def losses(features: Array, head: Array, bias: Array, labels: Array) -> Array:
+        return sj.linear_cross_entropy(
+            features, head, labels, bias=bias, axis_name="vocab", reduction=None
+        )
+
+    specs = (tokens, classes, classes, tokens)
+    on_mesh = jax.shard_map(losses, in_specs=specs, out_specs=tokens)
+    return on_mesh(features, model.head, bias, labels)
+
+
+def _placed(state: _State) -> _State:
+    """The state, of which each device has its classes of the output layer and all else."""
+
+    def place(path: Any, leaf: Array) -> Array:
+        is_head = "head" in jax.tree_util.keystr(path)
+        return jax.lax.with_sharding_constraint(leaf, P(None, "vocab") if is_head else P())
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def _keys(config: Config) -> Array:
+    return jax.random.split(jax.random.key(config.seed), config.num_seeds)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "num_classes"))
-def _start(keys: Array, config: Config, num_classes: int) -> _State:
+def _start(config: Config, num_classes: int) -> _State:
+    num_devices = config.sizes["vocab"]
+    num_padded = -(-num_classes // num_devices) * num_devices
+
     def start(key: Array) -> _State:
         layers_key, embeddings_key = jax.random.split(key)
         model = Model(
             jax.random.normal(embeddings_key, (num_classes, config.num_embedding)),
             _network(config).init(layers_key),
-            jnp.zeros((num_classes, config.num_features)),
+            jnp.zeros((num_padded, config.num_features)),
         )
         return _State(model, _optimizer(config).init(model))
 
-    return jax.vmap(start)(keys)
+    return _placed(jax.vmap(start)(_keys(config)))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _train(
-    state: _State, keys: Array, number: Array, tokens: Array, config: Config
-) -> tuple[_State, Array]:
+def _train(state: _State, number: Array, tokens: Array, config: Config) -> tuple[_State, Array]:
     """One round on the first nine tenths; the new state, and the mean loss `[seeds]`."""
     num_places = len(tokens) * 9 // 10 - config.window
     window = jnp.arange(config.window + 1, dtype=jnp.int32)
 
     def mean_loss(model: Model, texts: Array) -> Array:
         features = _features(model, texts[:, :-1], config)
-        return sj.linear_cross_entropy(features, model.weights, texts[:, -1])
+        return jnp.mean(_token_losses(model, features, texts[:, -1], spread=True))
 
     def step(state: _State, key: Array) -> tuple[_State, Array]:
         places = jax.random.randint(key, (config.batch_size, 1), 0, num_places, jnp.int32)
@@ -228,30 +272,23 @@ def _train(
         state, losses = jax.lax.scan(step, state, step_keys)
         return state, jnp.mean(losses)
 
-    return jax.vmap(one_seed)(state, keys)
-
-
-def _validate(model: Model, tokens: Array, config: Config) -> NDArray:
-    """The mean loss `[seeds]` on the last tenth, which no step of training reads."""
-    return np.mean(np.asarray(_losses(model, tokens, config)), axis=-1)
+    state, losses = jax.vmap(one_seed)(state, _keys(config))
+    return _placed(state), losses
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _losses(model: Model, tokens: Array, config: Config) -> Array:
-    """The loss of every character of the last tenth that a window precedes, `[seeds, n]`."""
-    held_out = tokens[len(tokens) * 9 // 10 :]
-    labels = held_out[config.window :]
-
-    def one_place(model: Model, place: Array) -> Array:
-        window = jax.lax.dynamic_slice(held_out, (place,), (config.window,))
-        return _features(model, window[None], config)[0]
+    """The loss of every character that a window precedes, `[seeds, n]`; trains nothing."""
+    labels = tokens[config.window :]
 
     def one_seed(model: Model) -> Array:
+        def features_at(place: Array) -> Array:
+            window = jax.lax.dynamic_slice(tokens, (place,), (config.window,))
+            return _features(model, window[None], config)[0]
+
         places = jnp.arange(len(labels), dtype=jnp.int32)
-        features = jax.lax.map(
-            functools.partial(one_place, model), places, batch_size=min(512, len(labels))
-        )
-        return sj.linear_cross_entropy(features, model.weights, labels, reduction=None)
+        features = jax.lax.map(features_at, places, batch_size=min(512, len(labels)))
+        return _token_losses(model, features, labels, spread=False)
 
     return jax.vmap(one_seed)(model)
 
@@ -261,7 +298,8 @@ def _write(key: Array, model: Model, prompt: Array, config: Config) -> Array:
     """Characters `[sample_length]`, each drawn given the window before it."""
 
     def step(window: Array, key: Array) -> tuple[Array, Array]:
-        logits = _features(model, window[None], config)[0] @ model.weights.T
+        head = model.head[: len(model.embeddings)]  # without the padding
+        logits = _features(model, window[None], config)[0] @ head.T
         log_probs = sj.log_softmax(logits, temperature=config.temperature)
         token = jax.random.categorical(key, log_probs).astype(window.dtype)
         return jnp.append(window[1:], token), token
@@ -275,52 +313,19 @@ def _entropy(tokens: NDArray) -> NDArray:
     return np.asarray(-np.sum(shares * np.log(np.where(shares > 0, shares, 1))))
 
 
-def _dense_head(features: Array, weights: Array, labels: Array) -> Array:
-    """The usual output layer, which stores the logits."""
-    logits = features @ weights.T
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-
-_HEADS: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "dense": _dense_head,
-    "fused": sj.linear_cross_entropy,
-}
-
-
-def _memory(
-    head: Callable[[Array, Array, Array], Array],
-    num_tokens: int,
-    num_features: int,
-    num_classes: int,
-) -> float:
-    """Temporary memory of the compiled gradient in both float arguments, in MiB."""
-    features = jax.ShapeDtypeStruct((num_tokens, num_features), float)
-    weights = jax.ShapeDtypeStruct((num_classes, num_features), float)
-    labels = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
-    gradient = jax.jit(jax.grad(head, argnums=(0, 1)))
-    analysis = gradient.lower(features, weights, labels).compile().memory_analysis()
-    return analysis.temp_size_in_bytes / 2**20 if analysis else math.nan
-
-
 def judge(config: Config, arrays: Arrays) -> list[Measure]:
-    """The loss on the last tenth, its two controls, and the memory of the output layer."""
+    """The loss on the last tenth, and its two controls."""
     loss = arrays["curves/text/validation_loss"][:, -1]
     control = arrays[f"curves/{SHUFFLED}/validation_loss"][:, -1]
-    num_classes = len(arrays["vocabulary"])
-    eps = float(np.finfo(loss.dtype).eps)
-    own, large = arrays["memory/fused"] / arrays["memory/dense"]
-    is_reference = arrays["data"] == REFERENCE
+    chance = math.log(len(arrays["vocabulary"]))
+    target = config.max_loss if arrays["data"] == REFERENCE else None
     return [
-        Measure(
-            "validation loss, nats per character",
-            loss,
-            at_most=config.max_loss if is_reference else None,
-        ),
+        Measure("validation loss, nats per character", loss, at_most=target),
         Measure("the same, without the characters before", arrays["entropy/text"]),
         Measure(
-            f"first loss, less ln {num_classes}",
-            abs(arrays["first_loss"] - math.log(num_classes)),
-            at_most=4 * eps * math.log(num_classes),
+            f"first loss, less ln {len(arrays['vocabulary'])}",
+            abs(arrays["first_loss"] - chance),
+            at_most=4 * float(np.finfo(loss.dtype).eps) * chance,
             summary="max",
         ),
         Measure(
@@ -329,35 +334,20 @@ def judge(config: Config, arrays: Arrays) -> list[Measure]:
             at_least=-0.02,  # Chance; a model that is not perfect is above 0.
             summary="min",
         ),
-        Measure("memory, fused / dense, own head", own),
-        Measure("memory, fused / dense, large head", large, at_most=config.max_memory_ratio),
     ]
 
 
 def tell(arrays: Arrays) -> str:
-    """A text that the first seed's model wrote, and the memory of the output layers."""
+    """A text that the first seed's model wrote."""
     prompt, written = (
         "".join(map(chr, arrays["vocabulary"][arrays[f"sample/{part}"]]))
         for part in ("prompt", "written")
     )
-    lines = [f"Written after {prompt!r}:", written, "", _MEMORY_TITLE]
-    for number, sizes in enumerate(arrays["memory/sizes"]):
-        memory = "".join(f"{arrays[f'memory/{name}'][number]:12.2f}" for name in _HEADS)
-        lines.append("".join(f"{size:>10}" for size in sizes) + memory)
-    return "\n".join(lines)
-
-
-_MEMORY_TITLE = "".join(
-    [
-        *(f"{name:>10}" for name in ("tokens", "features", "classes")),
-        *(f"{name + ', MiB':>12}" for name in _HEADS),
-        "   (temporary memory of the gradient of the output layer)",
-    ]
-)
+    return f"Written after {prompt!r}:\n{written}\n"
 
 
 def draw(arrays: Arrays) -> dict[str, Figure]:
-    """The losses, with the entropy of a character, and the memory of the output layers."""
+    """The losses, with the entropy of a character."""
     losses = curves(
         arrays,
         f"round of {arrays['steps_per_round']} steps",
@@ -373,18 +363,7 @@ def draw(arrays: Arrays) -> dict[str, Figure]:
         panel.axhline(entropy, color=COLOURS[-1], linestyle=":", label="entropy of a character")
     losses.legends.clear()
     legend(losses)
-    sizes = [" x ".join(map(str, row)) for row in arrays["memory/sizes"]]
-    memory, (panel,) = panels(
-        ["gradient of the output layer"],
-        "Temporary memory of the compiled gradient: the dense layer stores the logits,"
-        " the fused one does not.",
-        size=5.0,
-    )
-    bars(panel, sizes, {name: arrays[f"memory/{name}"] for name in _HEADS}, ".3g")
-    finish(panel, "tokens x features x classes", "temporary memory, MiB", y_scale="log")
-    panel.set_ylim(top=10 * float(max(arrays[f"memory/{name}"].max() for name in _HEADS)))
-    legend(memory)
-    return {"loss": losses, "memory": memory}
+    return {"loss": losses}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -62,6 +62,11 @@ ROWS = {
         *("| cross_entropy, smoothed ", "| distillation_loss ", "| log_softmax "),
         *("| softmax ", "| softmax, masked ", "| softmax along axis 1 "),
     ],
+    "scale": [
+        *("| softmax ", "| sparsemax ", "| linear_cross_entropy ", "| MiB sent, value "),
+        *("| tokens of a device from which a hop overlaps ", "| strong ", "| weak "),
+        "Simulated devices share one processor",
+    ],
     "accuracy": [
         f"| {name} "
         for name in ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15")
@@ -204,6 +209,23 @@ def check_gpu(results):
             assert record["seconds"] > 0
         assert record["error"] is None or record["error"] < 32
         assert record["counted_ratio"] is record["is_wrong"] is None
+
+
+def check_scale(results):
+    sizes = results["sizes"]
+    payload = {}
+    for record in results["records"]:
+        name, mode = record["function"], record["mode"]
+        pairs_meet = name in ("info_nce", "siglip_loss")
+        assert ("all-gather" in record["collectives"]) == pairs_meet
+        assert pairs_meet or list(record["collectives"]) == ["all-reduce"]
+        in_search = record["payload_bytes_in_loops"] > 0
+        assert in_search == (name in ("sparsemax", "entmax15", "sparsemax_loss"))
+        payload[name, mode] = record["payload_bytes"]["all-reduce"]
+    value, gradient = (payload["linear_cross_entropy", m] for m in ("value", "gradient"))
+    assert gradient - value == 4 * sizes["num_tokens"] * sizes["num_features"]
+    for record in results["scaling"]:
+        assert record["payload_bytes"] == {"all-reduce": gradient}
 
 
 def check_steps(results):

@@ -6,8 +6,11 @@ import importlib
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
+import sys
+import time
 import wave
 
 import jax
@@ -19,6 +22,7 @@ import scipy.signal
 from experiments import __main__ as command_line
 from experiments import (
     _cartpole,
+    _checkpoints,
     _choice,
     _gallery,
     _plots,
@@ -26,6 +30,7 @@ from experiments import (
     _run,
     _sounds,
     _training,
+    attention,
     blobs,
     classification,
     language_model,
@@ -47,7 +52,7 @@ FIGURES = {
     "classification": {"confusion", "curves"},
     "confidence": {"scale", "training"},
     "gumbel_vae": {"nelbo", "reconstructions"},
-    "language_model": {"loss", "memory"},
+    "language_model": {"loss"},
     "languages": {"confusion", "training"},
     "long_tail": {"recall", "training"},
     "my_map": {"map"},
@@ -133,6 +138,8 @@ def test_unknown_name(capsys):
         ["bandit", "--num-runs", "0"],
         ["blobs", "--num-test", "1000"],
         ["attention", "--num-symbols", "3"],
+        ["attention", "--num-pairs", "5", "--mesh", "context=4"],
+        ["attention", "--maps", "sparsemax", "--mesh", "context=4"],
         ["bandit", "--learners", "mellowmax"],
         ["cartpole", "--num-updates", "3"],
         ["confidence", "--dtypes", "bfloat16"],
@@ -143,6 +150,10 @@ def test_unknown_name(capsys):
         ["classification", "--maps", "softmx"],
         ["vowels", "--sizes", "50"],
         ["language_model", "--window", "0"],
+        ["language_model", "--mesh", "rows=2"],
+        ["language_model", "--mesh", "data=0,vocab=2"],
+        ["language_model", "--processes", "2"],
+        ["language_model", "--batch-size", "7", "--mesh", "data=2"],
         ["gumbel_vae", "--num-latents", "0"],
         ["gumbel_vae", "--arms"],
     ],
@@ -290,7 +301,7 @@ def test_language_model_of_own_text(tmp_path):
     text = "äéîõü\n" * 100
     config, arrays = run_language_model(tmp_path, text)
     assert arrays["data"] == "own.txt"
-    loss, *_, shuffled, _, _ = language_model.judge(config, arrays)
+    loss, *_, shuffled = language_model.judge(config, arrays)
     assert loss.passed is None  # The target is for Python's reference.
     assert loss.got < 0.05
     assert shuffled.passed
@@ -302,6 +313,216 @@ def test_language_model_of_own_text(tmp_path):
     first, second = (run["curves/text/validation_loss"] for run in (arrays, others))
     assert first.shape == second.shape == (config.num_seeds, config.num_rounds)
     assert (second[:, -1] > 1).all()
+
+
+def loss_curve(config, tokens):
+    """The losses of training on the mesh of the options, and the model."""
+    with jax.set_mesh(config.make_mesh()):
+        state, losses = language_model._start(config, 7), []
+        for number in range(config.num_rounds):
+            state, loss = language_model._train(state, jnp.int32(number), tokens, config)
+            losses.append(np.asarray(loss))
+    for head in (state.model.head, state.optimizer[0].mu.head):
+        num_seeds, num_classes, _ = head.sharding.shard_shape(head.shape)
+        assert (num_seeds, num_classes) == (2, head.shape[1] // config.sizes["vocab"])
+    return np.array(losses), _checkpoints.fetch(state.model)
+
+
+def test_language_model_on_a_mesh():
+    """Seven classes on two devices, beside one of padding: the losses are those of one."""
+    tokens = np.arange(400, dtype=np.int32) % 7
+    sizes = {"num_embedding": 4, "num_hidden": 16, "num_features": 16}
+    options = {"num_rounds": 2, "num_steps": 20, "batch_size": 8, "learning_rate": 0.02}
+    config = language_model.Config(num_seeds=2, window=3, **sizes, **options)
+    wanted, alone = loss_curve(config, tokens)
+    assert wanted[1].max() < wanted[0].min()
+    got, model = loss_curve(dataclasses.replace(config, mesh="data=2,vocab=2"), tokens)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(model.head[:, :7], alone.head, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(model.head[:, 7], 0)
+
+
+class StoppedError(Exception):
+    """A run is stopped."""
+
+
+def stopping_at(last):
+    """A `Track` that stops before the round `last`, of all arms together."""
+    numbers = iter(range(last))
+
+    def track(steps, label):
+        for step in steps:
+            if next(numbers, None) is None:
+                raise StoppedError
+            yield step
+
+    return track
+
+
+@pytest.mark.slow
+def test_language_model_is_resumed(tmp_path, capsys):
+    """From any round, and from the checkpoint before a damaged one, with the same arrays."""
+    config, wanted = run_language_model(tmp_path, "äéîõü\n" * 100)
+    for last in range(4):
+        with pytest.raises(StoppedError):
+            language_model.run(config, stopping_at(last), tmp_path / str(last))
+        if last == 2:
+            newest = tmp_path / "2" / "checkpoints" / "text" / "000002.npz"
+            newest.write_bytes(newest.read_bytes()[:-1])
+        got = language_model.run(config, folder=tmp_path / str(last))
+        assert ("000002.npz is damaged" in capsys.readouterr().err) == (last == 2)
+        assert got.keys() == wanted.keys()
+        for name, array in wanted.items():
+            np.testing.assert_array_equal(got[name], array, strict=True, err_msg=name)
+
+
+SMALL = {
+    **{"num-seeds": 2, "window": 3, "num-embedding": 4, "num-hidden": 32, "num-features": 16},
+    **{"num-rounds": 4, "num-control-rounds": 2, "num-steps": 60, "batch-size": 32},
+    **{"learning-rate": 0.02, "sample-length": 14},
+}
+
+
+def run_in_a_process(*options):
+    """The process of a run of the language model."""
+    command = [sys.executable, "-m", "experiments", "language_model", *map(str, options)]
+    root = command_line.FOLDER.parent
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=root, **pipes)
+
+
+def killed_and_resumed(folder, moments, *options):
+    """The arrays of a run that is killed as soon as each of these checkpoints is there."""
+    options = [*options, "--out", folder]
+    for moment in moments:
+        with run_in_a_process(*options) as process:
+            while not list(folder.glob(f"*/*/checkpoints/{moment}")):
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.01)
+            process.kill()
+        (run,) = folder.glob("*/*")
+        options = ["--resume", run]
+        assert not (run / "arrays.npz").exists()
+    with run_in_a_process(*options) as process:
+        text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    (run,) = folder.glob("*/*")
+    with np.load(run / "arrays.npz") as archive:
+        return dict(archive)
+
+
+@pytest.mark.slow
+def test_language_model_is_killed(tmp_path):
+    """The curves are those of a run that was not; in two processes, but for rounding."""
+    (tmp_path / "own.txt").write_text("äéîõü\n" * 100, encoding="utf-8")
+    small = [f"--{name}={value}" for name, value in SMALL.items()]
+    options = ["--quick", *small, "--data-dir", tmp_path]
+    wanted = killed_and_resumed(tmp_path / "whole", [], *options)
+    moments = ["text/000002.npz"]
+    got = killed_and_resumed(tmp_path / "killed", moments, *options)
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(got[name], array, strict=True, err_msg=name)
+    spread = ["--mesh", "data=2,vocab=2", "--processes", "2"]
+    got = killed_and_resumed(tmp_path / "two", moments, *options, *spread)
+    for name in (name for name in wanted if name.startswith("curves/")):
+        np.testing.assert_allclose(got[name], wanted[name], rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seed", "1"], "takes the options of that run"),
+        (["--mesh", "vocab=2"], "takes the options of that run"),
+        ([], "that is a run of toy, not language_model"),
+        ([], "no run can be resumed from there"),
+    ],
+)
+def test_what_cannot_be_resumed(tmp_path, options, words):
+    name = "toy" if "toy" in words else "language_model"
+    command = f"python -m experiments {name} --quick --num-seeds 1"
+    if "no run" not in words:
+        text = json.dumps({"command": command})
+        (tmp_path / "environment.json").write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit, match=words):
+        command_line.main(["language_model", "--resume", str(tmp_path), *options])
+
+
+def state_of_a_run(number):
+    array = jnp.arange(5, dtype="float32") + number
+    return {"array": array, "rest": (np.full((2, 3), np.nan), jnp.int32(number))}
+
+
+def test_checkpoints(tmp_path, capsys):
+    start = state_of_a_run(0)
+    assert _checkpoints.restore(tmp_path / "none", start) == (0, start)
+    assert _checkpoints.restore(None, start) == (0, start)
+    for number in (1, 2, 3):
+        _checkpoints.save(tmp_path, number, state_of_a_run(number))
+    (tmp_path / "part").write_bytes(b"of a run that was killed while it wrote")
+    newest = tmp_path / "000003.npz"
+    assert sorted(tmp_path.glob("*.npz")) == [tmp_path / "000002.npz", newest]
+    number, state = _checkpoints.restore(tmp_path, start)
+    assert number == 3
+    assert_same_state(state, 3)
+    assert not capsys.readouterr().err
+
+    # Whichever byte is damaged, it is noticed, or it changes nothing.
+    whole = newest.read_bytes()
+    damaged = [whole[:i] + bytes([255 - whole[i]]) + whole[i + 1 :] for i in range(len(whole))]
+    noticed = 0
+    for content in (b"", whole[: len(whole) // 2], whole[:-1], *damaged[::3]):
+        newest.write_bytes(content)
+        number, state = _checkpoints.restore(tmp_path, start)
+        assert_same_state(state, number)
+        error = capsys.readouterr().err
+        assert (f"{newest} is damaged and is not used: " in error) == (number == 2)
+        noticed += number == 2
+    assert noticed > len(damaged) / 6
+
+    (tmp_path / "000002.npz").unlink()
+    newest.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"No checkpoint in {tmp_path} can be used"):
+        _checkpoints.restore(tmp_path, start)
+
+
+def assert_same_state(state, number):
+    for got, wanted in zip(*map(jax.tree.leaves, (state, state_of_a_run(number))), strict=True):
+        assert type(got) is type(wanted)
+        np.testing.assert_array_equal(got, wanted, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (
+            {"array": jnp.zeros(4, "float32")},
+            r"array has dtype float32 and shape \(5,\), wanted",
+        ),
+        ({"array": jnp.zeros(5, "int32")}, r"array has dtype float32 and shape \(5,\), wanted"),
+        ({"more": jnp.zeros(4)}, r"it holds array, rest\.0, rest\.1, wanted array, more, "),
+    ],
+)
+def test_checkpoints_of_another_program(tmp_path, capsys, other, words):
+    _checkpoints.save(tmp_path, 1, state_of_a_run(1))
+    with pytest.raises(ValueError, match="No checkpoint"):
+        _checkpoints.restore(tmp_path, state_of_a_run(0) | other)
+    assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context", ["ring", "allgather"])
+def test_recall_over_devices(context):
+    """The curves are those of one device, but for rounding."""
+    maps = ("softmax", "sink") if context == "ring" else ("sparsemax",)
+    sizes = {"num_pairs": 4, "num_symbols": 4, "num_features": 8, "batch_size": 8}
+    steps = {"num_rounds": 2, "retrieval_steps": 1, "recall_steps": 10, "num_test": 8}
+    options = {"lengths": (4,), "num_items": 4, "gain_length": 4, **sizes, **steps}
+    config = attention.Config(num_seeds=2, maps=maps, **options)
+    wanted = attention.run(config)
+    got = attention.run(dataclasses.replace(config, mesh="context=4", context=context))
+    assert got.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_allclose(got[name], array, rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_languages_of_own_names(tmp_path):
