@@ -17,7 +17,7 @@ from softjax._autodiff import with_gradient_of
 from softjax._elementary import expm1_over_twice_near, log1p
 from softjax._scores import centre
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX, normalizer, weights
+from softjax._softmax import LOG_SOFTMAX, SOFTMAX, normalizer, weights
 from softjax._threshold import solve
 
 
@@ -44,7 +44,7 @@ def nats_between(
     row = slices.sum_of(lambda *args: _nats(*found(*args)), (x, y), *per_slice, shift)
     if temperature is not None:
         row = row * temperature * temperature
-    return jnp.where(of_p.total == 0, 0, row), shift
+    return jnp.where(of_p.is_empty, 0, row), shift
 
 
 @nats_between.defjvp
@@ -58,7 +58,7 @@ def _nats_between_jvp(slices: AlongAxes, primals: Any, tangents: Any) -> Any:
         x_peak, y_peak = (lax.stop_gradient(slices.max(z)) for z in (x, y))
         probs = lambda x: solve(SOFTMAX, slices, x, temperature).probs
         p_dot = jax.jvp(probs, (x,), (x_dot,))[1]
-        p, q = (solve(SOFTMAX, slices, z, temperature) for z in (x, y))
+        p, q = (solve(LOG_SOFTMAX, slices, z, temperature) for z in (x, y))
         # An infinite divergence is constant, and so is the divergence of an empty slice.
         varies = (row != jnp.inf) & (x_peak != -jnp.inf)
         both, kept = varies & (p.probs != 0), varies & (q.margins != -jnp.inf)

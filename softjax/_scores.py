@@ -18,7 +18,14 @@ class Scores(NamedTuple):
     near: Array  # values, but at least -`FAR` or little less
     errors: Array  # what rounding took from `near`
     dropped: Array  # at -inf, or finite below an infinite peak
-    is_peak: Array  # whether the score is 0; there may be several
+
+    @property
+    def is_peak(self) -> Array:
+        """Whether the score is 0, or so close that rounding may be all that is between.
+
+        If XLA forms the logits anew for the maximum, it may round them otherwise.
+        """
+        return self.near > -1 / 16
 
     @property
     def is_far(self) -> Array:
@@ -57,8 +64,7 @@ def centre(x: Array, peak: Array, temperature: Array | None) -> Scores:
     anchor = jnp.where(is_infinite, highest, anchor * scale)
     floor = anchor - jnp.maximum(FAR, 4 * float(limits.eps) * jnp.abs(anchor))
     near, errors = two_difference(jnp.minimum(highest, jnp.maximum(floor, x * scale)), anchor)
-    is_peak = x == jnp.where(peak == -jnp.inf, jnp.nan, peak)
-    return Scores(values, near, lax.stop_gradient(errors), dropped, is_peak)
+    return Scores(values, near, lax.stop_gradient(errors), dropped)
 
 
 def _divided(
@@ -92,7 +98,7 @@ def _divided(
     near = jnp.where(dead, -FAR, jnp.where(flat, near * 0, near))
     errors = jnp.where(dead | flat, 0, remainder + errors / divisor)
     values = jnp.where(dead, values, near)
-    return Scores(values, near, lax.stop_gradient(errors), values == -jnp.inf, near == 0)
+    return Scores(values, near, lax.stop_gradient(errors), values == -jnp.inf)
 
 
 def centre_at(x: Array, anchor: Array, temperature: Array | None) -> tuple[Array, Array]:

@@ -57,6 +57,16 @@ class AlongAxes:
             return _max_over_devices(self, x)
         return jnp.max(x, self.axes, keepdims=True, initial=-jnp.inf)
 
+    def zero(self, x: Array) -> Array:
+        """0 per slice of finite x.
+
+        Away from a CPU it comes from the maximum. XLA makes one kernel of a slice on a GPU if
+        x meets a maximum first, and seven if x meets a sum of products.
+        """
+        return lax.platform_dependent(
+            x, cpu=lambda x: jnp.zeros_like(self.max(x)), default=lambda x: 0 * self.max(x)
+        )
+
     def sum_over_devices(self, per_device: Array) -> Array:
         """The sum over devices of what each one computed, such as the sum of its part."""
         return lax.psum(per_device, self.mesh_axes) if self.mesh_axes else per_device
@@ -67,6 +77,11 @@ class AlongAxes:
     def length(self, x: Array) -> int:
         """How many entries each slice of x has, on all devices together."""
         return math.prod(x.shape[i] for i in self.axes) * self.num_devices
+
+    @property
+    def on_this_device(self) -> "AlongAxes":
+        """The part of each slice that this device holds."""
+        return AlongAxes(self.axes)
 
     @property
     def num_devices(self) -> int:
@@ -161,6 +176,14 @@ class BySegment:
     ids: Array  # [n], int
     num: int = dataclasses.field(metadata={"static": True})
     num_devices = 1
+    mesh_axes = ()
+
+    @property
+    def on_this_device(self) -> "BySegment":
+        return self
+
+    def sum_over_devices(self, per_device: Array) -> Array:
+        return per_device
 
     def sum(self, x: Array) -> Array:
         # Several running sums per segment, O(n) in all, keep the error small.

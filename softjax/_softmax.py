@@ -5,6 +5,7 @@ w / sum(w) and their logarithms s - log1p(rest), where `rest` is the sum of all 
 of one peak, so that a log-probability near 0 keeps its digits.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,32 +19,20 @@ from softjax._threshold import Family, Solution
 
 
 class Normalizer(NamedTuple):
-    """What normalises the weights of each slice; one number per slice each.
-
-    A peak has weight 1. The peaks are counted apart, so that a small sum of the other weights
-    keeps its digits.
-    """
+    """What normalises the weights of each slice; one number per slice each."""
 
     peak: Array  # -inf where nothing is kept
-    num_peaks: Array  # 0 where nothing is kept, or where a NaN is
-    beside: Array  # the sum of all other weights
-
-    @property
-    def total(self) -> Array:
-        """The sum of all weights; 0 where nothing is kept."""
-        return self.num_peaks + self.beside
-
-    @property
-    def rest(self) -> Array:
-        """The sum of all weights but that of one peak."""
-        # If XLA forms the logits anew for the maximum, it may round them otherwise, and no
-        # entry equals the peak. One entry within a rounding of it is then among the others.
-        return jnp.where(self.total == 0, 0, (self.num_peaks - 1) + self.beside)
+    rest: Array  # the sum of all weights but that of one peak; 0 where nothing is kept
 
     @property
     def divisor(self) -> Array:
-        """The total, or 1 where nothing is kept."""
+        """The sum of all weights, or 1 where nothing is kept."""
         return 1 + self.rest
+
+    @property
+    def is_empty(self) -> Array:
+        """Whether nothing is kept. XLA's CPU backend may lose a NaN in the maximum alone."""
+        return (self.peak == -jnp.inf) & (self.rest == 0)
 
     @property
     def log_total(self) -> Array:
@@ -56,18 +45,24 @@ def normalizer(
 ) -> Normalizer:
     """Sums the weights of slices, and of a sink, which is one more score per slice."""
     # JAX before 0.12 drops custom rules when the reverse of a scan is differentiated again, so
-    # this must also differentiate correctly by itself: the peak and the rounding errors are
-    # constants, and the weight of a peak is subtracted, which keeps its derivative.
+    # this must also differentiate correctly by itself: the peak, the shares and the rounding
+    # errors are constants.
     peak = lax.stop_gradient(slices.max(x))
     if sink is not None:
         peak = jnp.maximum(peak, lax.stop_gradient(sink))
-    args = (peak, temperature)
-    num_peaks = slices.sum_of(_is_peak, (x,), *args)
-    beside = slices.sum_of(_beside_peak, (x,), *args)
+    here = slices.on_this_device
+    num_peaks = here.sum_of(_is_peak, (x,), peak, temperature)
+    rest = here.sum_of(_beside_peak, (x,), num_peaks, peak, temperature)
+    if sink is None and not slices.mesh_axes:
+        return Normalizer(peak, rest)
+    # Each device subtracted 1 if it holds a peak, and so does the sink; 1 is right in all.
+    num_subtracted = slices.sum_over_devices(jnp.minimum(num_peaks, 1))
+    rest = slices.sum_over_devices(rest)
     if sink is not None:
-        num_peaks += _is_peak(sink, *args)
-        beside += _beside_peak(sink, *args)
-    return Normalizer(peak, num_peaks, beside)
+        own = _is_peak(sink, peak, temperature)
+        num_subtracted += own
+        rest += weights(sink, peak, temperature) - own
+    return Normalizer(peak, rest + jnp.maximum(num_subtracted - 1, 0))
 
 
 def weights(x: Array, peak: Array, temperature: Array | None) -> Array:
@@ -79,13 +74,15 @@ def _is_peak(x: Array, peak: Array, temperature: Array | None) -> Array:
     return centre(x, peak, temperature).is_peak.astype(x.dtype)
 
 
-def _beside_peak(x: Array, peak: Array, temperature: Array | None) -> Array:
-    """The weights, but 0 for a peak."""
+def _beside_peak(x: Array, num_peaks: Array, peak: Array, temperature: Array | None) -> Array:
+    """The weights, from which the peaks subtract equal shares of 1."""
     scores = centre(x, peak, temperature)
-    return scores.exp() - scores.is_peak.astype(x.dtype)
+    # A share per entry: XLA would not fuse a number per slice that comes from the count.
+    return scores.exp() - scores.is_peak.astype(x.dtype) / jnp.maximum(num_peaks, 1)
 
 
 def _solve(
+    with_margins: bool,
     slices: Slices,
     logits: Array,
     temperature: Array | None,
@@ -95,22 +92,23 @@ def _solve(
 ) -> Solution:
     del alpha, k
     found = normalizer(slices, logits, temperature, sink)
-    peak = found.peak
     wide = None if temperature is None else slices.broadcast(temperature)
-    scores = centre(logits, slices.broadcast(peak), wide)
+    scores = centre(logits, slices.broadcast(found.peak), wide)
     # A NaN shows in the sums, because XLA's CPU backend may lose it in the maximum. So an entry
     # that has no weight beside an infinite peak must meet the sums too.
     dropped = logits == -jnp.inf
-    margins = scores.values - slices.broadcast(found.log_total)
-    # One divisor per entry: XLA would multiply by the rounded reciprocal of one per slice.
-    divisor = jnp.where(dropped, 1, slices.broadcast(found.total))
-    return Solution(
-        probs=jnp.where(dropped, 0, scores.exp() / divisor),
-        margins=jnp.where(dropped, -jnp.inf, margins),
-        threshold=found.log_total,
-        complement=found.rest / found.divisor,
-        sink_prob=None if sink is None else weights(sink, peak, temperature) / found.divisor,
+    solution = Solution(
+        probs=jnp.where(dropped, 0, scores.exp() / slices.broadcast(found.divisor)),
+        sink_prob=None
+        if sink is None
+        else weights(sink, found.peak, temperature) / found.divisor,
     )
+    if not with_margins:
+        return solution
+    threshold = jnp.log1p(found.rest)
+    margins = scores.values - slices.broadcast(threshold)
+    return solution._replace(margins=jnp.where(dropped, -jnp.inf, margins), threshold=threshold)
 
 
-SOFTMAX = Family(_solve)
+SOFTMAX = Family(functools.partial(_solve, False))
+LOG_SOFTMAX = Family(functools.partial(_solve, True))  # with the logarithms

@@ -28,9 +28,8 @@ class Solution(NamedTuple):
     """The result of a threshold map for scores s = (logits - peak) / temperature."""
 
     probs: Array  # f(s - tau), one per entry
-    margins: Array  # s - tau, one per entry; -inf where dropped
-    threshold: Array  # tau, one per slice
-    complement: Array | None = None  # 1 - q of the peak, where the subtraction would cancel
+    margins: Any = None  # s - tau, one per entry; -inf where dropped
+    threshold: Any = None  # tau, one per slice
     sink_prob: Array | None = None  # the weight of the sink, one per slice
 
 
@@ -79,7 +78,7 @@ def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, S
     slices, _, temperature, alpha, _, _ = primals
     solution = solve(family, *primals)
     dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents[1:])
-    per_slice = (temperature, alpha, solution.complement, solution.sink_prob)
+    per_slice = (temperature, alpha, solution.sink_prob)
     remember = functools.partial(jax.checkpoint, prevent_cse=False)
 
     @remember
@@ -96,13 +95,13 @@ def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, S
         live = margins != -jnp.inf
         return _tangents(family, slices, probs, live, margins, per_slice, dots)
 
-    by_temperature = None if dots[1] is None else solution.margins
+    by_temperature = None if dots[1] is None or family.slope is None else solution.margins
     moved = from_probs(slices, solution.probs, by_temperature, per_slice, dots)
+    if solution.margins is None:
+        return solution, Solution(moved.probs, sink_prob=moved.sink_prob)
     shape = None if family.slope is None else solution.probs
     margins_dot = from_margins(slices, shape, solution.margins, per_slice, dots).margins
-    complement = solution.complement
-    complement_dot = None if complement is None else jnp.zeros_like(complement)
-    return solution, moved._replace(margins=margins_dot, complement=complement_dot)
+    return solution, moved._replace(margins=margins_dot)
 
 
 solve.defjvp(_solve_jvp, symbolic_zeros=True)
@@ -118,7 +117,7 @@ def _tangents(
     dots: tuple[Any, ...],
 ) -> Solution:
     """The rule, for tangents `dots`, where None stands for one that vanishes."""
-    temperature, alpha, complement, sink_prob = per_slice
+    temperature, alpha, sink_prob = per_slice
     logits_dot, temperature_dot, alpha_dot, k_dot, sink_dot = dots
     broadcast = slices.broadcast
     rate = None if temperature is None else reciprocal(temperature)
@@ -135,6 +134,8 @@ def _tangents(
         scores_dot = logits_dot if rate is None else logits_dot * broadcast(rate)
     if temperature_dot is not None:
         # s' = -s T'/T; the margins may stand for the scores, because a shift changes nothing.
+        if margins is None:
+            margins = jnp.log(jnp.where(live, probs, 1))
         scores_dot -= jnp.where(live, margins, 0) * broadcast(temperature_dot * rate)
     unmasked, scores_dot = scores_dot, jnp.where(live, scores_dot, 0)
     sink_score_dot: Any = None
@@ -177,10 +178,10 @@ def _tangents(
         rest_dot = -slopes * broadcast(pressed)
         probs_dot += jnp.where(live, rest_dot if df is None else rest_dot + df, 0)
     margins_dot = moved - broadcast(step)
-    if complement is not None:
+    if family.slope is None and margins is not None:
         # The margins of softmax: (1 - q) s' - (<q, s'> - q s') cancels nothing at a peak. Both
         # sums share one array, so that the transpose adds its cotangents before it scales them.
-        missing = _one_minus(q, broadcast(complement))
+        missing = -jnp.expm1(jnp.where(live, margins, 0))
         margins_dot = missing * scores_dot - (broadcast(mean) - pulled)
     # Mask again so that a NaN cotangent of a dropped entry stops here in reverse mode.
     margins_dot = jnp.where(live, margins_dot, 0)
@@ -203,28 +204,16 @@ def _project(project: Callable[[Array], Array], slopes: Array, v: Array) -> Arra
 
 
 def _projected(is_even: bool, slices: Slices, slopes: Array, per_mass: Any, v: Array) -> Array:
-    # Subtract the mean twice, as in `_tangents`. Mask the values of v where w is 0.
+    # Subtract the mean twice, as in `_tangents`.
     def pull(w: Array, v: Array, *means: Array) -> Array:
-        return jnp.where(w != 0, w * functools.reduce(jnp.subtract, means, v), 0)
+        return w * functools.reduce(jnp.subtract, means, jnp.where(w != 0, v, 0))
 
-    def mean(*means: Array) -> Array:
-        return slices.sum_of(pull, (slopes, v), *means) * per_mass
-
-    first = mean()
-    means = (first,) if is_even else (first, mean(first))
+    means = []
+    if isinstance(slices, AlongAxes) and not slices.mesh_axes:
+        means.append(slices.zero(jnp.where(slopes != 0, v, 0)))
+    for _ in range(1 if is_even else 2):
+        means.append(slices.sum_of(pull, (slopes, v), *means) * per_mass)
     return pull(slopes, v, *map(slices.broadcast, means))
-
-
-@jax.custom_jvp
-def _one_minus(q: Array, complement: Array) -> Array:
-    """1 - q, read from `complement` where the subtraction would cancel."""
-    return jnp.where(q > 0.5, complement, 1 - q)
-
-
-@_one_minus.defjvp
-def _one_minus_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    # The complement is the same number, not another variable.
-    return _one_minus(*primals), -tangents[0]
 
 
 def reciprocal(x: Array) -> Array:

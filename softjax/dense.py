@@ -15,8 +15,8 @@ from softjax._api import NONNEGATIVE, api
 from softjax._inputs import Axis, per_slice, prepare
 from softjax._mesh import AxisName
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX
-from softjax._threshold import Solution, solve
+from softjax._softmax import LOG_SOFTMAX, SOFTMAX
+from softjax._threshold import Family, Solution, solve
 
 __all__ = ["log_softmax", "softmax"]
 
@@ -81,7 +81,7 @@ def softmax(
         Bridle (1990), Training stochastic model recognition algorithms as networks can lead
         to maximum mutual information estimation of parameters.
     """
-    solution, dtype = _solution(logits, axis, where, temperature, sink, axis_name)
+    solution, dtype = _solution(SOFTMAX, logits, axis, where, temperature, sink, axis_name)
     return solution.probs.astype(dtype)
 
 
@@ -132,11 +132,12 @@ def log_softmax(
         Blanchard, Higham and Higham (2021), Accurately computing the log-sum-exp and softmax
         functions, algorithm 4.1.
     """
-    solution, dtype = _solution(logits, axis, where, temperature, sink, axis_name)
+    solution, dtype = _solution(LOG_SOFTMAX, logits, axis, where, temperature, sink, axis_name)
     return solution.margins.astype(dtype)
 
 
 def _solution(
+    family: Family,
     logits: ArrayLike,
     axis: Axis,
     where: ArrayLike | None,
@@ -150,5 +151,5 @@ def _solution(
     if sink is not None:
         sink = per_slice(sink, problem.logits, problem.axes, name="sink")
     slices = AlongAxes(problem.axes, problem.mesh_axes)
-    solution = solve(SOFTMAX, slices, problem.logits, problem.temperature, sink=sink)
+    solution = solve(family, slices, problem.logits, problem.temperature, sink=sink)
     return solution, problem.dtype

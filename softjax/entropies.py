@@ -31,7 +31,7 @@ from softjax._inputs import (
 from softjax._mesh import AxisName
 from softjax._scores import centre
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX, normalizer
+from softjax._softmax import LOG_SOFTMAX, SOFTMAX, normalizer
 from softjax._softmax_stats import row_statistics
 from softjax._threshold import Solution, solve
 
@@ -315,7 +315,7 @@ def _log_ratios_to_mixture(
     slices: AlongAxes, x: Array, y: Array, weight: Array
 ) -> tuple[Array, Array, Array, Array]:
     """log(p / m) and log(q / m) where they count, D(p || m) and D(q || m)."""
-    p, q = (solve(SOFTMAX, slices, z) for z in (x, y))
+    p, q = (solve(LOG_SOFTMAX, slices, z) for z in (x, y))
     kept_p, kept_q = p.margins != -jnp.inf, q.margins != -jnp.inf
     both = kept_p & kept_q
     apart = jnp.where(both, p.margins, 0) - jnp.where(both, q.margins, 0)

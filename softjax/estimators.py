@@ -21,7 +21,7 @@ from softjax._api import NONNEGATIVE, POSITIVE, api
 from softjax._autodiff import with_gradient_of
 from softjax._inputs import check_flag, check_int, prepare, resolve_one_axis, to_float
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX
+from softjax._softmax import LOG_SOFTMAX, SOFTMAX
 from softjax._threshold import solve
 from softjax.sampling import gumbel_given_argmax, sample
 
@@ -131,7 +131,8 @@ def gumbel_softmax(
     axis = resolve_one_axis(axis, problem.logits.ndim)
     scores = _random.centred(problem.logits, axis)
     noisy = scores + _random.gumbel(key, scores.shape, scores.dtype)
-    solution = solve(SOFTMAX, AlongAxes((axis,)), noisy, problem.temperature)
+    family = LOG_SOFTMAX if return_log else SOFTMAX
+    solution = solve(family, AlongAxes((axis,)), noisy, problem.temperature)
     samples = solution.probs
     if hard:
         largest = jnp.argmax(noisy, axis).astype(jnp.int32)
@@ -212,7 +213,7 @@ def relaxed_log_density(
     kept = x != -jnp.inf
     log_y = jnp.where(kept, log_y.astype(x.dtype), 0)
     scores = jnp.where(kept, jnp.where(kept, x, 0) - temperatures * log_y, -jnp.inf)
-    margins = solve(SOFTMAX, AlongAxes((axis,)), scores).margins
+    margins = solve(LOG_SOFTMAX, AlongAxes((axis,)), scores).margins
     total = jnp.sum(jnp.where(kept, jnp.where(kept, margins, 0) - log_y, 0), axis)
     num = jnp.sum(kept, axis)
     # A table of factorials is right to the last digit; XLA's lgamma is 1e-6 off in float32.
@@ -338,7 +339,7 @@ def reinmax(
     hard = _one_hot(sample(key, scores, axis=axis), scores, axis)
     fixed = lax.stop_gradient((scores, problem.temperature))
     # log((D + softmax) / 2), which is finite wherever an entry is kept.
-    margins = solve(SOFTMAX, slices, *fixed).margins
+    margins = solve(LOG_SOFTMAX, slices, *fixed).margins
     mixed = jnp.where(hard == 1, jnp.log1p(jnp.exp(margins)), margins)
     twice = 2 * solve(SOFTMAX, slices, _fixed(mixed, scores)).probs
     soft = twice - solve(SOFTMAX, slices, scores).probs / 2

@@ -23,7 +23,7 @@ from softjax._inputs import Axis, check_int, per_slice, prepare, to_array, to_in
 from softjax._mesh import AxisName
 from softjax._rootfinding import first_of_ties, largest_threshold, ordered, size_of_slice
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX
+from softjax._softmax import LOG_SOFTMAX, SOFTMAX
 from softjax._threshold import solve
 
 # It takes slices, entries and the option per slice; it returns the kept entries and the keys.
@@ -243,7 +243,7 @@ def _typicality(slices: AlongAxes, x: Array) -> tuple[Array, Array]:
 
 def _information(slices: AlongAxes, x: Array) -> tuple[Array, Array, Array]:
     """Log-probabilities, probabilities and the entropy."""
-    solution = solve(SOFTMAX, slices, x)
+    solution = solve(LOG_SOFTMAX, slices, x)
     log_probs, probs = solution.margins, solution.probs
     terms = probs * jnp.where(log_probs == -jnp.inf, 0, log_probs)
     return log_probs, probs, -slices.sum(terms)
@@ -359,7 +359,7 @@ def epsilon_filter(
 
 
 def _by_probability(slices: AlongAxes, x: Array, epsilon: Array) -> tuple[Array, Array]:
-    log_probs = solve(SOFTMAX, slices, x).margins
+    log_probs = solve(LOG_SOFTMAX, slices, x).margins
     return ~(log_probs < slices.broadcast(jnp.log(epsilon))), x
 
 

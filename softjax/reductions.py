@@ -156,7 +156,7 @@ def _log_sum_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     def tangent(logits: Array, dot: Array) -> Array:
         probs = solve(SOFTMAX, slices, logits).probs
         # The second test implies the first. Without the first, XLA stores the mask on a GPU.
-        counts = (logits != -jnp.inf) & (probs != 0)
+        counts = probs != 0
         return slices.sum_of_tangents(probs * jnp.where(counts, dot, 0))
 
     return log_sum(slices, logits), tangent(logits, tangents[1])

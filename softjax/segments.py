@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from softjax._api import NONNEGATIVE, api
 from softjax._inputs import Problem, broadcast, is_one, prepare, to_array, to_integers
 from softjax._slices import BySegment
-from softjax._softmax import SOFTMAX
+from softjax._softmax import LOG_SOFTMAX, SOFTMAX
 from softjax._threshold import solve
 
 __all__ = ["segment_logsumexp", "segment_softmax"]
@@ -109,7 +109,7 @@ def segment_logsumexp(
     """
     problem, slices = _prepare(logits, segment_ids, num_segments, where)
     peak = slices.max(jax.lax.stop_gradient(problem.logits))
-    solution = solve(SOFTMAX, slices, problem.logits)
+    solution = solve(LOG_SOFTMAX, slices, problem.logits)
     return (peak + solution.threshold)[:num_segments].astype(problem.dtype)
 
 

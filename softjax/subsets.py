@@ -20,7 +20,7 @@ from softjax._api import api
 from softjax._elementary import expm1_over
 from softjax._inputs import Axis, equal, prepare, resolve_one_axis, to_integers
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX
+from softjax._softmax import LOG_SOFTMAX
 from softjax._threshold import solve
 from softjax.reductions import log_sum
 
@@ -256,7 +256,7 @@ def weighted_subset(
         return jnp.moveaxis(indices, -1, axis), jnp.zeros(indices.shape, scores.dtype)
     threshold = noisy[..., k:] if noisy.shape[-1] > k else -jnp.inf
     drawn, place = indices != -1, jnp.maximum(indices, 0)
-    log_probs = solve(SOFTMAX, AlongAxes((scores.ndim - 1,)), scores).margins
+    log_probs = solve(LOG_SOFTMAX, AlongAxes((scores.ndim - 1,)), scores).margins
     read = lambda array: jnp.where(drawn, jnp.take_along_axis(array, place, -1), 0)
     gap = read(lax.stop_gradient(scores)) - threshold
     weights = jnp.where(drawn, jnp.exp(read(log_probs) - _log_passing(gap)), 0)

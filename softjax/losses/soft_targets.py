@@ -25,7 +25,7 @@ from softjax._inputs import (
 )
 from softjax._mesh import AxisName
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX
+from softjax._softmax import LOG_SOFTMAX
 from softjax._threshold import solve
 from softjax.entropies import divergence
 from softjax.losses._reduction import check_reduction, reduce_kept
@@ -107,7 +107,7 @@ def soft_cross_entropy(
     def loss(logits: Array, targets: Array, weights: Array | None) -> tuple[Array]:
         if weights is not None:
             targets = targets * weights
-        margins = solve(SOFTMAX, slices, logits).margins
+        margins = solve(LOG_SOFTMAX, slices, logits).margins
         dropped = margins == -jnp.inf
         terms = jnp.where(dropped, 0, targets) * -jnp.where(dropped, 0, margins)
         terms = jnp.where(dropped & (targets > 0), jnp.inf, terms)

@@ -31,7 +31,7 @@ from softjax._inputs import (
     to_integers,
 )
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX
+from softjax._softmax import LOG_SOFTMAX
 from softjax._threshold import solve
 from softjax.entropies import softmax_entropy
 from softjax.sampling import sample
@@ -291,7 +291,7 @@ def mixture(problem: Problem, epsilon: ArrayLike, ties: Ties = "random") -> Mixt
     if ties == "first" and problem.temperature is not None:
         cold = jnp.abs(problem.temperature) < jnp.finfo(x.dtype).tiny
         x = jnp.where(cold & ~_is_first_peak(x, problem.axes), -jnp.inf, x)
-    solution = solve(SOFTMAX, slices, x, problem.temperature)
+    solution = solve(LOG_SOFTMAX, slices, x, problem.temperature)
     if is_zero(epsilon):
         entropy = softmax_entropy(slices, x, problem.temperature)
         return Mixture(solution.probs, solution.margins, entropy)

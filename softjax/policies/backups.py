@@ -22,7 +22,7 @@ from softjax._api import NONNEGATIVE, PROBABILITY, api
 from softjax._float import where_finite
 from softjax._inputs import Axis, broadcast, computing_dtype, per_slice, to_float
 from softjax._slices import AlongAxes
-from softjax._softmax import SOFTMAX, normalizer
+from softjax._softmax import LOG_SOFTMAX, normalizer
 from softjax._threshold import solve
 from softjax.policies.actions import mixture, policy_problem
 
@@ -97,7 +97,7 @@ def _soft_maximum_jvp(
     x, temperature = primals
     x_dot, temperature_dot = tangents
     slices, value = AlongAxes(axes), _soft_maximum(axes, x, temperature)
-    solution = solve(SOFTMAX, slices, x, temperature)
+    solution = solve(LOG_SOFTMAX, slices, x, temperature)
     value_dot = solution.probs * jnp.where(solution.probs != 0, x_dot, 0)
     value_dot = slices.sum_of_tangents(value_dot)
     if temperature is not None:
