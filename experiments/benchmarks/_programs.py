@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -75,7 +76,10 @@ def compile_for(target: Target, function: Function, *args: ShapeDtypeStruct) -> 
     mesh = jax.sharding.Mesh(np.array(_devices(target)[:1]), ("device",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     placed = [ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in args]
-    return jax.jit(function, out_shardings=whole).lower(*placed).compile()
+    # Attention asks which device is the default. The target stands for it.
+    backend = {"cuda": "gpu"}.get(target.platform, target.platform)
+    with mock.patch.object(jax, "default_backend", return_value=backend):
+        return jax.jit(function, out_shardings=whole).lower(*placed).compile()
 
 
 def _devices(target: Target) -> Sequence[Any]:
