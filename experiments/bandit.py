@@ -191,15 +191,12 @@ def simulate(key: Array, kind: Array, setting: Array, config: Config) -> tuple[A
         baseline = jnp.where(number == 1, reward, state.mean)
         baseline = jnp.where(has_baseline, baseline, 0)
 
-        def by_gradient(values: Array) -> Array:
-            loss = lambda z: jnp.sum(sj.policy_gradient_loss(z, arm, reward - baseline))
-            return -setting * jax.grad(loss)(values)
-
-        def by_average(values: Array) -> Array:  # Values become the means of the rewards.
-            taken = jax.nn.one_hot(arm, NUM_ARMS, dtype=values.dtype)
-            return taken * (reward[:, None] - values) / jnp.maximum(counts, 1)
-
-        move = jax.lax.cond(is_gradient, by_gradient, by_average, state.values)
+        move = jax.lax.cond(
+            is_gradient,
+            lambda values: setting * uphill(values, arm, reward - baseline),
+            lambda values: towards_mean(values, arm, reward, counts),
+            state.values,
+        )
         mean = state.mean + (reward - state.mean) / number
         return State(state.values + move, counts, mean), (
             jnp.mean(reward),
@@ -209,6 +206,17 @@ def simulate(key: Array, kind: Array, setting: Array, config: Config) -> tuple[A
     start = State(jnp.zeros_like(worth), jnp.zeros_like(worth), jnp.zeros(config.num_runs))
     keys = jax.random.split(step_key, config.num_steps)
     return jax.lax.scan(step, start, (keys, noise.T))[1]
+
+
+def uphill(values: Array, arm: Array, advantage: Array) -> Array:
+    """The gradient of the reward that is expected, in values that are preferences."""
+    return -jax.grad(lambda z: jnp.sum(sj.policy_gradient_loss(z, arm, advantage)))(values)
+
+
+def towards_mean(values: Array, arm: Array, reward: Array, counts: Array) -> Array:
+    """The move that makes the value of the arm the mean of its rewards."""
+    taken = jax.nn.one_hot(arm, values.shape[-1], dtype=values.dtype)
+    return taken * (reward[:, None] - values) / jnp.maximum(counts, 1)
 
 
 def judge(config: Config, arrays: Arrays) -> list[Measure]:

@@ -174,15 +174,7 @@ def learn(learner: Learner, steps: Steps, key: Array, config: Config) -> tuple[L
     # A fallen pole earns nothing more; an episode cut off by the clock would go on.
     discounts = jnp.where(steps.terminated, 0, DISCOUNT).astype(values.dtype)
     errors = sj.bellman_target(jnp.ones_like(values), discounts, next_values) - values
-
-    def back(later: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
-        error, is_last = step
-        advantage = error + jnp.where(is_last, 0, DISCOUNT * TRACE_DECAY * later)
-        return advantage, advantage
-
-    # Sums of the errors to come, which decay backwards within an episode.
-    start = jnp.zeros_like(errors[0])
-    advantages = jax.lax.scan(back, start, (errors, steps.done), reverse=True)[1]
+    advantages = advantages_of(errors, steps.done)
     examples = steps.observation, steps.action, steps.log_prob, values, advantages
     examples = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), examples)
     optimizer = optimizer_of(config)
@@ -199,6 +191,17 @@ def learn(learner: Learner, steps: Steps, key: Array, config: Config) -> tuple[L
     rows = orders.reshape(NUM_EPOCHS * NUM_MINIBATCHES, -1)
     state, losses = jax.lax.scan(minibatch, (learner.weights, learner.optimizer), rows)
     return learner._replace(weights=state[0], optimizer=state[1]), jnp.mean(losses)
+
+
+def advantages_of(errors: Array, done: Array) -> Array:
+    """Sums of the errors to come, which decay backwards within an episode."""
+
+    def back(later: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        error, is_last = step
+        advantage = error + jnp.where(is_last, 0, DISCOUNT * TRACE_DECAY * later)
+        return advantage, advantage
+
+    return jax.lax.scan(back, jnp.zeros_like(errors[0]), (errors, done), reverse=True)[1]
 
 
 def loss(

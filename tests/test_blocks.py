@@ -36,8 +36,10 @@ def test_slices_that_differ_in_everything(shape):
 def test_a_sharded_small_array_is_the_same():
     z = jnp.asarray(draw(3, (64, 128))[0])
     spread = jax.device_put(z, NamedSharding(mesh(rows=2), PartitionSpec("rows")))
-    for fn in (sj.softmax, jax.grad(lambda z: jnp.sum(sj.log_softmax(z)[:, 0]))):
-        assert_close(jax.jit(fn)(spread), jax.jit(fn)(z), rtol=4 * eps("float64"))
+    # The gradient has the exponential of a rounded logarithm, which is about -5.
+    gradient = jax.grad(lambda z: jnp.sum(sj.log_softmax(z)[:, 0]))
+    for fn, limit in ((sj.softmax, 4), (gradient, 16)):
+        assert_close(jax.jit(fn)(spread), jax.jit(fn)(z), rtol=limit * eps("float64"))
 
 
 def test_rows_that_are_spread_over_an_explicit_mesh():

@@ -17,6 +17,7 @@ PUBLIC = sorted(sj.__all__)
 # They take no float array, or give no float.
 NO_FLOATS = {"alibi_slopes", "check_labels", "explain_attention"}
 NO_FLOATS |= {"gumbel", "prediction_sets", "sample"}
+NO_FLOATS |= {"zigzag_permutation", "inverse_zigzag_permutation"}
 
 # Values of options; all others are 0.5.
 CLASSES = np.array([0.5, 1.0, 0.75])

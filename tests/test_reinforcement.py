@@ -3,7 +3,6 @@
 The comparison with `gymnax` is skipped where that package is not installed.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -116,13 +115,12 @@ def test_advantages_are_sums_of_differences():
     """By the definition, over the steps that are left of the episode."""
     rng = np.random.default_rng(0)
     errors, done = rng.standard_normal((7, 3)), rng.random((7, 3)) < 0.3
-    config = cartpole.Config(discount=0.9, trace_decay=0.8)
-    got = cartpole._advantages(jnp.asarray(errors), jnp.asarray(done), config)
+    got = cartpole.advantages_of(jnp.asarray(errors), jnp.asarray(done))
     for t, cart in np.ndindex(errors.shape):
         total, weight = 0.0, 1.0
         for later in range(t, len(errors)):
             total += weight * errors[later, cart]
-            weight *= 0.9 * 0.8
+            weight *= 0.99 * 0.95
             if done[later, cart]:
                 break
         np.testing.assert_allclose(got[t, cart], total, rtol=1e-13)
@@ -131,11 +129,8 @@ def test_advantages_are_sums_of_differences():
 @pytest.mark.slow
 def test_episodes_follow_each_other():
     """A fallen pole starts anew, its return is kept, and its last state is not the new one."""
-    config = dataclasses.replace(cartpole.Config.reduced(), num_seeds=1, num_steps=64)
-    learners = cartpole._start(jax.random.split(jax.random.key(0), 1), config)
-    learner = jax.tree.map(lambda leaf: leaf[0], learners)
-    rollout = jax.jit(lambda key: cartpole._rollout(learner, key, config))
-    after, steps = rollout(jax.random.key(1))
+    learner, _ = cartpole.start(jax.random.key(0), cartpole.Config.reduced())
+    after, steps = jax.jit(lambda key: cartpole.rollout(learner, key))(jax.random.key(1))
     done = np.asarray(steps.done)
     assert done.any()
     assert (done == np.asarray(steps.terminated)).all()
@@ -145,12 +140,12 @@ def test_episodes_follow_each_other():
     assert (np.abs(started) <= 0.05).all()
     same = np.asarray(steps.next_obs)[:-1][~done[:-1]]
     np.testing.assert_array_equal(np.asarray(steps.observation)[1:][~done[:-1]], same)
-    for cart in range(config.num_carts):
+    for cart in range(cartpole.NUM_CARTS):
         ends = np.flatnonzero(done[:, cart])
         length = np.diff(ends)[-1] if len(ends) > 1 else ends[-1] + 1
         assert int(after.returned[cart]) == length
-        assert int(after.carts.time[cart]) == config.num_steps - 1 - ends[-1]
-    logits = cartpole._logits(learner.weights.policy, steps.observation.reshape(-1, 4), config)
+        assert int(after.carts.time[cart]) == cartpole.NUM_STEPS - 1 - ends[-1]
+    logits = cartpole.POLICY.apply(learner.weights[0], steps.observation.reshape(-1, 4))
     expected = sj.log_prob(logits, steps.action.reshape(-1))
     np.testing.assert_allclose(steps.log_prob.reshape(-1), expected, rtol=1e-12)
 
@@ -163,8 +158,7 @@ def test_preferences_move_as_in_the_book():
     rng = np.random.default_rng(0)
     values, arm = jnp.asarray(rng.standard_normal((4, 10))), jnp.array([3, 0, 9, 3])
     reward, baseline = jnp.asarray(rng.standard_normal((2, 4)))
-    rate, counts = jnp.asarray(0.1), jnp.zeros((4, 10))
-    move = bandit._by_gradient(values, counts, arm, reward, baseline, rate)
+    move = 0.1 * bandit.uphill(values, arm, reward - baseline)
     probs = jax.nn.softmax(values)
     expected = (
         0.1 * (reward - baseline)[:, None] * (jax.nn.one_hot(arm, 10, dtype=float) - probs)
@@ -178,8 +172,7 @@ def test_values_are_the_means_of_their_rewards():
     for reward, arm in zip(rewards, [1, 1, 0], strict=True):
         arm = jnp.array([arm])
         counts = counts.at[0, arm].add(1)
-        args = (jnp.array([reward]), jnp.zeros(1), jnp.zeros(()))
-        values += bandit._by_average(values, counts, arm, *args)
+        values += bandit.towards_mean(values, arm, jnp.array([reward]), counts)
     np.testing.assert_allclose(values, [[9.0, 3.0, 0.0]])
 
 
@@ -187,11 +180,11 @@ def test_explorers_explore_as_they_say():
     """Temperature and epsilon of each, for values whose policies are known."""
     values = jnp.array([[0.0, 1.0, 2.0], [0.0, 0.0, 0.0]])
     state = bandit.State(values, jnp.full((2, 3), 2.0), jnp.zeros(2))
-    options = bandit._OPTIONS
-    policy = lambda name, setting: sj.policy_probs(
-        values,
-        **dict(zip(("temperature", "epsilon"), options[name](state, setting), strict=True)),
-    )
+
+    def policy(name, setting):
+        temperature, epsilon = bandit.LEARNERS[name].options(state, setting)
+        return sj.policy_probs(values, temperature=temperature, epsilon=epsilon)
+
     for name in bandit.GRADIENT:
         np.testing.assert_allclose(policy(name, 0.4), jax.nn.softmax(values), rtol=1e-12)
     greedy = [[0.1, 0.1, 0.8], [1 / 3] * 3]

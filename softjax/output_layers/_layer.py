@@ -114,7 +114,7 @@ def layout_of(arguments: dict[str, Any]) -> Layout | None:
     Tokens come first: over an axis that both use, the weights are gathered.
     """
     features, weights = arguments.get("features"), arguments.get("weights")
-    if features is None or weights is None:
+    if not (isinstance(features, Array) and isinstance(weights, Array)):
         return None  # The call will raise an error.
     tokens = tuple(name for names in spec_of(features)[:-1] for name in names)
     classes = tuple(name for name in [*spec_of(weights), ()][0] if name not in tokens)
