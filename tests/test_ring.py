@@ -148,8 +148,9 @@ def assert_reports_agree(name, order, num_devices, **options):
 
 
 def rings(defaults):
-    """A parameter for each case and size of a ring; those that are not defaults are slow."""
-    pairs = [(name, size) for name in CASES for size in (2, 3, 8)]
+    """A parameter for each case, and all sizes of a ring for two; most of them are slow."""
+    sizes = {"causal": (2, 3, 8), "every option": (2, 3, 8)}
+    pairs = [(name, size) for name in CASES for size in sizes.get(name, (3,))]
     marks = lambda pair: [] if pair in defaults else [pytest.mark.slow]
     return pytest.mark.parametrize(
         ("name", "size"), [pytest.param(*pair, marks=marks(pair)) for pair in pairs]
@@ -171,8 +172,10 @@ def test_products_with_hessians(name, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [first_order, second_order])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "order"),
+    [*((name, first_order) for name in CASES), ("every option", second_order)],
+)
 @pytest.mark.parametrize("context", ["allgather", "ulysses"])
 def test_other_contexts(name, context, order):
     assert_reports_agree(name, order, 2, context=context)
