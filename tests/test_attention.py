@@ -462,6 +462,35 @@ def test_a_nan_is_seen_by_who_sees_it(way):
         assert_same(out[:, :, 2:], plain[:, :, 2:])
 
 
+@pytest.mark.parametrize("bad", ["query", "key", "value"])
+@pytest.mark.parametrize("normalizer", ["softmax", "sparsemax"])
+@every_way
+def test_gradients_of_a_nan_end_where_nobody_sees_it(way, normalizer, bad):
+    """A query that sees a bad token gives NaN to all that it sees, and to nobody else."""
+    arrays = list(draw(7, shape=(1, T, T, N, K, H, W)))
+    seen = np.tri(T, dtype=bool) & ~np.tri(T, k=-3, dtype=bool)  # [query, key]
+    call = functools.partial(sj.attention, mask=masks.Window(2), normalizer=normalizer, **way)
+    slope = jax.grad(lambda *arrays: call(*arrays).sum(), argnums=(0, 1, 2))
+    plain = slope(*arrays)
+    number = ["query", "key", "value"].index(bad)
+    arrays[number] = arrays[number].at[0, 4, 0, 1].set(NAN)
+    affected = seen[:, 4] if bad != "query" else np.arange(T) == 4
+    reached = seen[affected].any(0)
+    for found, expected, rows in zip(
+        slope(*arrays), plain, (affected, reached, reached), strict=True
+    ):
+        assert_same(found[0, ~rows], expected[0, ~rows])
+        others = slice(N // K if bad != "query" else 1, None)
+        others = others if found.shape[2] == N else slice(1, None)
+        assert_same(found[:, :, others], expected[:, :, others])
+    if normalizer == "softmax":
+        queries, keys, values = (jnp.isnan(x[0, :, 0]).any(-1) for x in slope(*arrays))
+        assert queries[affected].all()
+        is_good = (np.arange(T) != 4) | (bad != "value")
+        assert keys[reached & is_good].all()
+        assert values[reached & is_good].all()
+
+
 @pytest.mark.slow
 @mostly_streamed
 def test_quiet_under_debug_nans(way):

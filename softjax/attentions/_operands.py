@@ -120,8 +120,8 @@ def push_scores(
 
 
 def moves(scores: Array) -> Array:
-    """Where a score is not constant; elsewhere its cotangent, NaN perhaps, must end."""
-    return (scores > -jnp.inf) & (scores < huge(scores.dtype))
+    """Where a score is not constant, or NaN; elsewhere its cotangent, NaN perhaps, must end."""
+    return (scores != -jnp.inf) & (scores != huge(scores.dtype))
 
 
 def huge(dtype: Any) -> float:
