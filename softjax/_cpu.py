@@ -21,9 +21,10 @@ from jax import Array, lax
 from softjax._mesh import may_be_sharded
 
 LARGE = 2**17  # entries from which on terms are not stored
-PARTS = 8  # into which an axis is cut
+PARTS = 8  # into which an axis of a large array is cut
+FEW = 8  # terms that lose little in a running sum
+SOME = 32  # entries of an axis that is cut into parts of one entry
 LONG = 2**15  # terms of a large array's last axis that XLA adds up in a tree
-FEW = 32  # terms that lose little in a running sum
 BLOCK = 2**18  # entries of the slices of one block: 1 MB in float32
 ROWS = 2048  # slices of one block at most, because all wait for the slowest
 UNCUT = 16384  # entries of an array that is searched as a whole
@@ -45,16 +46,27 @@ def can_cut(entries: Sequence[Array], axes: tuple[int, ...]) -> bool:
 def sum_in_pairs(x: Array, axes: tuple[int, ...], size: int | None = None) -> Array:
     """The sum over `axes`, which are kept with size 1, of an array that had `size` entries.
 
-    Entries are added up in pairs of parts. A running sum, as XLA takes, rounds many equal terms
-    the same way; along the last axis of a large array XLA takes several at once.
+    A running sum, as XLA takes, rounds many equal terms the same way; along the last axis of a
+    large array XLA takes several at once.
     """
     is_large = (x.size if size is None else size) >= LARGE
     for axis in axes:
         limit = LONG if is_large and axis == x.ndim - 1 else FEW
         while x.shape[axis] > limit:
-            x = _join(_cut(x, axis), axis)
+            x = _halve(x, axis)
         x = jnp.sum(x, axis, keepdims=True)
     return x
+
+
+def _halve(x: Array, axis: int) -> Array:
+    """The sums of two entries each, of which one lies in either half."""
+    length = x.shape[axis]
+    if length % 2:
+        padding = [(0, 1 if i == axis else 0, 0) for i in range(x.ndim)]
+        x = lax.pad(x, x.dtype.type(0), padding)
+    total = operator.add(*jnp.split(x, 2, axis))
+    # Without barriers XLA compiles the term anew for each of the entries that are added up.
+    return lax.optimization_barrier(total) if length > SOME else total
 
 
 def sum_of_terms(
@@ -82,7 +94,7 @@ def sum_of_terms(
 def _cut(x: Array, axis: int) -> list[Array]:
     """Parts of equal length along the axis, and a shorter rest."""
     length = x.shape[axis]
-    num = min(PARTS, length) if length > FEW else length
+    num = min(PARTS, length) if length > SOME else length
     size = length // num
     stops = [*range(size, num * size + 1, size), length]
     pairs = itertools.pairwise([0, *stops])
