@@ -13,7 +13,7 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 
-from softjax._mesh import check_axes, names_of, on_explicit_axes, vary
+from softjax._mesh import Layout, check_axes, names_of, on_explicit_axes, vary
 
 Callee = TypeVar("Callee", bound=Callable[..., Any])
 
@@ -22,13 +22,14 @@ def jit_unless_asked(
     *static: str,
     prepare_call: Callable[[dict[str, Any]], bool],
     spread: tuple[str, ...] = (),
+    layout: Callable[[dict[str, Any]], Layout | None] | None = None,
 ) -> Callable[[Callee], Callee]:
     """Jits a function, except for calls that pass a user's function.
 
     `jit` would remember a user's function by its identity alone, and answer with the values
     that it once held: the caller's program traces such a call. `prepare_call` checks the
     keyword arguments, which it may replace, and returns whether a function is among them.
-    `spread` is that of `api`.
+    `spread` and `layout` are those of `api`.
     """
 
     def decorate(function: Callee) -> Callee:
@@ -42,7 +43,11 @@ def jit_unless_asked(
                 arguments = signature.bind(*args, **kwargs).arguments
                 check_axes(mesh_axes, arguments, spread, optional)
             args, kwargs = vary((args, kwargs), but=mesh_axes)
-            return on_explicit_axes(function, args, kwargs, captures=captures)
+            found = None
+            if layout is not None and not mesh_axes:
+                kwargs["axis_name"] = found = layout(signature.bind(*args, **kwargs).arguments)
+            spec = None if found is None else found.result
+            return on_explicit_axes(function, args, kwargs, captures=captures, spec=spec)
 
         jitted = jax.jit(functools.wraps(function)(run), static_argnames=static)
 

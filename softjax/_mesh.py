@@ -29,13 +29,14 @@ Tree = TypeVar("Tree")
 
 
 class Layout(NamedTuple):
-    """The explicit axes over which the tokens and the classes of a linear layer are spread.
+    """The explicit axes over which tokens, and the classes of a linear layer, are spread.
 
     Where the types of arguments tell it, it is the `axis_name` of the function.
     """
 
     tokens: tuple[str, ...]
-    classes: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+    result: PartitionSpec | None = None  # how the result is spread, if this is known
 
 
 AxisName = str | tuple[str, ...] | None
@@ -142,8 +143,9 @@ def on_explicit_axes(
     kwargs: dict[str, Any],
     *,
     captures: bool = False,
+    spec: PartitionSpec | None = None,
 ) -> Any:
-    """Calls a function; its result is spread over explicit axes as its arguments are.
+    """Calls a function; its result is spread as `spec` says, or as its arguments are.
 
     JAX refuses an operation whose result it could spread in several ways. So the compiler
     chooses inside of the function, and the type of the result is stated at the end. There JAX
@@ -151,9 +153,7 @@ def on_explicit_axes(
     `captures`, nothing changes unless another argument is spread. A pytree that is a function,
     such as `jax.tree_util.Partial`, may hold such arrays, because they are arguments then.
     """
-    leaves, structure = jax.tree.flatten((args, kwargs))
-    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
-    arrays = [leaves[i] for i in places]
+    call, arrays = of_arrays(function, args, kwargs)
     # The mesh decides, because `vmap` hides the axis that it maps from the spec of a type.
     meshes = [jax.typeof(x).sharding.mesh for x in arrays]
     mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
@@ -162,16 +162,12 @@ def on_explicit_axes(
         return function(*args, **kwargs)
     automatic = functools.partial(jax.sharding.auto_axes, axes=mesh.explicit_axes)
 
-    def call(*arrays: Any) -> Any:
-        given = leaves.copy()
-        for i, x in zip(places, arrays, strict=True):
-            given[i] = x
-        args, kwargs = jax.tree.unflatten(structure, given)
-        return function(*args, **kwargs)
-
     whole = NamedSharding(mesh, PartitionSpec())
     if not is_spread:
         return automatic(call, out_sharding=whole)(*arrays)
+
+    if spec is not None:
+        return automatic(call, out_sharding=NamedSharding(mesh, spec))(*arrays)
 
     def shapes(axes: list[set[int]]) -> Any:
         """The shapes of the result for arrays that are twice as long along these axes."""
@@ -181,6 +177,23 @@ def on_explicit_axes(
     specs = _result_specs(shapes, arrays)
     shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
     return automatic(call, out_sharding=shardings)(*arrays)
+
+
+def of_arrays(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], list[Any]]:
+    """A function of the arrays among the arguments alone, and these arrays."""
+    leaves, structure = jax.tree.flatten((args, kwargs))
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+    def call(*arrays: Any) -> Any:
+        given = leaves.copy()
+        for i, x in zip(places, arrays, strict=True):
+            given[i] = x
+        args, kwargs = jax.tree.unflatten(structure, given)
+        return function(*args, **kwargs)
+
+    return call, [leaves[i] for i in places]
 
 
 def _result_specs(shapes: Callable[[list[set[int]]], Any], arrays: list[Any]) -> Any:

@@ -308,6 +308,68 @@ def test_rows_and_heads_of_attention(way):
     assert all(result.startswith("pred[]") for _, result in collectives(program))
 
 
+IDS = np.sort(np.random.default_rng(3).integers(0, 3, (2, 8)), -1)
+ORDER = sj.zigzag_permutation(8, 2)
+IN_A_RING = {
+    "causal": {"mask": masks.Causal()},
+    "arrays": {"mask": np.tri(8, dtype=bool), "bias": draw(4, 8, 8), "sink": np.ones(4)},
+    "zigzag": {"mask": masks.Causal() & masks.Segments(IDS), "positions": ORDER},
+    "functions": {
+        "mask": masks.Function(lambda at: (at.key + at.head + at.batch) % 3 != at.query % 2),
+        "score": lambda scores, at: scores - (at.query - at.key + at.head).astype(scores.dtype),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("causal", "arrays"),
+        pytest.param("zigzag", marks=pytest.mark.slow),
+        pytest.param("functions", marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_of_attention_meet_in_a_ring(name):
+    """No key is gathered, and no scores, the gradient included."""
+    args = [draw(2, 8, n, 3, seed=n) for n in (4, 2)]
+    call = lambda q, k: sj.attention(q, k, jnp.sin(k), **IN_A_RING[name])
+    report = functools.partial(results, call, 2)
+    wanted, spec = jax.jit(report)(*args), P("rows", "classes", None, None)
+    program, got = compiled_on(explicit_mesh(), report, args, [spec, spec])
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        assert_spread(one, other, P(*spec[: one.ndim]))
+    kinds = {kind for kind, _ in collectives(program)}
+    assert "collective-permute" in kinds
+    assert not kinds & {"all-gather", "all-to-all"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"normalizer": "sparsemax"},
+        {"implementation": "dense"},
+        {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)},
+    ],
+    ids=["sparse", "dense", "dropout"],
+)
+def test_options_for_which_keys_are_gathered(way):
+    args = [draw(2, 8, n, 3, seed=n) for n in (4, 2)]
+    call = lambda q, k: sj.attention(q, k, jnp.sin(k), **way)
+    spec = P("rows", "classes", None, None)
+    _, got = compiled_on(explicit_mesh(), call, args, [spec, spec])
+    assert_spread(got, call(*args), spec)
+
+
+def test_log_sum_exp_of_tokens_in_a_ring():
+    args = [draw(2, 8, n, 3, seed=n) for n in (4, 2)]
+    call = lambda q, k: sj.attention(q, k, k, return_lse=True)
+    spec = P("rows", "classes", None, None)
+    _, got = compiled_on(explicit_mesh(), call, args, [spec, spec])
+    for one, other in zip(got, call(*args), strict=True):
+        assert_spread(one, other, P(*spec[: one.ndim]))
+
+
 def test_a_score_that_holds_arrays_of_the_mesh():
     """It is a pytree, whose arrays are arguments; one that captures none may be a closure."""
     queries, keys, slopes = draw(2, 4, 4, 3), draw(2, 4, 2, 3, seed=1), np.arange(1.0, 5)

@@ -1,21 +1,26 @@
 """How to attend over a sequence whose tokens are spread over devices.
 
 Beside the ring there are two ways that need no more than collectives around an attention of one
-device: to gather the keys, and to exchange tokens for heads.
+device: to gather the keys, and to exchange tokens for heads. Where types tell that the tokens
+are spread over explicit axes, the ring needs no `shard_map` of the caller's.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from softjax._mesh import num_devices, vary
+from softjax._mesh import Layout, num_devices, of_arrays, spec_of, vary
 from softjax._tiles import grid_of, per_score
 from softjax.attentions._inputs import pair_of_positions
-from softjax.attentions._sources import change, with_key_ids
+from softjax.attentions._sources import change, own_kinds, with_key_ids
 from softjax.masks import Dense, Function, Lengths, Segments
 
 CONTEXTS = ("ring", "allgather", "ulysses")
@@ -47,6 +52,72 @@ def check_context(given: dict[str, Any]) -> None:
             " thresholds of another map would send all keys around it:"
             ' `context="allgather"` or "ulysses" serves.'
         )
+
+
+def layout_of(arguments: dict[str, Any]) -> Layout | None:
+    """How types say that the tokens are spread, if they do and a ring serves the call."""
+    arrays = [arguments.get(name) for name in ("queries", "keys", "values")]
+    if not all(isinstance(x, Array) and x.ndim >= 3 for x in arrays):
+        return None
+    names, *others = (spec_of(x)[-3] for x in arrays)
+    sizes = jax.typeof(arrays[0]).sharding.mesh.shape
+    serves = (
+        arguments.get("normalizer", "softmax") == "softmax"
+        and arguments.get("dropout_key") is None
+        and arguments.get("implementation") in (None, "streamed")
+        and not own_kinds(arguments.get("mask"))
+    )
+    if not serves or others != [names, names] or math.prod(sizes[n] for n in names) == 1:
+        return None
+    # The log-sum-exp has the same first axes as the averages.
+    return Layout(names, result=PartitionSpec(*spec_of(arrays[0])[:-1]))
+
+
+def on_devices(
+    attention: Attention,
+    layout: Layout,
+    queries: ArrayLike,
+    keys: ArrayLike,
+    values: ArrayLike,
+    options: dict[str, Any],
+) -> Any:
+    """Attention where each device takes its tokens, so that no key is gathered.
+
+    The compiler spreads all other axes, such as those of the batch, as it chooses.
+    """
+    sizes = jnp.shape(queries)[-3], jnp.shape(keys)[-3]
+    as_array = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+    args, options = (queries, keys, values), jax.tree.map(as_array, options)
+
+    def along(axis: int, x: Any) -> PartitionSpec:
+        """How an array is spread that may have one entry per token along an axis."""
+        if jnp.ndim(x) < -axis or jnp.shape(x)[axis] not in sizes:
+            return PartitionSpec()
+        return PartitionSpec(*[None] * (jnp.ndim(x) + axis), layout.tokens)
+
+    per_query, per_token = (
+        functools.partial(jax.tree.map, functools.partial(along, axis)) for axis in (-2, -1)
+    )
+    specs = options | {
+        "mask": change(change(options["mask"], Dense, per_query), Segments, per_token),
+        "bias": per_query(options["bias"]),
+        "positions": per_token(options["positions"]),
+    }
+    known = jax.tree.leaves(([along(-3, x) for x in args], specs))
+    in_specs = [
+        spec if isinstance(spec, PartitionSpec) else PartitionSpec()
+        for spec, x in zip(known, jax.tree.leaves((args, options)), strict=True)
+        if isinstance(x, Array)
+    ]
+    call, arrays = of_arrays(
+        functools.partial(attention, axis_name=layout.tokens), args, options
+    )
+    return jax.shard_map(
+        call,
+        in_specs=tuple(in_specs),
+        out_specs=along(-3, queries),
+        axis_names={*layout.tokens},
+    )(*arrays)
 
 
 def places(

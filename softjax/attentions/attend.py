@@ -15,10 +15,17 @@ from softjax import masks
 from softjax._api import api
 from softjax._closures import jit_unless_asked
 from softjax._inputs import check_flag, computing_dtype
-from softjax._mesh import AxisName, check_axes, names_of, num_devices
+from softjax._mesh import AxisName, Layout, check_axes, names_of, num_devices
 from softjax._random import check_key
 from softjax.attentions._backends import call_of, choose
-from softjax.attentions._contexts import check_context, places, with_all_keys, with_all_tokens
+from softjax.attentions._contexts import (
+    check_context,
+    layout_of,
+    on_devices,
+    places,
+    with_all_keys,
+    with_all_tokens,
+)
 from softjax.attentions._cudnn import kernel_attention, why_no_kernel
 from softjax.attentions._inputs import cut_into_tiles, per_head, three_arrays, with_weigher
 from softjax.attentions._ring import ring_average
@@ -149,6 +156,7 @@ def attention(
     *("normalizer", *STATIC),
     prepare_call=_prepare_call,
     spread=("queries", "keys", "values", "mask", "bias", "positions"),
+    layout=layout_of,
 )
 def attention(
     queries: ArrayLike,
@@ -221,7 +229,10 @@ def attention(
             `jax.shard_map`. T and S are the numbers of tokens on a device, which holds their
             `positions` (by default those of one device follow those of another) and the ids
             of `masks.Segments`. It holds a bias or mask that is an array for its queries and
-            the keys of all devices, whose order is that of the devices.
+            the keys of all devices, whose order is that of the devices. It is not needed on a
+            mesh of explicit axes, where types tell that the tokens of queries, keys and values
+            are spread: they meet in a ring, unless an option needs all keys at once (sparse
+            maps, dropout, "dense" and masks of your own), which are gathered then.
 
     Returns:
         Averages `[..., T, N, W]` in the dtype of `queries`; with `return_lse`, a pair of them
@@ -313,6 +324,10 @@ def attention(
         "block_size": block_size,
         "implementation": implementation,
     }
+    spread: AxisName | Layout = axis_name
+    if isinstance(spread, Layout):
+        options |= {"sink": sink, "return_lse": return_lse}
+        return on_devices(attention, spread, queries, keys, values, options)
     if mesh_axes:
         check_axes(mesh_axes, {"positions": positions}, ("positions",), ())
         check_kinds(options["mask"])
