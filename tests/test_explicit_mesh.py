@@ -151,11 +151,18 @@ def test_values_and_types(entry):
 
 
 @pytest.mark.optimized
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(AxisType.Explicit, id="explicit"),
+        pytest.param(AxisType.Auto, id="automatic", marks=pytest.mark.slow),
+    ],
+)
 @entries(slow=lambda entry: entry.title not in ("softmax", "top_k_filter"))
-def test_rows_need_no_other_rows(entry):
+def test_rows_need_no_other_rows(entry, kind):
     """At most a bool per step, which tells whether a search has ended on all devices."""
     args, specs = arguments(entry, ("rows",))
-    program, _ = compiled_on(explicit_mesh(), entry.call, args, specs)
+    program, _ = compiled_on(mesh_of(kind), entry.call, args, specs)
     found = [result for _, result in collectives(program) if not result.startswith("pred[]")]
     assert bool(found) == (entry.name in JOINT)
 
