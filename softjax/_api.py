@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from softjax._inputs import as_given, fits, limits_of, widened
-from softjax._mesh import Layout, check_axes, names_of, on_explicit_axes, vary
+from softjax._mesh import Layout, call_on_mesh
 
 Callee = TypeVar("Callee", bound=Callable[..., Any])
 Check = Callable[[Any], Any]
@@ -98,22 +98,11 @@ def _jitted(
     spread: tuple[str, ...],
     layout: Callable[[dict[str, Any]], Layout | None] | None,
 ) -> Callable[..., Any]:
-    signature = inspect.signature(function)
-    parameters = signature.parameters.values()
-    optional = tuple(p.name for p in parameters if p.default is not p.empty)
-
     @functools.partial(jax.jit, static_argnames=static)
     @functools.wraps(function)
     def jitted(*args: Any, **kwargs: Any) -> Any:
-        mesh_axes = names_of(kwargs.get("axis_name"))
-        if mesh_axes:
-            arguments = signature.bind(*args, **kwargs).arguments
-            check_axes(mesh_axes, arguments, spread, optional)
-        args, kwargs = vary((args, kwargs), but=mesh_axes)
         args, kwargs = jax.tree.map(widened, (args, kwargs))
-        if layout is not None and not mesh_axes:
-            kwargs["axis_name"] = layout(signature.bind_partial(*args, **kwargs).arguments)
-        return on_explicit_axes(function, args, kwargs)
+        return call_on_mesh(function, args, kwargs, spread=spread, layout=layout)
 
     return jitted
 

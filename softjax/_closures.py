@@ -13,7 +13,7 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 
-from softjax._mesh import Layout, check_axes, names_of, on_explicit_axes, vary
+from softjax._mesh import Layout, call_on_mesh
 
 Callee = TypeVar("Callee", bound=Callable[..., Any])
 
@@ -33,21 +33,10 @@ def jit_unless_asked(
     """
 
     def decorate(function: Callee) -> Callee:
-        signature = inspect.signature(function)
-        parameters = signature.parameters.values()
-        optional = tuple(p.name for p in parameters if p.default is not p.empty)
-
         def run(*args: Any, captures: bool = False, **kwargs: Any) -> Any:
-            mesh_axes = names_of(kwargs.get("axis_name"))
-            if mesh_axes:
-                arguments = signature.bind(*args, **kwargs).arguments
-                check_axes(mesh_axes, arguments, spread, optional)
-            args, kwargs = vary((args, kwargs), but=mesh_axes)
-            found = None
-            if layout is not None and not mesh_axes:
-                kwargs["axis_name"] = found = layout(signature.bind(*args, **kwargs).arguments)
-            spec = None if found is None else found.result
-            return on_explicit_axes(function, args, kwargs, captures=captures, spec=spec)
+            return call_on_mesh(
+                function, args, kwargs, spread=spread, layout=layout, captures=captures
+            )
 
         jitted = jax.jit(functools.wraps(function)(run), static_argnames=static)
 

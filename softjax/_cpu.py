@@ -23,7 +23,7 @@ from softjax._mesh import may_be_sharded
 LARGE = 2**17  # entries from which on terms are not stored
 PARTS = 8  # into which an axis of a large array is cut
 FEW = 8  # terms that lose little in a running sum
-SOME = 32  # entries of an axis that is cut into parts of one entry
+SHORT = 32  # entries of an axis that is added up without storing anything
 LONG = 2**15  # terms of a large array's last axis that XLA adds up in a tree
 BLOCK = 2**18  # entries of the slices of one block: 1 MB in float32
 ROWS = 2048  # slices of one block at most, because all wait for the slowest
@@ -43,11 +43,12 @@ def can_cut(entries: Sequence[Array], axes: tuple[int, ...]) -> bool:
     return longest > FEW or max(x.size for x in entries) >= LARGE
 
 
-def sum_in_pairs(x: Array, axes: tuple[int, ...], size: int | None = None) -> Array:
+def sum_by_halves(x: Array, axes: tuple[int, ...], size: int | None = None) -> Array:
     """The sum over `axes`, which are kept with size 1, of an array that had `size` entries.
 
-    A running sum, as XLA takes, rounds many equal terms the same way; along the last axis of a
-    large array XLA takes several at once.
+    Halves are added until few entries are left, because a running sum, as XLA takes, rounds
+    many equal terms the same way. The last axis of a large array is halved less often, because
+    XLA takes several running sums at once there.
     """
     is_large = (x.size if size is None else size) >= LARGE
     for axis in axes:
@@ -59,14 +60,15 @@ def sum_in_pairs(x: Array, axes: tuple[int, ...], size: int | None = None) -> Ar
 
 
 def _halve(x: Array, axis: int) -> Array:
-    """The sums of two entries each, of which one lies in either half."""
+    """The second half of an axis added to the first; an odd length gets one more 0."""
     length = x.shape[axis]
     if length % 2:
-        padding = [(0, 1 if i == axis else 0, 0) for i in range(x.ndim)]
+        padding = [(0, int(i == axis), 0) for i in range(x.ndim)]
         x = lax.pad(x, x.dtype.type(0), padding)
-    total = operator.add(*jnp.split(x, 2, axis))
-    # Without barriers XLA compiles the term anew for each of the entries that are added up.
-    return lax.optimization_barrier(total) if length > SOME else total
+    first, second = jnp.split(x, 2, axis)
+    # Without barriers XLA would compile the terms anew for each of the entries that are added
+    # up. For few of them that is faster than to store the terms.
+    return first + second if length <= SHORT else lax.optimization_barrier(first + second)
 
 
 def sum_of_terms(
@@ -79,7 +81,7 @@ def sum_of_terms(
     shape = jnp.broadcast_shapes(*(x.shape for x in entries))
     size, longest = math.prod(shape), max(axes, key=lambda axis: shape[axis])
     if size < LARGE or size == 0:
-        return sum_in_pairs(term(*entries, *per_slice), axes)
+        return sum_by_halves(term(*entries, *per_slice), axes)
     # Each part forms its own terms, which one loop adds up. The barrier stops XLA from storing
     # terms that another pass forms too, the first select from cutting that loop, the second
     # from storing one sum per entry.
@@ -87,14 +89,14 @@ def sum_of_terms(
     once = jax.jit(term)  # Traced once per length of a part.
     parts = zip(*(_cut(jnp.broadcast_to(x, shape), longest) for x in entries), strict=True)
     x = _join([once(*part, *per_slice) for part in parts], longest)
-    total = sum_in_pairs(jnp.where(x == 0, 0, x), axes, size)
+    total = sum_by_halves(jnp.where(x == 0, 0, x), axes, size)
     return jnp.where(total == 0, 0, total)
 
 
 def _cut(x: Array, axis: int) -> list[Array]:
     """Parts of equal length along the axis, and a shorter rest."""
     length = x.shape[axis]
-    num = min(PARTS, length) if length > SOME else length
+    num = min(PARTS, length) if length > SHORT else length
     size = length // num
     stops = [*range(size, num * size + 1, size), length]
     pairs = itertools.pairwise([0, *stops])

@@ -16,6 +16,7 @@ Types tell nothing about automatic axes, over which the compiler spreads arrays 
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -31,12 +32,12 @@ Tree = TypeVar("Tree")
 class Layout(NamedTuple):
     """The explicit axes over which tokens, and the classes of a linear layer, are spread.
 
-    Where the types of arguments tell it, it is the `axis_name` of the function.
+    If the types of the arguments tell the layout, the function receives it as its `axis_name`.
     """
 
     tokens: tuple[str, ...]
     classes: tuple[str, ...] = ()
-    result: PartitionSpec | None = None  # how the result is spread, if this is known
+    result: Any = None  # how the result is spread: specs, or None if they must be found
 
 
 AxisName = str | tuple[str, ...] | None
@@ -137,23 +138,51 @@ def may_be_sharded(tree: Any) -> bool:
     )
 
 
+def call_on_mesh(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    spread: tuple[str, ...] = (),
+    layout: Callable[[dict[str, Any]], Layout | None] | None = None,
+    captures: bool = False,
+) -> Any:
+    """Calls a public function, whose arguments may be spread over the axes of a mesh.
+
+    The last three are those of `api` and of `on_explicit_axes`.
+    """
+    signature, mesh_axes = inspect.signature(function), names_of(kwargs.get("axis_name"))
+    if mesh_axes:
+        parameters = signature.parameters.values()
+        optional = tuple(p.name for p in parameters if p.default is not p.empty)
+        arguments = signature.bind_partial(*args, **kwargs).arguments
+        check_axes(mesh_axes, arguments, spread, optional)
+    args, kwargs = vary((args, kwargs), but=mesh_axes)
+    found = None
+    if layout is not None and not mesh_axes:
+        found = layout(signature.bind_partial(*args, **kwargs).arguments)
+        kwargs["axis_name"] = found
+    specs = None if found is None else found.result
+    return on_explicit_axes(function, args, kwargs, captures=captures, specs=specs)
+
+
 def on_explicit_axes(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
     captures: bool = False,
-    spec: PartitionSpec | None = None,
+    specs: Any = None,
 ) -> Any:
-    """Calls a function; its result is spread as `spec` says, or as its arguments are.
+    """Calls a function. Its result is spread as `specs` say or, without them, as its arguments.
 
     JAX refuses an operation whose result it could spread in several ways. So the compiler
-    chooses inside of the function, and the type of the result is stated at the end. There JAX
-    refuses arrays on explicit axes that a function among the arguments captures: with
-    `captures`, nothing changes unless another argument is spread. A pytree that is a function,
-    such as `jax.tree_util.Partial`, may hold such arrays, because they are arguments then.
+    chooses inside of the function, and the type of the result is stated at the end. Inside,
+    JAX refuses arrays on explicit axes that a user's function captures. So with `captures` the
+    function is called plainly unless an argument is spread. A pytree that is a function, such
+    as `jax.tree_util.Partial`, may hold such arrays, because they are arguments then.
     """
-    call, arrays = of_arrays(function, args, kwargs)
+    call, arrays = as_function_of_arrays(function, args, kwargs)
     # The mesh decides, because `vmap` hides the axis that it maps from the spec of a type.
     meshes = [jax.typeof(x).sharding.mesh for x in arrays]
     mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
@@ -166,23 +195,20 @@ def on_explicit_axes(
     if not is_spread:
         return automatic(call, out_sharding=whole)(*arrays)
 
-    if spec is not None:
-        return automatic(call, out_sharding=NamedSharding(mesh, spec))(*arrays)
-
     def shapes(axes: list[set[int]]) -> Any:
         """The shapes of the result for arrays that are twice as long along these axes."""
         longer = lambda *arrays: call(*map(_doubled, arrays, axes))
         return jax.eval_shape(automatic(longer, out_sharding=whole), *arrays)
 
-    specs = _result_specs(shapes, arrays)
+    specs = _result_specs(shapes, arrays) if specs is None else specs
     shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
     return automatic(call, out_sharding=shardings)(*arrays)
 
 
-def of_arrays(
+def as_function_of_arrays(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Callable[..., Any], list[Any]]:
-    """A function of the arrays among the arguments alone, and these arrays."""
+    """The call as a function of its arrays alone, and these arrays."""
     leaves, structure = jax.tree.flatten((args, kwargs))
     places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
 

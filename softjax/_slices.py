@@ -140,8 +140,8 @@ def _sum(axes: tuple[int, ...], x: Array) -> Array:
     whole = lambda x: jnp.sum(x, axes, keepdims=True)
     if not _cpu.can_cut((x,), axes):
         return whole(x)
-    in_pairs = lambda x: _cpu.sum_in_pairs(x, axes)
-    return lax.platform_dependent(x, cpu=in_pairs, default=whole)
+    by_halves = lambda x: _cpu.sum_by_halves(x, axes)
+    return lax.platform_dependent(x, cpu=by_halves, default=whole)
 
 
 @_sum.defjvp

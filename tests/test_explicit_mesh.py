@@ -337,7 +337,7 @@ IN_A_RING = {
     ],
 )
 def test_tokens_of_attention_meet_in_a_ring(name):
-    """No key is gathered, and no scores, the gradient included."""
+    """Neither keys nor scores are gathered, for the value or the gradient."""
     args = [draw(2, 8, n, 3, seed=n) for n in (4, 2)]
     call = lambda q, k: sj.attention(q, k, jnp.sin(k), **IN_A_RING[name])
     report = functools.partial(results, call, 2)
@@ -366,6 +366,34 @@ def test_options_for_which_keys_are_gathered(way):
     spec = P("rows", "classes", None, None)
     _, got = compiled_on(explicit_mesh(), call, args, [spec, spec])
     assert_spread(got, call(*args), spec)
+
+
+def test_wrong_shapes_of_a_ring_are_refused():
+    """Each would fit the part of one device."""
+    mesh, spec = explicit_mesh(), P("rows", "classes")
+    with jax.sharding.set_mesh(mesh):
+        q = jax.device_put(draw(2, 8, 4, 3), NamedSharding(mesh, spec))
+        for name, value in (
+            ("bias", np.ones((4, 8))),
+            ("mask", np.ones((4, 8), bool)),
+            ("mask", masks.Segments(np.ones((2, 4), int))),
+            ("positions", np.arange(4)),
+        ):
+            with pytest.raises(ValueError, match=r"\(2, 8\)|8|query_ids|positions") as error:
+                sj.attention(q, q, q, **{name: value})
+            assert "axis_name" not in str(error.value)
+
+
+def test_a_ring_outside_of_jit_and_its_explanation():
+    mesh, spec = explicit_mesh(), P("rows", "classes")
+    args = [draw(2, 8, n, 3, seed=n) for n in (4, 2, 2)]
+    wanted = sj.attention(*args, **IN_A_RING["functions"])
+    with jax.sharding.set_mesh(mesh):
+        args = placed(args, [spec] * 3, mesh)
+        assert_spread(
+            sj.attention(*args, **IN_A_RING["functions"]), wanted, P(*spec, None, None)
+        )
+        assert "streamed: 2 hops of 2 tiles of 4 x 2; taken." in sj.explain_attention(*args)
 
 
 def test_log_sum_exp_of_tokens_in_a_ring():

@@ -1,11 +1,12 @@
 """How to attend over a sequence whose tokens are spread over devices.
 
 Beside the ring there are two ways that need no more than collectives around an attention of one
-device: to gather the keys, and to exchange tokens for heads. Where types tell that the tokens
-are spread over explicit axes, the ring needs no `shard_map` of the caller's.
+device: to gather the keys, and to exchange tokens for heads. If types tell that the tokens
+are spread over explicit axes, the library opens the `shard_map` of the ring itself.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +18,10 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
-from softjax._mesh import Layout, num_devices, of_arrays, spec_of, vary
+from softjax._mesh import Layout, as_function_of_arrays, num_devices, spec_of, vary
 from softjax._tiles import grid_of, per_score
 from softjax.attentions._inputs import pair_of_positions
-from softjax.attentions._sources import change, own_kinds, with_key_ids
+from softjax.attentions._sources import change, users_parts, with_key_ids
 from softjax.masks import Dense, Function, Lengths, Segments
 
 CONTEXTS = ("ring", "allgather", "ulysses")
@@ -54,46 +55,52 @@ def check_context(given: dict[str, Any]) -> None:
         )
 
 
-def layout_of(arguments: dict[str, Any]) -> Layout | None:
-    """How types say that the tokens are spread, if they do and a ring serves the call."""
+def ring_layout_of(arguments: dict[str, Any]) -> Layout | None:
+    """How types say that tokens are spread; None if they do not, or a ring cannot serve."""
     arrays = [arguments.get(name) for name in ("queries", "keys", "values")]
     if not all(isinstance(x, Array) and x.ndim >= 3 for x in arrays):
         return None
-    names, *others = (spec_of(x)[-3] for x in arrays)
+    queries, keys, values = map(spec_of, arrays)
     sizes = jax.typeof(arrays[0]).sharding.mesh.shape
     serves = (
-        arguments.get("normalizer", "softmax") == "softmax"
+        queries[:-2] == keys[:-2] == values[:-2]
+        and not values[-1]
+        and math.prod(sizes[name] for name in queries[-3]) > 1
+        and arguments.get("normalizer", "softmax") == "softmax"
         and arguments.get("dropout_key") is None
         and arguments.get("implementation") in (None, "streamed")
-        and not own_kinds(arguments.get("mask"))
+        and not users_parts(arguments.get("mask"))
     )
-    if not serves or others != [names, names] or math.prod(sizes[n] for n in names) == 1:
-        return None
-    # The log-sum-exp has the same first axes as the averages.
-    return Layout(names, result=PartitionSpec(*spec_of(arrays[0])[:-1]))
+    # The last axis is left out, so that one spec serves the averages and the log-sum-exp.
+    spec = PartitionSpec(*queries[:-1])
+    result = (spec, spec) if arguments.get("return_lse") else spec
+    return Layout(queries[-3], result=result) if serves else None
 
 
-def on_devices(
+def ring_on_explicit_axes(
     attention: Attention,
-    layout: Layout,
+    mesh_axes: MeshAxes,
     queries: ArrayLike,
     keys: ArrayLike,
     values: ArrayLike,
     options: dict[str, Any],
 ) -> Any:
-    """Attention where each device takes its tokens, so that no key is gathered.
+    """Attention by a ring in a `shard_map` over the axes of the tokens.
 
     The compiler spreads all other axes, such as those of the batch, as it chooses.
     """
-    sizes = jnp.shape(queries)[-3], jnp.shape(keys)[-3]
+    # Wrong shapes raise their errors here, because a device sees its part of them alone.
+    jax.eval_shape(lambda: attention(queries, keys, values, **options))
+    lengths = jnp.shape(queries)[-3], jnp.shape(keys)[-3]
+    # NumPy arrays become JAX arrays, because no device would cut an array that is a constant.
     as_array = lambda x: jnp.asarray(x) if isinstance(x, np.ndarray) else x
     args, options = (queries, keys, values), jax.tree.map(as_array, options)
 
     def along(axis: int, x: Any) -> PartitionSpec:
-        """How an array is spread that may have one entry per token along an axis."""
-        if jnp.ndim(x) < -axis or jnp.shape(x)[axis] not in sizes:
+        """The spec of an array: cut along an axis if it has one entry per token there."""
+        if jnp.ndim(x) < -axis or jnp.shape(x)[axis] not in lengths:
             return PartitionSpec()
-        return PartitionSpec(*[None] * (jnp.ndim(x) + axis), layout.tokens)
+        return PartitionSpec(*[None] * (jnp.ndim(x) + axis), mesh_axes)
 
     per_query, per_token = (
         functools.partial(jax.tree.map, functools.partial(along, axis)) for axis in (-2, -1)
@@ -103,20 +110,17 @@ def on_devices(
         "bias": per_query(options["bias"]),
         "positions": per_token(options["positions"]),
     }
-    known = jax.tree.leaves(([along(-3, x) for x in args], specs))
-    in_specs = [
-        spec if isinstance(spec, PartitionSpec) else PartitionSpec()
-        for spec, x in zip(known, jax.tree.leaves((args, options)), strict=True)
-        if isinstance(x, Array)
-    ]
-    call, arrays = of_arrays(
-        functools.partial(attention, axis_name=layout.tokens), args, options
+    whole = lambda x: x if isinstance(x, PartitionSpec) else PartitionSpec()
+    of_leaves = jax.tree.leaves(([along(-3, x) for x in args], jax.tree.map(whole, specs)))
+    is_array = [isinstance(x, Array) for x in jax.tree.leaves((args, options))]
+    call, arrays = as_function_of_arrays(
+        functools.partial(attention, axis_name=mesh_axes), args, options
     )
     return jax.shard_map(
         call,
-        in_specs=tuple(in_specs),
+        in_specs=tuple(itertools.compress(of_leaves, is_array)),
         out_specs=along(-3, queries),
-        axis_names={*layout.tokens},
+        axis_names={*mesh_axes},
     )(*arrays)
 
 

@@ -38,7 +38,7 @@ from softjax.attentions._softmax_tiles import (
     observe_tile,
     results,
     tile_tangents,
-    weights_below,
+    weights_at,
 )
 from softjax.attentions._sources import Travelling, arrived, arrived_constants, travelling
 from softjax.attentions._tile_loops import map_query_blocks, scan_key_blocks, sum_over_keys
@@ -148,7 +148,7 @@ def _push(
 
     def term(at: TileIndex, part: DiffOperands, dot: DiffOperands, level: Array) -> Tangents:
         scores, scores_dot = push_scores(part, dot, constants, at)
-        weights = weights_below(scores, level)
+        weights = weights_at(scores, level)
         scores_dot = jnp.where(moves(scores), scores_dot, 0)
         return tile_tangents(weights, scores_dot, part, dot, constants, at)
 

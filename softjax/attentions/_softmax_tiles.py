@@ -98,10 +98,11 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
         part, dot = only_tile((operands, dots))
         scores, scores_dot = push_scores(part, dot, constants, WHOLE)
         state, weights = observe_tile(scores, part, constants, WHOLE)
+        # A key that is not seen has weight 0, also where the total is NaN.
         total = jnp.where(state.total == 0, 1, state.total)[..., None]
         weights = jnp.where(scores == -jnp.inf, 0, weights / total)
-        # This is `moves` of the scores, read from the weights, so that nothing else of their
-        # size must be kept.
+        # This is `moves(scores)`, read from the weights, so that the derivative need not keep
+        # another array of their size.
         moved = (weights != 0) & ~(state.peak >= huge(weights.dtype))[..., None]
         scores_dot = jnp.where(moved, scores_dot, 0)
         mean, sums = tile_tangents(weights, scores_dot, part, dot, constants, WHOLE)
@@ -115,7 +116,7 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
     def term(at: TileIndex, part: DiffOperands, dot: DiffOperands, level: Array) -> Tangents:
         scores, scores_dot = push_scores(part, dot, constants, at)
-        weights = weights_below(scores, level)
+        weights = weights_at(scores, level)
         scores_dot = jnp.where(moves(scores), scores_dot, 0)
         return tile_tangents(weights, scores_dot, part, dot, constants, at)
 
@@ -130,10 +131,10 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     return (out, lse), map_query_blocks(grid, block, parts, *rows, remember=False)
 
 
-def weights_below(scores: Array, level: Array) -> Array:
-    """The weights of a tile below the log-sum-exp of each query, 0 where not seen.
+def weights_at(scores: Array, level: Array) -> Array:
+    """exp(scores - level), and 0 for keys that are not seen; the level is the log-sum-exp.
 
-    A query that sees a NaN has a level of NaN, which must not reach what it does not see.
+    It is NaN for a query that sees a NaN, which must not reach the keys that it does not see.
     """
     return jnp.where(scores == -jnp.inf, 0, jnp.exp(scores - level[..., None]))
 

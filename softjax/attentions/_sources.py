@@ -44,15 +44,15 @@ class BySource(Mask):
 
 def check_kinds(mask: Mask | None) -> None:
     """Refuses a user's own kind of mask, because arrays of it may belong to keys."""
-    for part in own_kinds(mask):
+    for part in users_parts(mask):
         raise ValueError(
             "`mask` must be made of the kinds in `softjax.masks` with `axis_name`, because"
             f" nothing tells which arrays of a {type(part).__name__} belong to keys."
         )
 
 
-def own_kinds(mask: Mask | None) -> list[Mask]:
-    """The parts of a mask that are of a user's own kind."""
+def users_parts(mask: Mask | None) -> list[Mask]:
+    """The parts of a mask whose kinds are a user's own."""
     is_own = lambda part: isinstance(part, Mask) and type(part).__module__ != masks.__name__
     return [part for part in jax.tree.leaves(mask, is_leaf=is_own) if is_own(part)]
 

@@ -20,9 +20,9 @@ from softjax._random import check_key
 from softjax.attentions._backends import call_of, choose
 from softjax.attentions._contexts import (
     check_context,
-    layout_of,
-    on_devices,
     places,
+    ring_layout_of,
+    ring_on_explicit_axes,
     with_all_keys,
     with_all_tokens,
 )
@@ -156,7 +156,7 @@ def attention(
     *("normalizer", *STATIC),
     prepare_call=_prepare_call,
     spread=("queries", "keys", "values", "mask", "bias", "positions"),
-    layout=layout_of,
+    layout=ring_layout_of,
 )
 def attention(
     queries: ArrayLike,
@@ -229,17 +229,18 @@ def attention(
             `jax.shard_map`. T and S are the numbers of tokens on a device, which holds their
             `positions` (by default those of one device follow those of another) and the ids
             of `masks.Segments`. It holds a bias or mask that is an array for its queries and
-            the keys of all devices, whose order is that of the devices. It is not needed on a
-            mesh of explicit axes, where types tell that the tokens of queries, keys and values
-            are spread: they meet in a ring, unless an option needs all keys at once (sparse
-            maps, dropout, "dense" and masks of your own), which are gathered then.
+            the keys of all devices, whose order is that of the devices. On a mesh of explicit
+            axes leave it out, because types tell how tokens are spread: T, S and all arrays are
+            then those of the whole sequence. If queries, keys and values spread their tokens
+            over the same axes, they meet in a ring. Otherwise, and for sparse maps, dropout,
+            "dense" and masks of your own, the compiler gathers the keys.
 
     Returns:
         Averages `[..., T, N, W]` in the dtype of `queries`; with `return_lse`, a pair of them
         and of the log-sum-exp `[..., T, N]`, float32 or wider, which has its gradient too. A
-        query that sees nothing gets exactly 0 (and -inf), with gradient 0. One that sees a NaN
-        or inf in a query, key or value gets NaN, and gives NaN gradients to all that it sees;
-        one that does not is untouched, also in every gradient. A score of +inf has derivative
+        query that sees nothing gets exactly 0 (and -inf), with gradient 0. One that holds a
+        NaN or inf, or sees one in a key or value, gets NaN, and gives NaN gradients to all that
+        it sees; any other is untouched, also in every gradient. A score of +inf has derivative
         0.
 
     Raises:
@@ -324,10 +325,10 @@ def attention(
         "block_size": block_size,
         "implementation": implementation,
     }
-    spread: AxisName | Layout = axis_name
-    if isinstance(spread, Layout):
+    layout: AxisName | Layout = axis_name
+    if isinstance(layout, Layout):
         options |= {"sink": sink, "return_lse": return_lse}
-        return on_devices(attention, spread, queries, keys, values, options)
+        return ring_on_explicit_axes(attention, layout.tokens, queries, keys, values, options)
     if mesh_axes:
         check_axes(mesh_axes, {"positions": positions}, ("positions",), ())
         check_kinds(options["mask"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -12,6 +13,7 @@ from jax.typing import ArrayLike
 from softjax import masks
 from softjax._mesh import AxisName, names_of, num_devices
 from softjax.attentions._backends import BACKENDS, Backend, Call, call_of, check_name, choose
+from softjax.attentions._contexts import ring_layout_of
 from softjax.attentions._cudnn import why_no_kernel
 from softjax.attentions.attend import attention
 
@@ -92,7 +94,11 @@ def explain_attention(
     jax.eval_shape(lambda: attention(**given | {"implementation": None}))
     *batch, num_queries, heads, width = jnp.shape(queries)
     num_keys, mesh_axes, num_hops = jnp.shape(keys)[-3], names_of(axis_name), 0
-    if mesh_axes and context == "ring":
+    if not mesh_axes and (layout := ring_layout_of(given)):
+        sizes = jax.typeof(queries).sharding.mesh.shape
+        num_hops = math.prod(sizes[name] for name in layout.tokens)
+        num_queries, num_keys = num_queries // num_hops, num_keys // num_hops
+    elif mesh_axes and context == "ring":
         num_hops = num_devices(mesh_axes)
     elif mesh_axes:
         num_keys *= num_devices(mesh_axes)
