@@ -362,10 +362,37 @@ def test_tokens_of_attention_meet_in_a_ring(name):
 )
 def test_options_for_which_keys_are_gathered(way):
     args = [draw(2, 8, n, 3, seed=n) for n in (4, 2)]
-    call = lambda q, k: sj.attention(q, k, jnp.sin(k), **way)
+    mask = masks.Causal() & masks.Segments(IDS[0])
+    call = lambda q, k: sj.attention(q, k, jnp.sin(k), mask=mask, **way)
     spec = P("rows", "classes", None, None)
     _, got = compiled_on(explicit_mesh(), call, args, [spec, spec])
     assert_spread(got, call(*args), spec)
+
+
+@pytest.mark.parametrize("axes", [("rows", "classes"), ("classes", "rows")], ids="-".join)
+def test_a_ring_over_two_axes(axes):
+    """In either order of the axes."""
+    args = [draw(8, n, 3, seed=n) for n in (4, 2)]
+    call = lambda q, k: sj.attention(q, k, k, **IN_A_RING["arrays"])
+    spec = P(axes, None, None)
+    _, got = compiled_on(explicit_mesh(), call, args, [spec, spec])
+    assert_spread(got, call(*args), spec)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_bias_per_key_in_half_precision(dtype):
+    """Its gradients on the devices are added up before they are rounded."""
+    queries, keys = (draw(2, 8, n, 3, seed=n) for n in (4, 2))
+    bias = np.asarray(jnp.asarray(draw(4, 1, 8), dtype))
+    call = lambda q, k, b: jnp.sum(jnp.sin(sj.attention(q, k, k, bias=b)))
+    spec = P("rows", "classes", None, None)
+    slope = jax.grad(call, 2)
+    _, got = compiled_on(explicit_mesh(), slope, (queries, keys, bias), [spec, spec, P()])
+    wanted = slope(queries, keys, bias).astype(jnp.float32)
+    assert_close(
+        got.astype(jnp.float32), wanted, rtol=4 * float(jnp.finfo(dtype).eps), atol=1e-6
+    )
 
 
 def test_wrong_shapes_of_a_ring_are_refused():

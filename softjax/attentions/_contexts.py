@@ -55,17 +55,21 @@ def check_context(given: dict[str, Any]) -> None:
         )
 
 
-def ring_layout_of(arguments: dict[str, Any]) -> Layout | None:
-    """How types say that tokens are spread; None if they do not, or a ring cannot serve."""
+def layout_of_tokens(arguments: dict[str, Any]) -> Layout | None:
+    """How types say that tokens are spread, and the result; None if they are not.
+
+    It names no axes for the tokens if a ring cannot serve the call.
+    """
     arrays = [arguments.get(name) for name in ("queries", "keys", "values")]
     if not all(isinstance(x, Array) and x.ndim >= 3 for x in arrays):
         return None
     queries, keys, values = map(spec_of, arrays)
     sizes = jax.typeof(arrays[0]).sharding.mesh.shape
+    if math.prod(sizes[name] for name in queries[-3]) == 1:
+        return None
     serves = (
         queries[:-2] == keys[:-2] == values[:-2]
         and not values[-1]
-        and math.prod(sizes[name] for name in queries[-3]) > 1
         and arguments.get("normalizer", "softmax") == "softmax"
         and arguments.get("dropout_key") is None
         and arguments.get("implementation") in (None, "streamed")
@@ -74,7 +78,7 @@ def ring_layout_of(arguments: dict[str, Any]) -> Layout | None:
     # The last axis is left out, so that one spec serves the averages and the log-sum-exp.
     spec = PartitionSpec(*queries[:-1])
     result = (spec, spec) if arguments.get("return_lse") else spec
-    return Layout(queries[-3], result=result) if serves else None
+    return Layout(queries[-3] if serves else (), result=result)
 
 
 def ring_on_explicit_axes(

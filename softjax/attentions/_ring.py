@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from softjax import _online
@@ -111,14 +112,20 @@ def _source(mesh_axes: MeshAxes, by: Any) -> Array:
 
 def _shift(mesh_axes: MeshAxes, by: Any, tree: Any) -> Any:
     """What the device `by` places behind in the ring holds."""
+    # `ppermute` counts devices along the axes in the order of the mesh, and `axis_index` in
+    # that of the names.
+    sizes = jax.sharding.get_abstract_mesh().shape
+    in_order = tuple(name for name in sizes if name in mesh_axes)
     size = num_devices(mesh_axes)
+    table = np.arange(size).reshape([sizes[name] for name in in_order])
+    numbers = table.transpose([in_order.index(name) for name in mesh_axes]).ravel().tolist()
 
     def move(by: int, tree: Any) -> Any:
         if by == 0:
             return tree
         leaves, structure = jax.tree.flatten(tree)
-        pairs = [(device, (device + by) % size) for device in range(size)]
-        return jax.tree.unflatten(structure, lax.ppermute(leaves, mesh_axes, pairs))
+        pairs = [(numbers[device], numbers[(device + by) % size]) for device in range(size)]
+        return jax.tree.unflatten(structure, lax.ppermute(leaves, in_order, pairs))
 
     if isinstance(by, int):
         return move(by, tree)

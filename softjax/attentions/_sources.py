@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from softjax import masks
-from softjax._mesh import vary
+from softjax._inputs import computing_dtype
+from softjax._mesh import replicated_axes, vary
 from softjax._tiles import Grid
 from softjax.attentions._operands import Constants, DiffOperands
 from softjax.masks import Dense, Mask, Segments
@@ -91,7 +92,12 @@ def on_each_device(operands: DiffOperands) -> DiffOperands:
 
     A function that captures arrays was traced with them, and expects them as they are.
     """
-    return vary(operands._replace(captured=None))._replace(captured=operands.captured)
+    bias = operands.bias
+    if bias is not None and replicated_axes(operands.queries, bias):
+        # Cotangents that are added up over devices would be rounded in half precision.
+        bias = bias.astype(computing_dtype(bias.dtype))
+    varying = vary(operands._replace(bias=bias, captured=None))
+    return varying._replace(captured=operands.captured)
 
 
 def travelling(operands: DiffOperands, constants: Constants) -> Travelling:

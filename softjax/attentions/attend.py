@@ -20,8 +20,8 @@ from softjax._random import check_key
 from softjax.attentions._backends import call_of, choose
 from softjax.attentions._contexts import (
     check_context,
+    layout_of_tokens,
     places,
-    ring_layout_of,
     ring_on_explicit_axes,
     with_all_keys,
     with_all_tokens,
@@ -156,7 +156,7 @@ def attention(
     *("normalizer", *STATIC),
     prepare_call=_prepare_call,
     spread=("queries", "keys", "values", "mask", "bias", "positions"),
-    layout=ring_layout_of,
+    layout=layout_of_tokens,
 )
 def attention(
     queries: ArrayLike,
@@ -232,7 +232,7 @@ def attention(
             the keys of all devices, whose order is that of the devices. On a mesh of explicit
             axes leave it out, because types tell how tokens are spread: T, S and all arrays are
             then those of the whole sequence. If queries, keys and values spread their tokens
-            over the same axes, they meet in a ring. Otherwise, and for sparse maps, dropout,
+            and their batch alike, they meet in a ring. Otherwise, and for sparse maps, dropout,
             "dense" and masks of your own, the compiler gathers the keys.
 
     Returns:
@@ -326,7 +326,7 @@ def attention(
         "implementation": implementation,
     }
     layout: AxisName | Layout = axis_name
-    if isinstance(layout, Layout):
+    if isinstance(layout, Layout) and layout.tokens:
         options |= {"sink": sink, "return_lse": return_lse}
         return ring_on_explicit_axes(attention, layout.tokens, queries, keys, values, options)
     if mesh_axes:

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from softjax import masks
 from softjax._mesh import AxisName, names_of, num_devices
 from softjax.attentions._backends import BACKENDS, Backend, Call, call_of, check_name, choose
-from softjax.attentions._contexts import ring_layout_of
+from softjax.attentions._contexts import layout_of_tokens
 from softjax.attentions._cudnn import why_no_kernel
 from softjax.attentions.attend import attention
 
@@ -94,7 +94,8 @@ def explain_attention(
     jax.eval_shape(lambda: attention(**given | {"implementation": None}))
     *batch, num_queries, heads, width = jnp.shape(queries)
     num_keys, mesh_axes, num_hops = jnp.shape(keys)[-3], names_of(axis_name), 0
-    if not mesh_axes and (layout := ring_layout_of(given)):
+    layout = None if mesh_axes else layout_of_tokens(given)
+    if layout is not None and layout.tokens:
         sizes = jax.typeof(queries).sharding.mesh.shape
         num_hops = math.prod(sizes[name] for name in layout.tokens)
         num_queries, num_keys = num_queries // num_hops, num_keys // num_hops
