@@ -416,7 +416,9 @@ def assert_alike(name, order, way, args):
     got, wanted = compiled(name, order, way)(*args), compiled(name, order)(*args)
     for kind in wanted:
         for one, other in zip(*map(jax.tree.leaves, (got[kind], wanted[kind])), strict=True):
-            np.testing.assert_allclose(one, other, **ROUNDINGS, err_msg=kind)
+            # The sine of a loss carries the rounding of the largest terms into all others.
+            atol = ROUNDINGS["atol"] * max(1, np.abs(other).max(initial=0))
+            np.testing.assert_allclose(one, other, ROUNDINGS["rtol"], atol, err_msg=kind)
 
 
 DEFAULTS = {
