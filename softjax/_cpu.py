@@ -46,9 +46,9 @@ def can_cut(entries: Sequence[Array], axes: tuple[int, ...]) -> bool:
 def sum_by_halves(x: Array, axes: tuple[int, ...], size: int | None = None) -> Array:
     """The sum over `axes`, which are kept with size 1, of an array that had `size` entries.
 
-    Halves are added until few entries are left, because a running sum, as XLA takes, rounds
-    many equal terms the same way. The last axis of a large array is halved less often, because
-    XLA takes several running sums at once there.
+    Halves are added until few entries are left, because a running sum of many equal terms
+    rounds most of them the same way. The last axis of a large array is halved less often,
+    because its sum is compiled to several running sums.
     """
     is_large = (x.size if size is None else size) >= LARGE
     for axis in axes:

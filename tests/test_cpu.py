@@ -160,6 +160,7 @@ def test_equal_entries_share_the_mass(shape):
 def large(monkeypatch):
     """Treats small arrays as large ones."""
     monkeypatch.setattr(_cpu, "LARGE", 0)
+    monkeypatch.setattr(_cpu, "FEW", 2)
     monkeypatch.setattr(_cpu, "SHORT", 2)
     jax.clear_caches()
     yield

@@ -400,15 +400,14 @@ def test_wrong_shapes_of_a_ring_are_refused():
     mesh, spec = explicit_mesh(), P("rows", "classes")
     with jax.sharding.set_mesh(mesh):
         q = jax.device_put(draw(2, 8, 4, 3), NamedSharding(mesh, spec))
-        for name, value in (
-            ("bias", np.ones((4, 8))),
-            ("mask", np.ones((4, 8), bool)),
-            ("mask", masks.Segments(np.ones((2, 4), int))),
-            ("positions", np.arange(4)),
+        for name, value, message in (
+            ("bias", np.ones((4, 8)), r"`bias` of shape \(4, 8\) .*\(2, 4, 8, 8\)"),
+            ("mask", np.ones((4, 8), bool), r"`mask` of shape \(4, 8\) .*\(2, 4, 8, 8\)"),
+            ("mask", masks.Segments(np.ones((2, 4), int)), r"query_ids.*\(2, 8\)"),
+            ("positions", np.arange(4), r"positions.*\(2, 8\)"),
         ):
-            with pytest.raises(ValueError, match=r"\(2, 8\)|8|query_ids|positions") as error:
+            with pytest.raises(ValueError, match=message):
                 sj.attention(q, q, q, **{name: value})
-            assert "axis_name" not in str(error.value)
 
 
 def test_a_ring_outside_of_jit_and_its_explanation():
