@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from softjax import _accelerators
 from softjax._autodiff import with_gradient_of
 from softjax._elementary import expm1_over_twice_near, log1p
 from softjax._scores import centre
@@ -41,7 +42,8 @@ def nats_between(
     shift = of_p.log_total - of_q.log_total
     gain = slices.sum_of(lambda *args: _gain(*found(*args)), (x, y), *per_slice, shift)
     shift -= log1p(jnp.where(jnp.abs(gain) < 0.5, gain, 0))
-    row = slices.sum_of(lambda *args: _nats(*found(*args)), (x, y), *per_slice, shift)
+    corrected = _accelerators.store_nothing_before((*per_slice, shift))
+    row = slices.sum_of(lambda *args: _nats(*found(*args)), (x, y), *corrected)
     if temperature is not None:
         row = row * temperature * temperature
     return jnp.where(of_p.is_empty, 0, row), shift

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softjax import _cpu
+from softjax import _accelerators, _cpu
 from softjax._mesh import num_devices
 
 Term = Callable[..., Array]
@@ -66,6 +66,10 @@ class AlongAxes:
         return lax.platform_dependent(
             x, cpu=lambda x: jnp.zeros_like(self.max(x)), default=lambda x: 0 * self.max(x)
         )
+
+    def is_split(self, x: Array) -> bool:
+        """Whether an accelerator reads x anew for each reduction on this device."""
+        return not self.mesh_axes and _accelerators.is_split(x, self.axes)
 
     def sum_over_devices(self, per_device: Array) -> Array:
         """The sum over devices of what each one computed, such as the sum of its part."""
@@ -181,6 +185,9 @@ class BySegment:
     @property
     def on_this_device(self) -> "BySegment":
         return self
+
+    def is_split(self, x: Array) -> bool:
+        return False
 
     def sum_over_devices(self, per_device: Array) -> Array:
         return per_device

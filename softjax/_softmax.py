@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from softjax import _accelerators
 from softjax._elementary import log1p
 from softjax._scores import centre
-from softjax._slices import Slices
+from softjax._slices import BySegment, Slices
 from softjax._threshold import Family, Solution
 
 
@@ -39,11 +40,33 @@ class Normalizer(NamedTuple):
         return log1p(self.rest)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="map_follows")
 def normalizer(
-    slices: Slices, x: Array, temperature: Array | None, sink: Array | None = None
+    slices: Slices,
+    x: Array,
+    temperature: Array | None,
+    sink: Array | None = None,
+    *,
+    map_follows: bool = False,
 ) -> Normalizer:
-    """Sums the weights of slices, and of a sink, which is one more score per slice."""
+    """Sums the weights of slices, and of a sink, which is one more score per slice.
+
+    `map_follows` says that a map of the same slices, which XLA can compile into one kernel with
+    these sums, is all that reads them.
+    """
+    in_two = functools.partial(_in_two_passes, slices)
+    is_one_kernel = map_follows and temperature is None and not slices.is_split(x)
+    if slices.mesh_axes or isinstance(slices, BySegment) or sink is not None or is_one_kernel:
+        return in_two(x, temperature, sink)
+    in_one = lambda x, temperature, _: Normalizer(
+        *_accelerators.peak_and_rest(x, slices.axes, temperature)
+    )
+    return lax.platform_dependent(x, temperature, sink, cpu=in_two, default=in_one)
+
+
+def _in_two_passes(
+    slices: Slices, x: Array, temperature: Array | None, sink: Array | None
+) -> Normalizer:
     # JAX before 0.12 drops custom rules when the reverse of a scan is differentiated again, so
     # this must also differentiate correctly by itself: the peak, the shares and the rounding
     # errors are constants.
@@ -91,7 +114,7 @@ def _solve(
     sink: Array | None,
 ) -> Solution:
     del alpha, k
-    found = normalizer(slices, logits, temperature, sink)
+    found = normalizer(slices, logits, temperature, sink, map_follows=True)
     wide = None if temperature is None else slices.broadcast(temperature)
     scores = centre(logits, slices.broadcast(found.peak), wide)
     # A NaN shows in the sums, because XLA's CPU backend may lose it in the maximum. So an entry
