@@ -1,9 +1,9 @@
 """What accelerators need; `_cpu.py` has what a CPU needs.
 
-On an accelerator XLA makes one kernel of the sums of a slice and of the map that reads them, if
-the slice runs along the last axis, has up to 16384 entries and no temperature. In all other
-cases each maximum and each sum is a kernel that reads the array once more. An online reduction
-finds the largest entry and the sum of the weights together.
+For a GPU XLA makes one kernel of the sums of a slice and of the map that reads them, if the
+slice runs along the last axis, has up to 16384 entries and no temperature. In all other cases,
+and on a TPU, each maximum and each sum is a kernel that reads the array once more. An online
+reduction finds the largest entry and the sum of the weights together.
 
 Reference:
     Milakov and Gimelshein (2018), Online normalizer calculation for softmax,
@@ -11,7 +11,8 @@ Reference:
 """
 
 import math
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -27,6 +28,18 @@ def is_split(x: Array, axes: tuple[int, ...]) -> bool:
     return axes != last or (isinstance(length, int) and length > ONE_KERNEL)
 
 
+def by_kernels(
+    in_one: bool, *args: Any, together: Callable[..., Tree], apart: Callable[..., Tree]
+) -> Tree:
+    """One of two functions of `args`: `apart` where XLA takes a kernel for each reduction.
+
+    `in_one` says that a GPU takes one kernel for all that `together` does.
+    """
+    if in_one:
+        return lax.platform_dependent(*args, tpu=apart, default=together)
+    return lax.platform_dependent(*args, cpu=together, default=apart)
+
+
 def peak_and_rest(
     x: Array, axes: tuple[int, ...], temperature: Array | None = None
 ) -> tuple[Array, Array]:
@@ -37,7 +50,8 @@ def peak_and_rest(
     """
     # A sum is kept less 1, because each part has a peak; a part without weight holds -1. JAX
     # differentiates a reduction of several arrays only if all of them depend on x.
-    rest = jnp.where(x == -jnp.inf, -1, 0 * jnp.where(jnp.isinf(x), 0, x))
+    highest = float(jnp.finfo(x.dtype).max)
+    rest = jnp.where(x == -jnp.inf, -1, 0 * jnp.minimum(x, highest))
     parts, start = [x, rest], [-jnp.inf, -1.0]
     if temperature is not None:
         parts.append(jnp.broadcast_to(temperature, x.shape))
@@ -52,18 +66,18 @@ def _join(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]
     """Peak, rest and temperature of two parts of a slice together; a NaN in either stays."""
     (peak, rest, *warmth), (other_peak, other_rest, *other_warmth) = one, other
     largest, least = jnp.maximum(peak, other_peak), jnp.minimum(peak, other_peak)
-    of_largest = jnp.where(peak >= other_peak, rest, other_rest)
-    of_least = jnp.where(peak >= other_peak, other_rest, rest)
-    warmth = [jnp.maximum(*pair) for pair in zip(warmth, other_warmth, strict=True)]
-    # Equal peaks have the factor 1 also where they are infinite or the temperature is 0.
+    of_largest = lax.select(peak >= other_peak, rest, other_rest)
+    of_least = lax.select(peak >= other_peak, other_rest, rest)
+    # Equal peaks share the factor 1 also where they are infinite or the temperature is 0.
     apart = (least != largest) & (least != -jnp.inf)
-    least, top = jnp.where(apart, least, 0), jnp.where(apart, largest, 0)
-    score = least - top
-    if warmth:
-        # Halves, because the difference of huge numbers overflows before it is divided.
-        score = (least / 2 - top / 2) / warmth[0] * 2
-    factor = jnp.where(apart, jnp.exp(score), 1)
-    return largest, of_largest + factor * (1 + of_least), *warmth
+    if not warmth:
+        score = jnp.where(apart, least - largest, 0)
+        return largest, of_largest + jnp.exp(score) * (1 + of_least)
+    temperature = jnp.maximum(*warmth, *other_warmth)
+    # Halves, because the difference of huge numbers overflows before it is divided.
+    half = jnp.where(apart, least / 2 - largest / 2, 0)
+    score = jnp.where(half == 0, 0, half / temperature * 2)
+    return largest, of_largest + jnp.exp(score) * (1 + of_least), temperature
 
 
 def store_nothing_before(per_slice: Tree) -> Tree:

@@ -68,8 +68,8 @@ class AlongAxes:
         )
 
     def is_split(self, x: Array) -> bool:
-        """Whether an accelerator reads x anew for each reduction on this device."""
-        return not self.mesh_axes and _accelerators.is_split(x, self.axes)
+        """Whether a GPU reads x anew for each reduction on this device."""
+        return _accelerators.is_split(x, self.axes)
 
     def sum_over_devices(self, per_device: Array) -> Array:
         """The sum over devices of what each one computed, such as the sum of its part."""
@@ -185,9 +185,6 @@ class BySegment:
     @property
     def on_this_device(self) -> "BySegment":
         return self
-
-    def is_split(self, x: Array) -> bool:
-        return False
 
     def sum_over_devices(self, per_device: Array) -> Array:
         return per_device

@@ -54,17 +54,18 @@ def normalizer(
     `map_follows` says that a map of the same slices, which XLA can compile into one kernel with
     these sums, is all that reads them.
     """
-    in_two = functools.partial(_in_two_passes, slices)
-    is_one_kernel = map_follows and temperature is None and not slices.is_split(x)
-    if slices.mesh_axes or isinstance(slices, BySegment) or sink is not None or is_one_kernel:
-        return in_two(x, temperature, sink)
-    in_one = lambda x, temperature, _: Normalizer(
+    two_passes = functools.partial(_two_passes, slices)
+    if slices.mesh_axes or isinstance(slices, BySegment) or sink is not None:
+        return two_passes(x, temperature, sink)
+    in_one = map_follows and temperature is None and not slices.is_split(x)
+    one_pass = lambda x, temperature, _: Normalizer(
         *_accelerators.peak_and_rest(x, slices.axes, temperature)
     )
-    return lax.platform_dependent(x, temperature, sink, cpu=in_two, default=in_one)
+    args = x, temperature, sink
+    return _accelerators.by_kernels(in_one, *args, together=two_passes, apart=one_pass)
 
 
-def _in_two_passes(
+def _two_passes(
     slices: Slices, x: Array, temperature: Array | None, sink: Array | None
 ) -> Normalizer:
     # JAX before 0.12 drops custom rules when the reverse of a scan is differentiated again, so

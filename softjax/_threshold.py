@@ -11,7 +11,7 @@ tangents, so its transpose is the VJP; differentiated again it gives the second 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from softjax import _accelerators
 from softjax._inputs import Problem
 from softjax._mesh import vary
 from softjax._slices import AlongAxes, Slices
@@ -207,22 +208,25 @@ def _projected(is_even: bool, slices: Slices, slopes: Array, per_mass: Any, v: A
     def pull(w: Array, v: Array, *means: Array) -> Array:
         return w * functools.reduce(jnp.subtract, means, jnp.where(w != 0, v, 0))
 
-    def less_means(num: int, is_split: bool, slopes: Array, v: Array, per_mass: Any) -> Array:
-        means = []
-        if isinstance(slices, AlongAxes) and not slices.mesh_axes and not is_split:
-            means.append(slices.zero(jnp.where(slopes != 0, v, 0)))
+    def less_means(num: int, first: Sequence[Array], w: Array, v: Array, scale: Any) -> Array:
+        means = [*first]
         for _ in range(num):
-            means.append(slices.sum_of(pull, (slopes, v), *means) * per_mass)
-        return pull(slopes, v, *map(slices.broadcast, means))
+            means.append(slices.sum_of(pull, (w, v), *means) * scale)
+        return pull(w, v, *map(slices.broadcast, means))
 
+    num, args = 1 if is_even else 2, (slopes, v, per_mass)
+    if not isinstance(slices, AlongAxes) or slices.mesh_axes:
+        return less_means(num, (), *args)
     # Subtract the mean twice, as in `_tangents`, but once where each mean costs an accelerator
     # two more passes. An entry then errs by its weight times some roundings of the largest v.
-    num = 1 if is_even else 2
-    whole = functools.partial(less_means, num, False)
-    if not slices.is_split(v):
-        return whole(slopes, v, per_mass)
-    split = functools.partial(less_means, 1, True)
-    return lax.platform_dependent(slopes, v, per_mass, cpu=whole, default=split)
+    return _accelerators.by_kernels(
+        not slices.is_split(v),
+        *args,
+        together=lambda w, v, scale: less_means(
+            num, [slices.zero(jnp.where(w != 0, v, 0))], w, v, scale
+        ),
+        apart=functools.partial(less_means, 1, ()),
+    )
 
 
 def reciprocal(x: Array) -> Array:

@@ -1,7 +1,8 @@
-"""Kernels, and passes over memory, of the functions when compiled for an H200.
+"""Kernels, and passes over memory, of the functions when compiled for accelerators.
 
 The counter is tested on programs for the CPU, whose counts are known. The tests that are marked
-`aot` compile for an H200, which needs the plugin of the extra `aot-gpu` and no GPU.
+`aot` compile for an H200 or a TPU, which needs the plugin of the extra `aot-gpu` or `aot-tpu`,
+and no device.
 """
 
 import functools
@@ -17,14 +18,20 @@ from experiments.benchmarks import _programs as programs
 from experiments.benchmarks import compiled
 from softjax import masks
 
-H200 = programs.TARGETS["h200"]
+H200, V5E = (programs.TARGETS[name] for name in ("h200", "v5e"))
 SHAPE = (64, 1000)
 UNIT = 4 * 64 * 1000
-for_h200 = [
-    pytest.mark.aot,
-    pytest.mark.optimized,
-    pytest.mark.skipif(bool(H200.missing), reason=H200.missing),
-]
+
+
+def compiled_for(target):
+    return [
+        pytest.mark.aot,
+        pytest.mark.optimized,
+        pytest.mark.skipif(bool(target.missing), reason=target.missing),
+    ]
+
+
+for_h200, for_v5e = map(compiled_for, (H200, V5E))
 
 
 @pytest.fixture(autouse=True)
@@ -272,3 +279,23 @@ def test_cudnn_attention(a_gpu_seems_present, mask):
     assert found["temporary_bytes"] <= 21 * 2**20
     assert not found["loops"]
     assert not found["conditionals"]
+
+
+# On a TPU v5e.
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        pytest.param(name, shape, marks=for_v5e)
+        for name in ("softmax", "log_softmax", "logsumexp")
+        for shape in compiled.FULL.rows
+    ],
+)
+def test_a_tpu_takes_no_more_passes_than_jax_nn(name, shape):
+    case = case_of(name, shape)
+    for mode in compiled.MODES:
+        ours, theirs = (
+            compiled.counted(f, case, mode, V5E)["units"] for f in (case.ours, case.peer)
+        )
+        assert ours <= theirs + 1.3 * (shape == (1048576, 21)), mode

@@ -208,6 +208,20 @@ def test_log_probs_of_such_a_difference(dtype):
     assert_close(out, np.array(expected, dtype), rtol=2 * float(jnp.finfo(dtype).eps))
 
 
+def test_log_probs_without_weight_move_with_the_temperature():
+    """d log p / dT = -(z - <p, z>) / T^2, also where p is 0 as a float."""
+    logits = jnp.array([0.0, 1.0, -5000.0])
+    _, slope = jax.jvp(lambda t: sj.log_softmax(logits, temperature=t), (2.0,), (1.0,))
+    mean = 1 / (1 + np.exp(-0.5))
+    assert_close(slope, (mean - np.asarray(logits)) / 4, rtol=1e-14)
+
+
+def test_soft_top_k_of_close_logits_at_temperature_0():
+    """Differences below 1 are endless too, once they are divided by 0."""
+    out = sj.soft_top_k(jnp.array([0.1, 0.3, 0.3, 0.9]), 2, temperature=0.0)
+    assert_close(out, [0.0, 0.5, 0.5, 1.0], rtol=1e-15)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["capped", "sigmoid", "laplace"])
 def test_ends_of_the_temperature_of_soft_top_k(kind):

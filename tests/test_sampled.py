@@ -139,6 +139,19 @@ def test_accidental_hits_are_left_out():
     assert (alone == 0).all()
 
 
+def test_a_confident_token_keeps_its_digits():
+    """Scores that are log-frequencies make the sum exact: e^-50, which is lost beside 1."""
+    bias = jnp.log(shares(CLASSES)).at[-1].set(50.0)
+    features, weights = jnp.zeros((1, 1)), jnp.zeros((CLASSES, 1))
+    loss = lambda bias: sj.sampled_cross_entropy(
+        jax.random.key(1), features, weights, jnp.array([CLASSES - 1]), bias=bias, num_samples=6
+    )
+    along = jnp.zeros(CLASSES).at[-1].set(1.0)
+    value, slope = jax.jit(lambda b: jax.jvp(loss, (b,), (along,)))(bias)
+    np.testing.assert_allclose(value, [np.exp(-50)], rtol=1e-13)
+    np.testing.assert_allclose(slope, [-np.exp(-50)], rtol=1e-13)
+
+
 def test_gradients_reach_drawn_classes_alone():
     features, weights, _, labels = draw()
     key = jax.random.key(1)
