@@ -80,9 +80,7 @@ def _divided(
     dead = dropped | (x < jnp.maximum(peak - FAR * temperature, -highest))
     kept = jnp.where(dead | (x == jnp.inf), anchor, x)
     # Subtract halves, because their difference does not overflow before it is divided.
-    values = (
-        (jnp.where(dropped, anchor, jnp.minimum(x, highest)) / 2 - anchor / 2) / divisor * 2
-    )
+    values = (x / 2 - anchor / 2) / divisor * 2
     values = jnp.where(cold | dropped, -jnp.inf, values)
     # In this unit no difference overflows, and no rounding error is flushed to 0.
     fine = 2.0 ** (2 * limits.nmant + 8)

@@ -228,7 +228,7 @@ def _merge_devices(plan: Plan, length: int, seen: _Seen) -> _Seen:
     """The state of the classes of all devices, each of which has `length` of them."""
     mesh_axes = plan.mesh_axes
     total = functools.partial(lax.psum, axis_name=mesh_axes)
-    highest = lambda x: lax.pmax(lax.stop_gradient(x), mesh_axes)
+    highest = functools.partial(lax.pmax, axis_name=mesh_axes)
 
     def from_owner(owns: Array, score: Array) -> Array:
         """The score of the one device that owns it; -inf where none does."""
