@@ -1,4 +1,4 @@
-"""What accelerators need; `_cpu.py` has what a CPU needs.
+"""What accelerators need for reductions; `_cpu.py` has what a CPU needs.
 
 For a GPU XLA makes one kernel of the sums of a slice and of the map that reads them, if the
 slice runs along the last axis, has up to 16384 entries and no temperature. In all other cases,
@@ -54,10 +54,13 @@ def peak_and_rest(
     rest = jnp.where(x == -jnp.inf, -1, 0 * jnp.minimum(x, highest))
     parts, start = [x, rest], [-jnp.inf, -1.0]
     if temperature is not None:
-        parts.append(jnp.broadcast_to(temperature, x.shape))
+        # Halves, because the difference of huge numbers overflows before it is divided.
+        temperature = jnp.where(temperature < 0, jnp.nan, temperature / 2)
+        parts = [x / 2, rest, jnp.broadcast_to(temperature, x.shape)]
         start.append(-jnp.inf)
     start = [x.dtype.type(value) for value in start]
     peak, rest, *_ = lax.reduce(tuple(parts), tuple(start), _join, axes)
+    peak = peak if temperature is None else peak * 2
     rest = jnp.where((peak == -jnp.inf) & (rest == -1), 0, rest)
     return jnp.expand_dims(peak, axes), jnp.expand_dims(rest, axes)
 
@@ -70,14 +73,11 @@ def _join(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]
     of_least = lax.select(peak >= other_peak, other_rest, rest)
     # Equal peaks share the factor 1 also where they are infinite or the temperature is 0.
     apart = (least != largest) & (least != -jnp.inf)
-    if not warmth:
-        score = jnp.where(apart, least - largest, 0)
-        return largest, of_largest + jnp.exp(score) * (1 + of_least)
-    temperature = jnp.maximum(*warmth, *other_warmth)
-    # Halves, because the difference of huge numbers overflows before it is divided.
-    half = jnp.where(apart, least / 2 - largest / 2, 0)
-    score = jnp.where(half == 0, 0, half / temperature * 2)
-    return largest, of_largest + jnp.exp(score) * (1 + of_least), temperature
+    score = jnp.where(apart, least - largest, 0)
+    warmth = [jnp.maximum(*pair) for pair in zip(warmth, other_warmth, strict=True)]
+    for temperature in warmth:
+        score = jnp.where((score == 0) | (score == -jnp.inf), score, score / temperature)
+    return largest, of_largest + jnp.exp(score) * (1 + of_least), *warmth
 
 
 def store_nothing_before(per_slice: Tree) -> Tree:

@@ -1,4 +1,4 @@
-"""What a CPU needs; nothing else in the library depends on the platform.
+"""What a CPU needs for reductions; `_accelerators.py` has what a GPU and a TPU need.
 
 XLA's CPU backend takes a sum as a running sum, and stores its terms first; `sum_of_terms`
 avoids both. A search for a threshold reads its slices ten times;
