@@ -1,9 +1,9 @@
-"""What accelerators need for reductions; `_cpu.py` has what a CPU needs.
+"""Reductions on accelerators; `_cpu.py` has those of a CPU.
 
-For a GPU XLA makes one kernel of the sums of a slice and of the map that reads them, if the
-slice runs along the last axis, has up to 16384 entries and no temperature. In all other cases,
-and on a TPU, each maximum and each sum is a kernel that reads the array once more. An online
-reduction finds the largest entry and the sum of the weights together.
+XLA fuses the reductions of a softmax with the map that follows into one GPU kernel if slices
+run along the last axes, have at most 16384 entries, and are not divided by a temperature. Else,
+and on a TPU, each reduction is a kernel that reads the array once more. An online reduction
+reads the array once for both the maximum and the sum of the weights.
 
 Reference:
     Milakov and Gimelshein (2018), Online normalizer calculation for softmax,
@@ -18,72 +18,89 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 Tree = TypeVar("Tree")
-ONE_KERNEL = 16384  # entries of a slice that one kernel holds
+LONGEST_FUSED = 16384  # entries of the longest slice that XLA fuses into one GPU kernel
 
 
-def is_split(x: Array, axes: tuple[int, ...]) -> bool:
-    """Whether each reduction over `axes` reads `x` anew."""
+def is_fused(x: Array, axes: tuple[int, ...]) -> bool:
+    """Whether XLA may fuse reductions over `axes` into one GPU kernel."""
     last = tuple(range(x.ndim - len(axes), x.ndim))
     length = math.prod(x.shape[axis] for axis in axes)
-    return axes != last or (isinstance(length, int) and length > ONE_KERNEL)
+    return axes == last and not (isinstance(length, int) and length > LONGEST_FUSED)
 
 
-def by_kernels(
-    in_one: bool, *args: Any, together: Callable[..., Tree], apart: Callable[..., Tree]
+def by_platform(
+    fused_on_gpu: bool, *args: Any, fused: Callable[..., Tree], separate: Callable[..., Tree]
 ) -> Tree:
-    """One of two functions of `args`: `apart` where XLA takes a kernel for each reduction.
+    """Calls `fused`, or `separate` where each reduction of `fused` would be a kernel.
 
-    `in_one` says that a GPU takes one kernel for all that `together` does.
+    That is so on a TPU, on a GPU unless `fused_on_gpu`, and never on a CPU.
     """
-    if in_one:
-        return lax.platform_dependent(*args, tpu=apart, default=together)
-    return lax.platform_dependent(*args, cpu=together, default=apart)
+    if fused_on_gpu:
+        return lax.platform_dependent(*args, tpu=separate, default=fused)
+    return lax.platform_dependent(*args, cpu=fused, default=separate)
 
 
 def peak_and_rest(
     x: Array, axes: tuple[int, ...], temperature: Array | None = None
 ) -> tuple[Array, Array]:
-    """The largest entry of each slice, and the sum of exp((x - peak) / T) beside one peak.
+    """The largest entry of each slice, and the sum of exp((x - peak) / T) but for one peak.
 
-    The sum of n entries in a row errs by up to n half units in the last place. An accelerator
-    sums some hundred entries in a row, and adds these sums in a tree.
+    The error grows with the number of entries that are added one after another. An accelerator
+    adds some hundred of them so, and their sums in a tree.
     """
-    # A sum is kept less 1, because each part has a peak; a part without weight holds -1. JAX
-    # differentiates a reduction of several arrays only if all of them depend on x.
-    highest = float(jnp.finfo(x.dtype).max)
-    rest = jnp.where(x == -jnp.inf, -1, 0 * jnp.minimum(x, highest))
-    parts, start = [x, rest], [-jnp.inf, -1.0]
+    # This must differentiate correctly by itself, as `_softmax` tells. So peaks are constants,
+    # and each entry starts with exp((x - constant x) / T) - 1, which is 0, as its own sum.
+    dropped = x == -jnp.inf
+    finite = jnp.where(jnp.isinf(x), 0, x)
+    moved = finite - lax.stop_gradient(finite)
     if temperature is not None:
-        # Halves, because the difference of huge numbers overflows before it is divided.
-        temperature = jnp.where(temperature < 0, jnp.nan, temperature / 2)
-        parts = [x / 2, rest, jnp.broadcast_to(temperature, x.shape)]
+        temperature = jnp.where(temperature < 0, jnp.nan, jnp.abs(temperature))
+        is_usual = (temperature != 0) & (temperature != jnp.inf)
+        moved = moved / jnp.where(is_usual, temperature, 1)
+    # JAX differentiates a reduction of several arrays only if all of them have a tangent.
+    zero = 0 * moved
+    parts = [lax.stop_gradient(x) + zero, jnp.where(dropped, -1, jnp.expm1(moved))]
+    start = [-jnp.inf, -1.0]
+    if temperature is not None:
+        parts.append(temperature + zero)
         start.append(-jnp.inf)
     start = [x.dtype.type(value) for value in start]
-    peak, rest, *_ = lax.reduce(tuple(parts), tuple(start), _join, axes)
-    peak = peak if temperature is None else peak * 2
-    rest = jnp.where((peak == -jnp.inf) & (rest == -1), 0, rest)
-    return jnp.expand_dims(peak, axes), jnp.expand_dims(rest, axes)
+    peak, rest, *_ = (
+        jnp.expand_dims(found, axes)
+        for found in lax.reduce(tuple(parts), tuple(start), _join, axes)
+    )
+    is_empty = peak == -jnp.inf
+    if temperature is not None:
+        rest = jnp.where(jnp.isnan(temperature), jnp.nan, rest)
+    return peak, jnp.where(is_empty & ~(rest > -1), 0, rest)
 
 
 def _join(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Peak, rest and temperature of two parts of a slice together; a NaN in either stays."""
-    (peak, rest, *warmth), (other_peak, other_rest, *other_warmth) = one, other
+    """Peak, rest and temperature of two parts of a slice together.
+
+    `rest` is the sum of the weights less 1, because the peak of each part has the weight 1. It
+    is -1 for a part whose entries are all -inf.
+    """
+    (peak, rest, *temperatures), (other_peak, other_rest, *other_temperatures) = one, other
     largest, least = jnp.maximum(peak, other_peak), jnp.minimum(peak, other_peak)
     of_largest = lax.select(peak >= other_peak, rest, other_rest)
     of_least = lax.select(peak >= other_peak, other_rest, rest)
-    # Equal peaks share the factor 1 also where they are infinite or the temperature is 0.
-    apart = (least != largest) & (least != -jnp.inf)
-    score = jnp.where(apart, least - largest, 0)
-    warmth = [jnp.maximum(*pair) for pair in zip(warmth, other_warmth, strict=True)]
-    for temperature in warmth:
-        score = jnp.where((score == 0) | (score == -jnp.inf), score, score / temperature)
-    return largest, of_largest + jnp.exp(score) * (1 + of_least), *warmth
+    # Equal peaks have the score 0, also where inf - inf or 0 / 0 would give NaN.
+    score = jnp.where(jnp.isinf(least), 0, least - largest)
+    pairs = zip(temperatures, other_temperatures, strict=True)
+    temperatures = [jnp.maximum(*pair) for pair in pairs]
+    for temperature in temperatures:
+        is_cold = (temperature == 0) | (score == -jnp.inf)
+        divided = score / jnp.where(is_cold, 1, temperature)
+        score = jnp.where(is_cold & (score != 0), -jnp.inf, divided)
+    return largest, of_largest + jnp.exp(score) * (1 + of_least), *temperatures
 
 
-def store_nothing_before(per_slice: Tree) -> Tree:
-    """Numbers per slice, for whose readers XLA forms large arrays anew that it met before.
+def recompute_after(per_slice: Tree) -> Tree:
+    """The same numbers, behind a barrier on accelerators.
 
-    Otherwise it stores these arrays. A CPU is faster if it may choose.
+    Otherwise XLA would share large arrays between kernels before and after it, and store them
+    for that. A CPU is faster without the barrier.
     """
     return lax.platform_dependent(
         per_slice, cpu=lambda rows: rows, default=lax.optimization_barrier

@@ -42,7 +42,7 @@ def nats_between(
     shift = of_p.log_total - of_q.log_total
     gain = slices.sum_of(lambda *args: _gain(*found(*args)), (x, y), *per_slice, shift)
     shift -= log1p(jnp.where(jnp.abs(gain) < 0.5, gain, 0))
-    corrected = _accelerators.store_nothing_before((*per_slice, shift))
+    corrected = _accelerators.recompute_after((*per_slice, shift))
     row = slices.sum_of(lambda *args: _nats(*found(*args)), (x, y), *corrected)
     if temperature is not None:
         row = row * temperature * temperature

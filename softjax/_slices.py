@@ -2,7 +2,8 @@
 
 A slice runs along axes of an array, or gathers the entries of one segment. Both kinds reduce
 entries to one number per slice (`sum`, `sum_of`, `max`) and broadcast such numbers to the
-entries again. All the mathematics is written in these words.
+entries again. The mathematics is written in these words, but for the online sum of
+`_accelerators.py`.
 
 Inside of `shard_map`, a slice along axes may be spread over the devices of a mesh. Every
 reduction then ends in a collective, whose result is the same on all these devices.
@@ -67,9 +68,9 @@ class AlongAxes:
             x, cpu=lambda x: jnp.zeros_like(self.max(x)), default=lambda x: 0 * self.max(x)
         )
 
-    def is_split(self, x: Array) -> bool:
-        """Whether a GPU reads x anew for each reduction on this device."""
-        return _accelerators.is_split(x, self.axes)
+    def is_fused(self, x: Array) -> bool:
+        """Whether XLA may fuse reductions of x into one GPU kernel."""
+        return _accelerators.is_fused(x, self.axes)
 
     def sum_over_devices(self, per_device: Array) -> Array:
         """The sum over devices of what each one computed, such as the sum of its part."""

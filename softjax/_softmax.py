@@ -49,24 +49,25 @@ def normalizer(
     *,
     map_follows: bool = False,
 ) -> Normalizer:
-    """Sums the weights of slices, and of a sink, which is one more score per slice.
+    """The peak and the sum of the weights of each slice, and of a sink, one more score each.
 
-    `map_follows` says that a map of the same slices, which XLA can compile into one kernel with
-    these sums, is all that reads them.
+    Set `map_follows` if only an elementwise map of x uses the result, so that XLA can fuse it
+    with the reductions.
     """
-    two_passes = functools.partial(_two_passes, slices)
+    peak_first = functools.partial(_peak_first, slices)
     if slices.mesh_axes or isinstance(slices, BySegment) or sink is not None:
-        return two_passes(x, temperature, sink)
-    in_one = map_follows and temperature is None and not slices.is_split(x)
-    one_pass = lambda x, temperature, _: Normalizer(
+        return peak_first(x, temperature, sink)
+    online = lambda x, temperature: Normalizer(
         *_accelerators.peak_and_rest(x, slices.axes, temperature)
     )
-    args = x, temperature, sink
-    return _accelerators.by_kernels(in_one, *args, together=two_passes, apart=one_pass)
+    is_fused = map_follows and temperature is None and slices.is_fused(x)
+    return _accelerators.by_platform(
+        is_fused, x, temperature, fused=peak_first, separate=online
+    )
 
 
-def _two_passes(
-    slices: Slices, x: Array, temperature: Array | None, sink: Array | None
+def _peak_first(
+    slices: Slices, x: Array, temperature: Array | None, sink: Array | None = None
 ) -> Normalizer:
     # JAX before 0.12 drops custom rules when the reverse of a scan is differentiated again, so
     # this must also differentiate correctly by itself: the peak, the shares and the rounding

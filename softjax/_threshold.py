@@ -217,15 +217,16 @@ def _projected(is_even: bool, slices: Slices, slopes: Array, per_mass: Any, v: A
     num, args = 1 if is_even else 2, (slopes, v, per_mass)
     if not isinstance(slices, AlongAxes) or slices.mesh_axes:
         return less_means(num, (), *args)
-    # Subtract the mean twice, as in `_tangents`, but once where each mean costs an accelerator
-    # two more passes. An entry then errs by its weight times some roundings of the largest v.
-    return _accelerators.by_kernels(
-        not slices.is_split(v),
+    # Subtract the mean twice, as in `_tangents`, but once where XLA cannot fuse the sums,
+    # because each mean reads both arrays again. The error is then the weight times a few
+    # roundings of the largest |v|.
+    return _accelerators.by_platform(
+        slices.is_fused(v),
         *args,
-        together=lambda w, v, scale: less_means(
+        fused=lambda w, v, scale: less_means(
             num, [slices.zero(jnp.where(w != 0, v, 0))], w, v, scale
         ),
-        apart=functools.partial(less_means, 1, ()),
+        separate=functools.partial(less_means, 1, ()),
     )
 
 

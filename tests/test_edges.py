@@ -217,7 +217,7 @@ def test_log_probs_without_weight_move_with_the_temperature():
 
 
 def test_soft_top_k_of_close_logits_at_temperature_0():
-    """Differences below 1 are endless too, once they are divided by 0."""
+    """At temperature 0 a difference below 1 separates logits too."""
     out = sj.soft_top_k(jnp.array([0.1, 0.3, 0.3, 0.9]), 2, temperature=0.0)
     assert_close(out, [0.0, 0.5, 0.5, 1.0], rtol=1e-15)
 
