@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 Tree = TypeVar("Tree")
+LARGE = 2**17  # entries of an array whose passes are worth a second branch to trace
 LONGEST_FUSED = 16384  # entries of the longest slice that XLA fuses into one GPU kernel
 
 
@@ -31,10 +32,14 @@ def is_fused(x: Array, axes: tuple[int, ...]) -> bool:
 def by_platform(
     fused_on_gpu: bool, *args: Any, fused: Callable[..., Tree], separate: Callable[..., Tree]
 ) -> Tree:
-    """Calls `fused`, or `separate` where each reduction of `fused` would be a kernel.
+    """Calls `fused`, or `separate` where each reduction of `fused` would read a large array.
 
-    That is so on a TPU, on a GPU unless `fused_on_gpu`, and never on a CPU.
+    That is so on a TPU, on a GPU unless `fused_on_gpu`, and never on a CPU. Of `args` the first
+    is the array.
     """
+    size = args[0].size
+    if isinstance(size, int) and size < LARGE:
+        return fused(*args)
     if fused_on_gpu:
         return lax.platform_dependent(*args, tpu=separate, default=fused)
     return lax.platform_dependent(*args, cpu=fused, default=separate)
