@@ -51,10 +51,12 @@ def peak_and_rest(
     """The largest entry of each slice, and the sum of exp((x - peak) / T) but for one peak.
 
     The error grows with the number of entries that are added one after another. An accelerator
-    adds some hundred of them so, and their sums in a tree.
+    adds some hundred of them so, and their sums in a tree. Entries whose difference overflows
+    count as infinitely far apart.
     """
-    # This must differentiate correctly by itself, as `_softmax` tells. So peaks are constants,
-    # and each entry starts with exp((x - constant x) / T) - 1, which is 0, as its own sum.
+    # JAX before 0.12 may differentiate this by itself, without the rules of its callers. So
+    # peaks are constants, and the sum that one entry starts with is exp((x - constant x) / T)
+    # less 1, which is 0.
     dropped = x == -jnp.inf
     finite = jnp.where(jnp.isinf(x), 0, x)
     moved = finite - lax.stop_gradient(finite)
@@ -74,10 +76,9 @@ def peak_and_rest(
         jnp.expand_dims(found, axes)
         for found in lax.reduce(tuple(parts), tuple(start), _join, axes)
     )
-    is_empty = peak == -jnp.inf
     if temperature is not None:
         rest = jnp.where(jnp.isnan(temperature), jnp.nan, rest)
-    return peak, jnp.where(is_empty & ~(rest > -1), 0, rest)
+    return peak, jnp.where((peak == -jnp.inf) & ~(rest > -1), 0, rest)
 
 
 def _join(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from softjax import _accelerators, _cpu
+from softjax import _cpu
 from softjax._mesh import num_devices
 
 Term = Callable[..., Array]
@@ -67,10 +67,6 @@ class AlongAxes:
         return lax.platform_dependent(
             x, cpu=lambda x: jnp.zeros_like(self.max(x)), default=lambda x: 0 * self.max(x)
         )
-
-    def is_fused(self, x: Array) -> bool:
-        """Whether XLA may fuse reductions of x into one GPU kernel."""
-        return _accelerators.is_fused(x, self.axes)
 
     def sum_over_devices(self, per_device: Array) -> Array:
         """The sum over devices of what each one computed, such as the sum of its part."""

@@ -60,7 +60,7 @@ def normalizer(
     online = lambda x, temperature: Normalizer(
         *_accelerators.peak_and_rest(x, slices.axes, temperature)
     )
-    is_fused = map_follows and temperature is None and slices.is_fused(x)
+    is_fused = map_follows and temperature is None and _accelerators.is_fused(x, slices.axes)
     return _accelerators.by_platform(
         is_fused, x, temperature, fused=peak_first, separate=online
     )

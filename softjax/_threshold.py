@@ -221,7 +221,7 @@ def _projected(is_even: bool, slices: Slices, slopes: Array, per_mass: Any, v: A
     # because each mean reads both arrays again. The error is then the weight times a few
     # roundings of the largest |v|.
     return _accelerators.by_platform(
-        slices.is_fused(v),
+        _accelerators.is_fused(v, slices.axes),
         *args,
         fused=lambda w, v, scale: less_means(
             num, [slices.zero(jnp.where(w != 0, v, 0))], w, v, scale
