@@ -74,14 +74,14 @@ def peak_and_rest(
     start = [x.dtype.type(value) for value in start]
     peak, rest, *_ = (
         jnp.expand_dims(found, axes)
-        for found in lax.reduce(tuple(parts), tuple(start), _join, axes)
+        for found in lax.reduce(tuple(parts), tuple(start), _merge_parts, axes)
     )
     if temperature is not None:
         rest = jnp.where(jnp.isnan(temperature), jnp.nan, rest)
     return peak, jnp.where((peak == -jnp.inf) & ~(rest > -1), 0, rest)
 
 
-def _join(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
+def _merge_parts(one: tuple[Array, ...], other: tuple[Array, ...]) -> tuple[Array, ...]:
     """Peak, rest and temperature of two parts of a slice together.
 
     `rest` is the sum of the weights less 1, because the peak of each part has the weight 1. It

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 
 from softjax import _accelerators
 from softjax._autodiff import with_gradient_of
-from softjax._elementary import expm1_over_twice_near, log1p
+from softjax._elementary import expm1_over_twice_near
 from softjax._scores import centre
 from softjax._slices import AlongAxes
 from softjax._softmax import LOG_SOFTMAX, SOFTMAX, normalizer, weights
@@ -39,27 +40,26 @@ def nats_between(
 
     # The rounded logarithms are too coarse for close distributions. The sum of q - p, which
     # must be 0, gives the correction.
-    shift = of_p.log_total - of_q.log_total
+    shift = jnp.log1p(of_p.rest) - jnp.log1p(of_q.rest)
     gain = slices.sum_of(lambda *args: _gain(*found(*args)), (x, y), *per_slice, shift)
-    shift -= log1p(jnp.where(jnp.abs(gain) < 0.5, gain, 0))
+    shift -= jnp.log1p(jnp.where(jnp.abs(gain) < 0.5, gain, 0))
     corrected = _accelerators.recompute_after((*per_slice, shift))
-    row = slices.sum_of(lambda *args: _nats(*found(*args)), (x, y), *corrected)
+    row = slices.sum_of(lambda *args: divergence_terms(*found(*args)), (x, y), *corrected)
     if temperature is not None:
         row = row * temperature * temperature
     return jnp.where(of_p.is_empty, 0, row), shift
 
 
-@nats_between.defjvp
+@functools.partial(nats_between.defjvp, symbolic_zeros=True)
 def _nats_between_jvp(slices: AlongAxes, primals: Any, tangents: Any) -> Any:
     # D' = <p', log(p/q)> + <q - p, y'>; a shift of either log(p/q) or y' changes nothing.
     row, shift = nats_between(slices, *primals)
+    dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def tangent(primals: Any, tangents: Any, row: Array, shift: Array) -> Array:
-        (x, y, temperature), (x_dot, y_dot, temperature_dot) = primals, tangents
+    def tangent(primals: Any, dots: Any, row: Array, shift: Array) -> Array:
+        (x, y, temperature), (x_dot, y_dot, temperature_dot) = primals, dots
         x_peak, y_peak = (lax.stop_gradient(slices.max(z)) for z in (x, y))
-        probs = lambda x: solve(SOFTMAX, slices, x, temperature).probs
-        p_dot = jax.jvp(probs, (x,), (x_dot,))[1]
         p, q = (solve(LOG_SOFTMAX, slices, z, temperature) for z in (x, y))
         # An infinite divergence is constant, and so is the divergence of an empty slice.
         varies = (row != jnp.inf) & (x_peak != -jnp.inf)
@@ -70,14 +70,23 @@ def _nats_between_jvp(slices: AlongAxes, primals: Any, tangents: Any) -> Any:
         # subtraction.
         ratio = with_gradient_of(margins[0] - margins[1], jnp.where(both, ratio, 0))
         gain = with_gradient_of(q.probs - p.probs, _gain(p.probs, q.probs, ratio))
-        y_dot = jnp.where(kept, y_dot, 0)
+        moved = jnp.zeros_like(x)
+        if x_dot is not None:
+            probs = lambda x: solve(SOFTMAX, slices, x, temperature).probs
+            by_x = jax.jvp(probs, (x,), (x_dot,))[1] * ratio
+            moved += by_x if temperature is None else by_x * temperature
+        if y_dot is not None:
+            moved += gain * jnp.where(kept, y_dot, 0)
+        row_dot = slices.sum_of_tangents(moved)
         if temperature is None:
-            return slices.sum_of_tangents(p_dot * ratio + gain * y_dot)
+            return row_dot
+        if temperature_dot is None:
+            return temperature * row_dot
         # With r = log(p/q), b = p r + q - p, and u the scores of p above their mean <p, .>,
         # 2 D + T D' is the sum of 2 b + (q - p) r - u b, whose terms are of third order in the
         # logits, where D and D' are of second order and would cancel. A term where p is 0 is
         # 2 q - q v, with v the scores of q above the same mean.
-        terms = _nats(p.probs, q.probs, ratio)
+        terms = divergence_terms(p.probs, q.probs, ratio)
         scores = [centre(z, peak, temperature).near for z, peak in ((x, x_peak), (y, y_peak))]
         mean = slices.sum(p.probs * scores[0])
         above = jnp.where(both, scores[0] - mean, 0)
@@ -88,10 +97,9 @@ def _nats_between_jvp(slices: AlongAxes, primals: Any, tangents: Any) -> Any:
         near &= p.probs != 0
         left = jnp.where(near, p.probs * _third_order(close) - above * terms, far)
         left = slices.sum(jnp.where(varies & (both | kept), left, 0))
-        scaled = slices.sum_of_tangents(p_dot * ratio * temperature + gain * y_dot)
-        return temperature * (scaled + left * temperature_dot)
+        return temperature * (row_dot + left * temperature_dot)
 
-    return (row, shift), (tangent(primals, tangents, row, shift), jnp.zeros_like(shift))
+    return (row, shift), (tangent(primals, dots, row, shift), jnp.zeros_like(shift))
 
 
 @jax.jit
@@ -117,7 +125,7 @@ def _log_ratio(
 
 
 @jax.jit
-def _nats(p: Array, q: Array, ratio: Array) -> Array:
+def divergence_terms(p: Array, q: Array, ratio: Array) -> Array:
     """The terms p log(p / q) + q - p."""
     near, _, curve = _expand(ratio)
     return jnp.where(near & (p != 0), p * curve, p * ratio + (q - p))

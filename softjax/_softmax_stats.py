@@ -21,7 +21,7 @@ from softjax._slices import AlongAxes
 from softjax._softmax import weights
 
 
-class Statistics(NamedTuple):
+class RowStatistics(NamedTuple):
     """One number per slice each."""
 
     nll: Array  # -log p of the label; inf where it is dropped and no NaN is kept
@@ -40,7 +40,7 @@ def nll(logits: Array, labels: Array, axis: int) -> Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def row_statistics(
     slices: AlongAxes, logits: Array, labels: Array, class_weights: Array | None = None
-) -> Statistics:
+) -> RowStatistics:
     """The statistics of prepared logits; `class_weights` broadcast against them."""
     (axis,) = slices.axes
     per_slice = functools.partial(jnp.squeeze, axis=axis)
@@ -62,14 +62,14 @@ def row_statistics(
         costs = below_peak(expand(peak), logits) + expand(log_total)
         kept = logits != -jnp.inf
         costs = jnp.where(kept & (class_weights != 0), costs * class_weights, 0)
-        uniform_nll = per_slice(slices.sum(costs)) / _count(slices, kept, logits.dtype)
-    return Statistics(found, peak + log_total, uniform_nll, peak, rest, label_weight)
+        uniform_nll = per_slice(slices.sum(costs)) / _num_kept(slices, kept, logits.dtype)
+    return RowStatistics(found, peak + log_total, uniform_nll, peak, rest, label_weight)
 
 
 @functools.partial(row_statistics.defjvp, symbolic_zeros=True)
 def _row_statistics_jvp(
     slices: AlongAxes, primals: Any, tangents: Any
-) -> tuple[Statistics, Statistics]:
+) -> tuple[RowStatistics, RowStatistics]:
     # A rule for three reasons: the derivative at the label keeps its digits, a dropped entry
     # has none, and nothing is remembered but the logits and a few numbers per slice.
     logits, labels, class_weights = primals
@@ -82,8 +82,8 @@ def _row_statistics_jvp(
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tangent(
-        logits: Array, labels: Array, class_weights: Any, found: Statistics, dots: Any
-    ) -> Statistics:
+        logits: Array, labels: Array, class_weights: Any, found: RowStatistics, dots: Any
+    ) -> RowStatistics:
         logits_dot, _, weights_dot = dots
         total = found.rest + found.label_weight
         inverse = 1 / jnp.where(total == 0, 1, total)
@@ -114,8 +114,10 @@ def _row_statistics_jvp(
                 costs = below_peak(expand(found.peak), logits)
                 costs += expand(found.logsumexp - found.peak)
                 uniform_dot += total_of(jnp.where(kept, costs, 0) * weights_dot)
-            uniform_dot /= _count(slices, kept, logits.dtype)
-        return Statistics(nll_dot, logsumexp_dot, uniform_dot, zero, rest_dot, label_weight_dot)
+            uniform_dot /= _num_kept(slices, kept, logits.dtype)
+        return RowStatistics(
+            nll_dot, logsumexp_dot, uniform_dot, zero, rest_dot, label_weight_dot
+        )
 
     return found, tangent(logits, labels, class_weights, found, dots)
 
@@ -130,6 +132,6 @@ def below_peak(peak: Array, logits: Array) -> Array:
     return jnp.where(infinite, 0, peak) - jnp.where(infinite, 0, logits)
 
 
-def _count(slices: AlongAxes, kept: Array, dtype: jnp.dtype) -> Array:
+def _num_kept(slices: AlongAxes, kept: Array, dtype: jnp.dtype) -> Array:
     count = slices.sum_over_devices(jnp.sum(kept, slices.axes[0], dtype=dtype))
     return jnp.maximum(count, 1)

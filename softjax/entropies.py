@@ -16,8 +16,8 @@ from jax.typing import ArrayLike
 
 from softjax._api import PROBABILITY, api
 from softjax._autodiff import constant_where_infinite, with_gradient_of
-from softjax._divergence import nats_between
-from softjax._elementary import expm1_over_twice, log1p
+from softjax._divergence import divergence_terms, nats_between
+from softjax._elementary import log1p
 from softjax._float import two_difference, where_finite
 from softjax._inputs import (
     Axis,
@@ -92,7 +92,7 @@ def softmax_entropy(slices: AlongAxes, x: Array, temperature: Array | None) -> A
 
     found = normalizer(slices, x, temperature)
     mean = slices.sum_of(moment, (x,), found.peak, temperature, found.divisor)
-    return found.log_total + mean
+    return jnp.log1p(found.rest) + mean
 
 
 @softmax_entropy.defjvp
@@ -149,7 +149,7 @@ def kl_divergence(
         O(n) time. The terms p log(p/q) + q - p are never negative, and log(p/q) comes from the
         logits themselves, so close distributions keep the digits of their small divergence,
         and of its gradient, however far apart the logits are as a whole. Large
-        arrays take a fifth of one as temporary memory, and one for the gradient, for which both
+        arrays take a quarter of one as temporary memory, and one for the gradient, for which both
         logits are kept. Both modes, any order.
     """
     p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits", axis_name=axis_name)
@@ -319,7 +319,7 @@ def _log_ratios_to_mixture(
     kept_p, kept_q = p.margins != -jnp.inf, q.margins != -jnp.inf
     both = kept_p & kept_q
     apart = jnp.where(both, p.margins, 0) - jnp.where(both, q.margins, 0)
-    ratio = with_gradient_of(apart, _log_ratio(slices, x, y, p, q, apart))
+    ratio = with_gradient_of(apart, _ratio_from_logits(slices, x, y, p, q, apart))
     ratio = jnp.where(both, ratio, jnp.where(kept_p, jnp.inf, -jnp.inf))
     log_p, log_q = mixture_log_ratios(ratio, weight)
     # The sums are 0 or 1. A maximum would not do, because XLA's may drop a NaN.
@@ -353,16 +353,7 @@ def _minus_log(x: Array) -> Array:
     return jnp.where(x == 0, jnp.inf, -jnp.log(jnp.where(x == 0, 1, x)))
 
 
-def divergence_terms(p: Array, m: Array, log_ratio: Array) -> Array:
-    """The terms p log(p / m) + m - p >= 0, where the logarithm is 0 if p is."""
-    near = (jnp.abs(log_ratio) < 1) & (p != 0)
-    close = jnp.where(near, log_ratio, 0)
-    return jnp.where(
-        near, p * close * close * expm1_over_twice(-close), p * log_ratio + (m - p)
-    )
-
-
-def _log_ratio(
+def _ratio_from_logits(
     slices: AlongAxes, x: Array, y: Array, p: Solution, q: Solution, apart: Array
 ) -> Array:
     """log(p / q) from the logits, because rounded logarithms have fewer of its digits."""

@@ -294,10 +294,10 @@ def min_p_filter(
     Reference:
         Nguyen et al. (2024), Turning up the heat: min-p sampling.
     """
-    return _filter(logits, axis, "min_p", min_p, min_tokens_to_keep, _beside_peak, axis_name)
+    return _filter(logits, axis, "min_p", min_p, min_tokens_to_keep, _near_peak, axis_name)
 
 
-def _beside_peak(slices: AlongAxes, x: Array, min_p: Array) -> tuple[Array, Array]:
+def _near_peak(slices: AlongAxes, x: Array, min_p: Array) -> tuple[Array, Array]:
     peak = slices.max(x)
     if slices.mesh_axes:  # A maximum over devices may drop a NaN.
         peak += slices.sum(jnp.where(jnp.isnan(x), x, 0))

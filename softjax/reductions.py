@@ -134,9 +134,9 @@ def logsumexp(
         row, sign = _weighted(slices, problem.logits, weights)
     if not return_sign:
         row = jnp.where(sign < 0, jnp.nan, row)
-        return _finish(row, problem.axes, keepdims, problem.dtype)
+        return _shaped(row, problem.axes, keepdims, problem.dtype)
     sign = jax.lax.stop_gradient(sign)
-    pair = (_finish(x, problem.axes, keepdims, problem.dtype) for x in (row, sign))
+    pair = (_shaped(x, problem.axes, keepdims, problem.dtype) for x in (row, sign))
     return next(pair), next(pair)
 
 
@@ -241,7 +241,7 @@ def logmeanexp(
     kept = (problem.logits != -jnp.inf).astype(problem.logits.dtype)
     count = jnp.maximum(slices.sum(kept), 1)
     row = log_sum(slices, problem.logits) - jnp.log(count)
-    return _finish(row, problem.axes, keepdims, problem.dtype)
+    return _shaped(row, problem.axes, keepdims, problem.dtype)
 
 
 @api("axis", "axis_name", spread=("values", "where"))
@@ -313,8 +313,8 @@ def mellowmax(
     row = jnp.where((top == jnp.inf) & (rate == 0) & ~unlimited, jnp.inf, row)
     row = jnp.where(top == -jnp.inf, -jnp.inf, row)
     row = jnp.where(jnp.isnan(mean), jnp.nan, row)  # A maximum may drop the NaN.
-    return _finish(row, problem.axes, False, problem.dtype)
+    return _shaped(row, problem.axes, False, problem.dtype)
 
 
-def _finish(row: Array, axes: tuple[int, ...], keepdims: bool, dtype: jnp.dtype) -> Array:
+def _shaped(row: Array, axes: tuple[int, ...], keepdims: bool, dtype: jnp.dtype) -> Array:
     return (row if keepdims else jnp.squeeze(row, axes)).astype(dtype)

@@ -72,7 +72,7 @@ def check_map(fn: Map, *, num_classes: int = 7, seed: int = 0) -> None:
     programs = Programs(fn)  # Compiled, because one program serves many logits.
     for check in (
         _check_permutation,
-        _check_ties,
+        _check_equal_scores,
         _check_masks,
         _check_saturation,
         _check_dtypes,
@@ -161,7 +161,7 @@ def _check_permutation(programs: Programs, num_classes: int, rng: np.random.Gene
         _require(is_near, "permutation", problem, logits[:, order], got)
 
 
-def _check_ties(programs: Programs, num_classes: int, rng: np.random.Generator) -> None:
+def _check_equal_scores(programs: Programs, num_classes: int, rng: np.random.Generator) -> None:
     logits = _draw(rng, num_classes)
     top = jnp.max(logits, axis=-1)
     for tied in (

@@ -218,7 +218,7 @@ def test_terms_are_not_written_out(shape):
     z = jnp.zeros(shape, jnp.float32)
     total = jax.jit(lambda z: sj.logsumexp(z, axis=-1)).lower(z).compile()
     plan = total.memory_analysis()
-    # Two sums of an eighth; short slices are stored as a whole.
+    # Sums of a quarter; short slices are stored as a whole.
     assert plan.temp_size_in_bytes <= (1.3 if shape[1] < 32 else 0.3) * z.nbytes
 
 
@@ -230,13 +230,13 @@ def test_a_gradient_stores_what_it_remembers(name):
     z = jnp.zeros((4096, 1024), jnp.float32)
     pull = lambda z, bar: jax.vjp(getattr(sj, name), z)[1](bar)
     plan = jax.jit(pull).lower(z, z).compile().memory_analysis()
-    assert plan.temp_size_in_bytes <= (0.2 if name == "softmax" else 2.1) * z.nbytes
+    assert plan.temp_size_in_bytes <= (0.27 if name == "softmax" else 2.1) * z.nbytes
 
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.optimized
 def test_passes_share_nothing_that_is_written_out():
-    """Each forms its terms anew: four sums store an eighth each, a gradient one array."""
+    """Each forms its terms anew: sums store a quarter each, a gradient one array."""
     z = jnp.zeros((4096, 1024), jnp.float32)
     loss = lambda p, q: jnp.sum(sj.kl_divergence(p, q))
     for fn, arrays in ((sj.kl_divergence, 0.6), (jax.grad(loss, (0, 1)), 1.25)):

@@ -1447,7 +1447,7 @@ def test_the_gradient_holds_one_array(name):
     mean = lambda z, y: sj.mean_loss(LOSSES[name](z, y))
     if name == "cross_entropy":  # The value alone holds none.
         compiled = jax.jit(mean).lower(logits, labels).compile()
-        assert compiled.memory_analysis().temp_size_in_bytes <= 0.15 * 4 * shape[0] * shape[1]
+        assert compiled.memory_analysis().temp_size_in_bytes <= 0.26 * 4 * shape[0] * shape[1]
     compiled = jax.jit(jax.grad(mean)).lower(logits, labels).compile()
     assert compiled.memory_analysis().temp_size_in_bytes <= 1.1 * 4 * shape[0] * shape[1]
 

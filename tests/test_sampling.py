@@ -56,7 +56,7 @@ def test_wide_integers():
     assert number(_uint64.multiply_high(a, b)) == [x * y >> 64 for x, y in pairs]
     assert number(_uint64.smaller(a, b)) == [min(pair) for pair in pairs]
     assert _uint64.at_most(a, b).tolist() == [x <= y for x, y in pairs]
-    assert _uint64.is_zero(a).tolist() == [x == 0 for x in first]
+    assert _uint64.equals_zero(a).tolist() == [x == 0 for x in first]
     high, low = np.array([0, 1, 2**24, 5]), np.array([7, -1, 2**31 - 1, -(2**20)])
     for shift in (20, 27, 31):
         parts = (jnp.asarray(part, jnp.int32) for part in (high, low))

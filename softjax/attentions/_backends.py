@@ -135,7 +135,7 @@ def _is_large(call: Call) -> str:
     )
 
 
-def _whole(call: Call) -> tuple[int, int]:
+def _one_tile(call: Call) -> tuple[int, int]:
     return call.num_queries, call.num_keys
 
 
@@ -163,6 +163,6 @@ def _even(size: int, block: int) -> int:
 
 BACKENDS = (
     Backend("cudnn", _has_no_kernel, _is_rounded, None),
-    Backend("dense", _has_parts, _is_large, _whole),
+    Backend("dense", _has_parts, _is_large, _one_tile),
     Backend("streamed", _none, _none, _tiles),
 )

@@ -155,7 +155,7 @@ def with_all_keys(
     """Attention of the queries of this device to the keys of all devices."""
     queries, keys, values, options = vary((queries, keys, values, options))
 
-    whole = functools.partial(_whole, mesh_axes)
+    whole = functools.partial(_gather_parts, mesh_axes)
 
     def explicit(mask: Lengths) -> Lengths:
         """The same lengths, where there are more keys than queries."""
@@ -188,7 +188,7 @@ def with_all_tokens(
             f" of `queries` and {key_heads} of `keys`."
         )
     first = lax.axis_index(mesh_axes) * (heads // size)
-    whole = functools.partial(_whole, mesh_axes)
+    whole = functools.partial(_gather_parts, mesh_axes)
 
     def exchange(x: ArrayLike, split: int, joined: int) -> Array:
         x = jnp.asarray(x)
@@ -239,7 +239,7 @@ def with_all_tokens(
     return exchange(found, -3, -2)
 
 
-def _whole(mesh_axes: MeshAxes, x: ArrayLike, axis: int) -> Array:
+def _gather_parts(mesh_axes: MeshAxes, x: ArrayLike, axis: int) -> Array:
     """The parts of all devices along an axis, which is counted from the last."""
     x = jnp.asarray(x)
     return lax.all_gather(x, mesh_axes, axis=x.ndim + axis, tiled=True)

@@ -123,7 +123,7 @@ def _average(
 
 
 @functools.partial(_average.defjvp, symbolic_zeros=True)
-def _average_jvp(
+def _average_with_kernel_jvp(
     is_causal: bool, scale: float | None, attention: Attend, primals: Any, tangents: Any
 ) -> Any:
     out, saved = _average(*primals, is_causal, scale, attention)
@@ -168,7 +168,7 @@ def _pull(
     bars: Three = jax.tree.unflatten(structure, saved)(bar)
     # A query that has seen a bad token spoils the gradients of all tokens that it sees, but a
     # bad token is a constant.
-    spoilt = _shared(cleaned.seen, arrays[1].shape[2])
+    spoilt = _by_key_head(cleaned.seen, arrays[1].shape[2])
     if is_causal:
         place = jnp.arange(spoilt.shape[1])[None, :, None]
         spoilt = place <= jnp.max(jnp.where(spoilt, place, -1), 1, keepdims=True)
@@ -206,7 +206,7 @@ def _cleaned(arrays: Three, is_causal: bool) -> _Cleaned:
     return _Cleaned(cleaned, bad_query, bad_key, seen)
 
 
-def _shared(seen: Array, num_key_heads: int) -> Array:
+def _by_key_head(seen: Array, num_key_heads: int) -> Array:
     """Whether any of the query heads that share a key head has seen a bad token."""
     batch, num_queries, _ = seen.shape
     return jnp.any(seen.reshape(batch, num_queries, num_key_heads, -1), -1)

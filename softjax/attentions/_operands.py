@@ -129,7 +129,7 @@ def huge(dtype: Any) -> float:
     return float(jnp.finfo(dtype).max) / 4
 
 
-def widened(operands: DiffOperands) -> DiffOperands:
+def in_computing_dtype(operands: DiffOperands) -> DiffOperands:
     """The operands in the computing dtype, where they are cut, or added up over blocks."""
     wide = lambda x: x if x is None else x.astype(computing_dtype(x.dtype))
     names = ("queries", "keys", "values", "bias")

@@ -27,12 +27,12 @@ from softjax.attentions._operands import (
     Constants,
     DiffOperands,
     TileIndex,
+    in_computing_dtype,
     moves,
     moving,
     push_scores,
     scores_of,
     tile_kinds,
-    widened,
 )
 from softjax.attentions._softmax_tiles import (
     Tangents,
@@ -59,7 +59,7 @@ def ring_average(
 
     def meet(state: OnlineState, held: Travelling, by: Any) -> OnlineState:
         source = _source(mesh_axes, by)
-        return _observe(
+        return _observe_arrived(
             state, arrived(operands, held, source), arrived_constants(constants, held, source)
         )
 
@@ -77,7 +77,7 @@ def _ring_average_jvp(mesh_axes: MeshAxes, primals: Any, tangents: Any) -> tuple
     operands, constants = primals
     # Tangents of half precision are widened before they travel, because the cotangents that
     # the devices send back are added up.
-    dots = widened(moving(tangents[0]))
+    dots = in_computing_dtype(moving(tangents[0]))
     out, lse = ring_average(mesh_axes, operands, constants)
     level = jnp.where(lse == -jnp.inf, 0, lse)
 
@@ -132,7 +132,9 @@ def _shift(mesh_axes: MeshAxes, by: Any, tree: Any) -> Any:
     return lax.switch(by, [functools.partial(move, i) for i in range(size)], tree)
 
 
-def _observe(state: OnlineState, operands: DiffOperands, constants: Constants) -> OnlineState:
+def _observe_arrived(
+    state: OnlineState, operands: DiffOperands, constants: Constants
+) -> OnlineState:
     """The states of all queries after those keys that have arrived."""
     grid = constants.grid
 

@@ -25,13 +25,13 @@ from softjax.attentions._operands import (
     TileIndex,
     drop,
     huge,
+    in_computing_dtype,
     moves,
     moving,
     push_scores,
     scores_of,
     tile_kinds,
     weighted,
-    widened,
 )
 from softjax.attentions._tile_loops import (
     map_query_blocks,
@@ -127,7 +127,7 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
 
     # Widen tangents of half precision, because cotangents would be rounded in each block.
     rows = tile_kinds(constants), out, lse
-    parts = operands, widened(dots)
+    parts = operands, in_computing_dtype(dots)
     return (out, lse), map_query_blocks(grid, block, parts, *rows, remember=False)
 
 

@@ -27,13 +27,13 @@ from softjax.attentions._operands import (
     DiffOperands,
     TileIndex,
     drop,
+    in_computing_dtype,
     moves,
     moving,
     push_scores,
     scores_of,
     tile_kinds,
     weighted,
-    widened,
 )
 from softjax.attentions._tile_loops import map_query_blocks, scan_key_blocks, sum_over_keys
 
@@ -71,7 +71,8 @@ class _NewtonState(NamedTuple):
 
 def sparse_average(operands: DiffOperands, constants: Constants, reach: Array) -> Array:
     """Averages of values `[i, batch, N, query, W]`."""
-    operands = widened(operands)  # Otherwise cotangents would be rounded in each block.
+    # In half precision, cotangents would be rounded in each block.
+    operands = in_computing_dtype(operands)
     found = _threshold(operands, constants, reach)
     grid = constants.grid
     start = jnp.zeros((*found.tau.shape[1:], operands.values.shape[-1]), found.tau.dtype)

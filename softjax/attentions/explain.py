@@ -114,7 +114,7 @@ def explain_attention(
 
 
 def _line(backend: Backend, call: Call, taken: Backend | None) -> str:
-    line = f"{backend.name}: {_tiles(backend, call)}; "
+    line = f"{backend.name}: {_describe_tiles(backend, call)}; "
     if backend is taken:
         return f"{line}taken."
     if reason := backend.why_unable(call):
@@ -123,7 +123,7 @@ def _line(backend: Backend, call: Call, taken: Backend | None) -> str:
     return line + (f"not taken, because {reason}." if reason else "not taken.")
 
 
-def _tiles(backend: Backend, call: Call) -> str:
+def _describe_tiles(backend: Backend, call: Call) -> str:
     if backend.blocks is None:
         return "one kernel"
     query_block, key_block = backend.blocks(call)

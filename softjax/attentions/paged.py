@@ -73,14 +73,14 @@ def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
     return out.astype(out_dtype), jnp.where(some, jnp.inf, lse)
 
 
-def _prepare_call(given: dict[str, Any]) -> bool:
+def _prepare_paged_call(given: dict[str, Any]) -> bool:
     check_int(given.get("num_splits", 1), name="num_splits", least=1)
     given["mask"] = masks.as_mask(given.get("mask"))
     return given.get("score") is not None or masks.asks(given["mask"])
 
 
 @api("num_splits", jit=False)
-@jit_unless_asked("num_splits", prepare_call=_prepare_call)
+@jit_unless_asked("num_splits", prepare_call=_prepare_paged_call)
 def paged_attention(
     queries: ArrayLike,
     key_pages: ArrayLike,

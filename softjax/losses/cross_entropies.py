@@ -150,7 +150,7 @@ def cross_entropy(
         [6.9314718e-01 1.9287499e-22]
 
     Note:
-        O(n) time. Temporary memory of large logits with classes along the last axis: an eighth
+        O(n) time. Temporary memory of large logits with classes along the last axis: a quarter
         of them for the value, less for the gradient; along another axis, two and one arrays;
         for the gradient with smoothing, three. No one-hot array is made. Computed as
         (max - z_y) + log1p(sum over the others), of relative error about 2e-7 in float32 at

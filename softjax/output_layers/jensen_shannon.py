@@ -15,9 +15,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import POSITIVE, PROBABILITY, api
+from softjax._divergence import divergence_terms
 from softjax._inputs import computing_dtype
 from softjax._mesh import vary
-from softjax.entropies import divergence_terms, jensen_shannon_divergence, mixture_log_ratios
+from softjax.entropies import jensen_shannon_divergence, mixture_log_ratios
 from softjax.losses._reduction import check_reduction, reduce
 from softjax.output_layers._layer import Tokens
 from softjax.output_layers._stream import by_classes, by_tokens, plan_for
@@ -120,12 +121,12 @@ def linear_jensen_shannon_divergence(
         )
     else:
         nats = by_tokens(
-            lambda some: _stream(plan.block, some[0], some[1], heads), (tokens, weight)
+            lambda some: _stream_both(plan.block, some[0], some[1], heads), (tokens, weight)
         )
     return reduce(nats.reshape(student.shape), shares, shares, reduction)
 
 
-def _stream(block: int, tokens: TwoTokens, weight: Array, heads: TwoHeads) -> Array:
+def _stream_both(block: int, tokens: TwoTokens, weight: Array, heads: TwoHeads) -> Array:
     found, anchor = compare(block, tokens, heads), anchor_of(tokens, heads)
     # The cotangents of the features, one per block, are added up in float32 or wider.
     narrow = [some.features.dtype for some in tokens]

@@ -10,7 +10,9 @@ that greedy choice or the first of them has it alone.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -113,9 +115,9 @@ def select_action(
     log_probs = mixture(problem, epsilon, ties).log_probs
     if is_zero(epsilon):
         # Not from the log-probabilities, which XLA would form anew in each pass of `sample`.
-        given: ArrayLike = 1.0 if problem.temperature is None else problem.temperature
-        x, given = lax.stop_gradient((problem.logits, given))
-        actions = sample(key, x, axis=axis, temperature=given, ties=ties)
+        x, given = lax.stop_gradient((problem.logits, problem.temperature))
+        temperature = 1.0 if given is None else given
+        actions = sample(key, x, axis=axis, temperature=temperature, ties=ties)
     else:
         actions = sample(key, lax.stop_gradient(log_probs), axis=axis)
     return actions, chosen(log_probs, actions, axis)
@@ -249,7 +251,7 @@ def policy_entropy(
         O(n). Illegal actions count as 0 log 0 = 0, in derivatives too. Both modes, any order.
     """
     problem = policy_problem(values, axis, where, temperature)
-    entropy = mixture(problem, epsilon, ties).entropy(AlongAxes(problem.axes))
+    entropy = mixture(problem, epsilon, ties).entropy()
     return jnp.squeeze(entropy, problem.axes)
 
 
@@ -275,14 +277,7 @@ class Mixture(NamedTuple):
 
     probs: Array  # [*shape]
     log_probs: Array  # [*shape]; -inf where illegal
-    unmixed: Array | None  # the entropy per slice if nothing is mixed in, with the axes kept
-
-    def entropy(self, slices: AlongAxes) -> Array:
-        """Its entropy per slice, with the axes kept."""
-        if self.unmixed is not None:
-            return self.unmixed
-        logs = jnp.where(self.log_probs == -jnp.inf, 0, self.log_probs)
-        return slices.sum(self.probs * -logs)
+    entropy: Callable[[], Array]  # per slice, with the axes kept; traced only if it is called
 
 
 def mixture(problem: Problem, epsilon: ArrayLike, ties: Ties = "random") -> Mixture:
@@ -293,7 +288,7 @@ def mixture(problem: Problem, epsilon: ArrayLike, ties: Ties = "random") -> Mixt
         x = jnp.where(cold & ~_is_first_peak(x, problem.axes), -jnp.inf, x)
     solution = solve(LOG_SOFTMAX, slices, x, problem.temperature)
     if is_zero(epsilon):
-        entropy = softmax_entropy(slices, x, problem.temperature)
+        entropy = functools.partial(softmax_entropy, slices, x, problem.temperature)
         return Mixture(solution.probs, solution.margins, entropy)
     legal = problem.logits != -jnp.inf
     # Count in integers, because float32 has no odd number above 2^24.
@@ -303,8 +298,10 @@ def mixture(problem: Problem, epsilon: ArrayLike, ties: Ties = "random") -> Mixt
     epsilon = jnp.where(count > 1, epsilon, 0)  # With one action there is nothing to mix.
     count = jnp.maximum(count, 1)
     probs = jnp.where(legal, (1 - epsilon) * solution.probs + epsilon / count, 0)
-    log_probs = _log_mixture(solution.probs, solution.margins, epsilon, count)
-    return Mixture(probs, jnp.where(legal, log_probs, -jnp.inf), None)
+    logs = _log_mixture(solution.probs, solution.margins, epsilon, count)
+    log_probs = jnp.where(legal, logs, -jnp.inf)
+    nats = lambda: slices.sum(probs * -jnp.where(log_probs == -jnp.inf, 0, log_probs))
+    return Mixture(probs, log_probs, nats)
 
 
 def _is_first_peak(x: Array, axes: tuple[int, ...]) -> Array:

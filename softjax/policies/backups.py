@@ -151,11 +151,11 @@ def expected_value(
     """
     problem = policy_problem(values, axis, where, temperature)
     x, slices = problem.logits, AlongAxes(problem.axes)
-    value = _mean(slices, mixture(problem, epsilon).probs, x, x != -jnp.inf)
+    value = _mean_value(slices, mixture(problem, epsilon).probs, x, x != -jnp.inf)
     return jnp.squeeze(value, problem.axes).astype(problem.dtype)
 
 
-def _mean(slices: AlongAxes, probs: Array, x: Array, counted: Array) -> Array:
+def _mean_value(slices: AlongAxes, probs: Array, x: Array, counted: Array) -> Array:
     """The mean of the entries that count; inf where one is inf, 0 where none counts.
 
     It is the peak plus the mean of the distances to it, in a unit of a quarter where a distance
@@ -236,8 +236,8 @@ def actor_critic_value(
     possible = policy.probs != 0  # NaN is possible.
     some = jnp.any(scores != -jnp.inf, problem.axes, keepdims=True)
     # Where no action is legal, the bonus is 0 at any temperature, with a gradient of 0.
-    bonus = jnp.where(some, temperature, 0) * policy.entropy(slices)
-    value = jnp.where(some, _mean(slices, policy.probs, x, possible) + bonus, 0)
+    bonus = jnp.where(some, temperature, 0) * policy.entropy()
+    value = jnp.where(some, _mean_value(slices, policy.probs, x, possible) + bonus, 0)
     return jnp.squeeze(value, problem.axes).astype(out_dtype)
 
 

@@ -19,7 +19,6 @@ from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, api
 from softjax._inputs import Problem, is_zero, mask, nan_outside, to_float
-from softjax._slices import AlongAxes
 from softjax.policies.actions import (
     Mixture,
     check_actions,
@@ -211,7 +210,7 @@ class _Steps(NamedTuple):
         """The entropy times its cost."""
         if is_zero(entropy_cost):
             return 0.0
-        entropy = policy.entropy(AlongAxes(self.problem.axes))
+        entropy = policy.entropy()
         return self.option(entropy_cost, "entropy_cost") * jnp.squeeze(entropy, -1)
 
 
