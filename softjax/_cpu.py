@@ -21,9 +21,8 @@ from jax import Array, lax
 from softjax._mesh import may_be_sharded
 
 LARGE = 2**17  # entries from which on terms are not stored
-PARTS = 4  # of an axis of a large array; 8 take up to 1.6 times as long to compile
+PARTS = 4  # into which an axis of a large array is cut
 FEW = 8  # terms that lose little in a running sum
-SHORT = 32  # entries of an axis that is added up without storing anything
 LONG = 2**15  # terms of a large array's last axis that XLA adds up in a tree
 BLOCK = 2**18  # entries of the slices of one block: 1 MB in float32
 ROWS = 2048  # slices of one block at most, because all wait for the slowest
@@ -65,10 +64,7 @@ def _halve(x: Array, axis: int) -> Array:
     if length % 2:
         padding = [(0, int(i == axis), 0) for i in range(x.ndim)]
         x = lax.pad(x, x.dtype.type(0), padding)
-    first, second = jnp.split(x, 2, axis)
-    # Without barriers XLA would compile the terms anew for each of the entries that are added
-    # up. For few of them that is faster than to store the terms.
-    return first + second if length <= SHORT else lax.optimization_barrier(first + second)
+    return operator.add(*jnp.split(x, 2, axis))
 
 
 def sum_of_terms(
@@ -96,7 +92,7 @@ def sum_of_terms(
 def _cut(x: Array, axis: int) -> list[Array]:
     """Parts of equal length along the axis, and a shorter rest."""
     length = x.shape[axis]
-    num = min(PARTS, length) if length > SHORT else length
+    num = min(PARTS, length)
     size = length // num
     stops = [*range(size, num * size + 1, size), length]
     pairs = itertools.pairwise([0, *stops])
@@ -110,11 +106,10 @@ def _add_parts(parts: list[Array], axis: int) -> Array:
     that is not one anew for each entry that reads it.
     """
     num = sum(part.shape == parts[0].shape for part in parts)
-    if parts[0].shape[axis] == 1 and num > 1:
-        half = num // 2
-        return jnp.concatenate([_add_in_pairs(parts[:half]), _add_in_pairs(parts[half:])], axis)
-    total = _add_in_pairs(parts[:num])
-    return total if num == len(parts) else jnp.concatenate([total, parts[-1]], axis)
+    first = num // 2 if parts[0].shape[axis] == 1 else 0
+    ends = [0, first, num] if first else [0, num]
+    totals = [_add_in_pairs(parts[i:j]) for i, j in itertools.pairwise(ends)]
+    return jnp.concatenate([*totals, *parts[num:]], axis)
 
 
 def _add_in_pairs(terms: list[Array]) -> Array:

@@ -148,9 +148,9 @@ def kl_divergence(
     Note:
         O(n) time. The terms p log(p/q) + q - p are never negative, and log(p/q) comes from the
         logits themselves, so close distributions keep the digits of their small divergence,
-        and of its gradient, however far apart the logits are as a whole. Large
-        arrays take a quarter of one as temporary memory, and one for the gradient, for which both
-        logits are kept. Both modes, any order.
+        and of its gradient, however far apart the logits are as a whole. Large arrays take a
+        quarter of one as temporary memory, for which both logits are kept with the gradient;
+        one array where slices are short. Both modes, any order.
     """
     p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits", axis_name=axis_name)
     q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits", axis_name=axis_name)

@@ -161,10 +161,19 @@ def large(monkeypatch):
     """Treats small arrays as large ones."""
     monkeypatch.setattr(_cpu, "LARGE", 0)
     monkeypatch.setattr(_cpu, "FEW", 2)
-    monkeypatch.setattr(_cpu, "SHORT", 2)
     jax.clear_caches()
     yield
     jax.clear_caches()
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_every_entry_of_every_length_counts_once(axis):
+    for length in range(1, 41):
+        rows = np.tile(2.0 ** np.arange(length), (3, 1))
+        x = jnp.asarray(np.moveaxis(rows, 1, axis))
+        total = _cpu.sum_of_terms(lambda x, y: x * y, (x,), (jnp.full((1, 1), 2.0),), (axis,))
+        assert (total == 2 * (2.0**length - 1)).all()
 
 
 @pytest.mark.parametrize("shape", SMALL)
