@@ -102,7 +102,10 @@ def _jitted(
     @functools.wraps(function)
     def jitted(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = jax.tree.map(widened, (args, kwargs))
-        return call_on_mesh(function, args, kwargs, spread=spread, layout=layout)
+        # JAX states the mesh, even an empty one, where it differentiates, and remembers traces
+        # by it. Stated here too, it lets the derivative find what the value has traced.
+        with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+            return call_on_mesh(function, args, kwargs, spread=spread, layout=layout)
 
     return jitted
 

@@ -24,6 +24,7 @@ from softjax._threshold import solve
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
 def nats_between(
     slices: AlongAxes, x: Array, y: Array, temperature: Array | None
 ) -> tuple[Array, Array]:

@@ -38,6 +38,7 @@ def nll(logits: Array, labels: Array, axis: int) -> Array:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
 def row_statistics(
     slices: AlongAxes, logits: Array, labels: Array, class_weights: Array | None = None
 ) -> RowStatistics:

@@ -80,6 +80,7 @@ def entropy(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
 def softmax_entropy(slices: AlongAxes, x: Array, temperature: Array | None) -> Array:
     """The entropy of softmax(x / temperature), with the axes kept.
 
@@ -289,6 +290,7 @@ def jensen_shannon_divergence(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
 def _jensen_shannon(slices: AlongAxes, x: Array, y: Array, weight: Array) -> Array:
     to_p, to_q = _log_ratios_to_mixture(slices, x, y, weight)[2:]
     # An infinite divergence of weight 0 counts as nothing.
