@@ -102,8 +102,9 @@ def _jitted(
     @functools.wraps(function)
     def jitted(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = jax.tree.map(widened, (args, kwargs))
-        # JAX states the mesh, even an empty one, where it differentiates, and remembers traces
-        # by it. Stated here too, it lets the derivative find what the value has traced.
+        # JAX sets the mesh of the context, even an empty one, when it differentiates, and it
+        # caches traces by that mesh. Set it here too, because the derivative can then reuse
+        # the traces of the value.
         with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
             return call_on_mesh(function, args, kwargs, spread=spread, layout=layout)
 

@@ -73,24 +73,25 @@ def sum_of_terms(
     per_slice: Sequence[Array | None],
     axes: tuple[int, ...],
 ) -> Array:
-    """The sum of term(*entries, *per_slice), of which a large array stores a quarter."""
+    """The sum of term(*entries, *per_slice); of a large array, a quarter of them is stored."""
     shape = jnp.broadcast_shapes(*(x.shape for x in entries))
     size, longest = math.prod(shape), max(axes, key=lambda axis: shape[axis])
     if size < LARGE or size == 0:
         return sum_by_halves(term(*entries, *per_slice), axes)
-    # Each part forms its own terms, which one loop adds up. The barrier stops XLA from storing
-    # terms that another pass forms too, the first select from cutting that loop, the second
-    # from storing one sum per entry.
+    # Each part forms its own terms, and one loop adds them up. The barrier stops XLA from
+    # storing terms that another pass forms too.
     per_slice = lax.optimization_barrier(tuple(per_slice))
     once = jax.jit(term)  # Traced once per length of a part.
     parts = zip(*(_cut(jnp.broadcast_to(x, shape), longest) for x in entries), strict=True)
-    x = _add_parts([once(*part, *per_slice) for part in parts], longest)
+    x = _add_equal_parts([once(*part, *per_slice) for part in parts], longest)
+    # The first select stops XLA from cutting that loop, the second from storing one sum per
+    # entry.
     total = sum_by_halves(jnp.where(x == 0, 0, x), axes, size)
     return jnp.where(total == 0, 0, total)
 
 
 def _cut(x: Array, axis: int) -> list[Array]:
-    """Parts of equal length along the axis, and a shorter rest."""
+    """Parts of equal length along the axis, and the rest, if any."""
     length = x.shape[axis]
     num = min(PARTS, length)
     size = length // num
@@ -99,11 +100,11 @@ def _cut(x: Array, axis: int) -> list[Array]:
     return [lax.slice_in_dim(x, *ends, axis=axis) for ends in pairs if ends[0] < ends[1]]
 
 
-def _add_parts(parts: list[Array], axis: int) -> Array:
-    """The sum of the parts of equal length, and the entries of the rest behind it.
+def _add_equal_parts(parts: list[Array], axis: int) -> Array:
+    """The sum of the parts of equal length, with the entries of the rest behind it.
 
-    Parts of one entry give two entries, so that a reduction comes last: XLA would form a sum
-    that is not one anew for each entry that reads it.
+    Parts of one entry are added to two entries, not one, because the last step must be a
+    reduction: XLA recomputes any other sum for each entry that reads it.
     """
     num = sum(part.shape == parts[0].shape for part in parts)
     first = num // 2 if parts[0].shape[axis] == 1 else 0

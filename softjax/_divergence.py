@@ -36,12 +36,12 @@ def nats_between(
         x_peak, y_peak, temperature, p_total, q_total, shift = rows
         p = weights(x, x_peak, temperature) / p_total
         q = weights(y, y_peak, temperature) / q_total
-        ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
-        return p, q, jnp.where(p == 0, 0, ratio)
+        log_ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
+        return p, q, jnp.where(p == 0, 0, log_ratio)
 
     # The rounded logarithms are too coarse for close distributions. The sum of q - p, which
     # must be 0, gives the correction.
-    shift = jnp.log1p(of_p.rest) - jnp.log1p(of_q.rest)
+    shift = jnp.log1p(of_p.rest) - jnp.log1p(of_q.rest)  # `log_total` would gain nothing.
     gain = slices.sum_of(lambda *args: _gain(*found(*args)), (x, y), *per_slice, shift)
     shift -= jnp.log1p(jnp.where(jnp.abs(gain) < 0.5, gain, 0))
     corrected = _accelerators.recompute_after((*per_slice, shift))
@@ -65,16 +65,16 @@ def _nats_between_jvp(slices: AlongAxes, primals: Any, tangents: Any) -> Any:
         # An infinite divergence is constant, and so is the divergence of an empty slice.
         varies = (row != jnp.inf) & (x_peak != -jnp.inf)
         both, kept = varies & (p.probs != 0), varies & (q.margins != -jnp.inf)
-        ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
+        log_ratio = _log_ratio(x, y, x_peak, y_peak, temperature, shift)
         margins = [jnp.where(both & kept, z.margins, 0) for z in (p, q)]
         # Values that are known more exactly than by subtraction, with the derivative of the
         # subtraction.
-        ratio = with_gradient_of(margins[0] - margins[1], jnp.where(both, ratio, 0))
-        gain = with_gradient_of(q.probs - p.probs, _gain(p.probs, q.probs, ratio))
+        log_ratio = with_gradient_of(margins[0] - margins[1], jnp.where(both, log_ratio, 0))
+        gain = with_gradient_of(q.probs - p.probs, _gain(p.probs, q.probs, log_ratio))
         moved = jnp.zeros_like(x)
         if x_dot is not None:
             probs = lambda x: solve(SOFTMAX, slices, x, temperature).probs
-            by_x = jax.jvp(probs, (x,), (x_dot,))[1] * ratio
+            by_x = jax.jvp(probs, (x,), (x_dot,))[1] * log_ratio
             moved += by_x if temperature is None else by_x * temperature
         if y_dot is not None:
             moved += gain * jnp.where(kept, y_dot, 0)
@@ -87,14 +87,16 @@ def _nats_between_jvp(slices: AlongAxes, primals: Any, tangents: Any) -> Any:
         # 2 D + T D' is the sum of 2 b + (q - p) r - u b, whose terms are of third order in the
         # logits, where D and D' are of second order and would cancel. A term where p is 0 is
         # 2 q - q v, with v the scores of q above the same mean.
-        terms = divergence_terms(p.probs, q.probs, ratio)
+        terms = divergence_terms(p.probs, q.probs, log_ratio)
         scores = [centre(z, peak, temperature).near for z, peak in ((x, x_peak), (y, y_peak))]
         mean = slices.sum(p.probs * scores[0])
         above = jnp.where(both, scores[0] - mean, 0)
         of_q = jnp.where(kept, q.margins, 0) - slices.sum(p.probs * margins[0])
-        of_q = jnp.where(both, above - ratio, with_gradient_of(of_q, scores[1] + shift - mean))
-        far = 2 * terms - p.probs * above * ratio - gain * of_q
-        near, close, _ = _expand(ratio)
+        of_q = jnp.where(
+            both, above - log_ratio, with_gradient_of(of_q, scores[1] + shift - mean)
+        )
+        far = 2 * terms - p.probs * above * log_ratio - gain * of_q
+        near, close, _ = _expand(log_ratio)
         near &= p.probs != 0
         left = jnp.where(near, p.probs * _third_order(close) - above * terms, far)
         left = slices.sum(jnp.where(varies & (both | kept), left, 0))
@@ -104,15 +106,15 @@ def _nats_between_jvp(slices: AlongAxes, primals: Any, tangents: Any) -> Any:
 
 
 @jax.jit
-def _third_order(ratio: Array) -> Array:
+def _third_order(log_ratio: Array) -> Array:
     """2 (exp(-r) - 1 + r) + r (exp(-r) - 1) within 1 of 0: r^3 / 6 - r^4 / 12 + ..."""
-    num_terms = 21 if ratio.dtype == jnp.float64 else 13
+    num_terms = 21 if log_ratio.dtype == jnp.float64 else 13
     series = functools.reduce(
-        lambda tail, i: tail * -ratio + (i - 2) / math.factorial(i),
+        lambda tail, i: tail * -log_ratio + (i - 2) / math.factorial(i),
         reversed(range(3, num_terms)),
-        jnp.full_like(ratio, (num_terms - 2) / math.factorial(num_terms)),
+        jnp.full_like(log_ratio, (num_terms - 2) / math.factorial(num_terms)),
     )
-    return ratio * ratio * ratio * series
+    return log_ratio * log_ratio * log_ratio * series
 
 
 @jax.jit
@@ -126,22 +128,25 @@ def _log_ratio(
 
 
 @jax.jit
-def divergence_terms(p: Array, q: Array, ratio: Array) -> Array:
-    """The terms p log(p / q) + q - p."""
-    near, _, curve = _expand(ratio)
-    return jnp.where(near & (p != 0), p * curve, p * ratio + (q - p))
+def divergence_terms(p: Array, q: Array, log_ratio: Array) -> Array:
+    """The terms p log(p / q) + q - p >= 0, for weights q of any sum.
+
+    The logarithm must be finite where p is 0.
+    """
+    near, _, curve = _expand(log_ratio)
+    return jnp.where(near & (p != 0), p * curve, p * log_ratio + (q - p))
 
 
 @jax.jit
-def _gain(p: Array, q: Array, ratio: Array) -> Array:
+def _gain(p: Array, q: Array, log_ratio: Array) -> Array:
     """The difference q - p, to full precision where the two are close."""
-    near, close, curve = _expand(ratio)
+    near, close, curve = _expand(log_ratio)
     return jnp.where(near & (p != 0), p * (curve - close), q - p)
 
 
 @jax.jit
-def _expand(ratio: Array) -> tuple[Array, Array, Array]:
+def _expand(log_ratio: Array) -> tuple[Array, Array, Array]:
     """Whether r = log(p / q) is small, and r and q / p - 1 + r where it is, 0 elsewhere."""
-    near = jnp.abs(ratio) < 1
-    close = jnp.where(near, ratio, 0)
+    near = jnp.abs(log_ratio) < 1
+    close = jnp.where(near, log_ratio, 0)
     return near, close, close * close * expm1_over_twice_near(-close)

@@ -60,7 +60,7 @@ def prepare(
     axes = resolve_axes(axis, logits.ndim)
     if where is not None:
         logits = jnp.where(mask(where, logits.shape, name=name), logits, -jnp.inf)
-    if is_one(temperature):
+    if is_static_one(temperature):
         temperature = None
     if temperature is not None:
         temperature = per_slice(temperature, logits, axes, name="temperature")
@@ -80,12 +80,12 @@ def nan_outside(option: Array, low: float, high: float | None = None) -> Array:
     return jnp.where(inside, option, jnp.nan)
 
 
-def is_one(temperature: ArrayLike | None) -> bool:
+def is_static_one(temperature: ArrayLike | None) -> bool:
     """Whether it is the default 1.0, which `jit` leaves as a Python number."""
     return temperature is None or (isinstance(temperature, float) and temperature == 1)
 
 
-def is_zero(option: ArrayLike | None) -> bool:
+def is_static_zero(option: ArrayLike | None) -> bool:
     """Whether it is the default 0.0, which `jit` leaves as a Python number."""
     return isinstance(option, float) and option == 0
 

@@ -21,11 +21,11 @@ from softjax._scores import centre
 from softjax._slices import AlongAxes
 from softjax._uint64 import Wide
 
-FEW = 16  # Up to this many classes are added one by one.
+FEW_CLASSES = 16  # Up to this many classes are added one by one.
 LONGEST = 128  # A block has at most this many entries.
 
 
-class RowPeaks(NamedTuple):
+class RowParameters(NamedTuple):
     """The peak and the temperature of each row, which turn its logits into weights."""
 
     peak: Array
@@ -74,9 +74,9 @@ def _scale(size: int, block: int) -> Scale:
 
 def draw(x: Array, temperature: Array | None, bits: Wide) -> Array:
     """Draws classes `[rows, draws]` from logits `[rows, n]`, n > 0; -1 where there is none."""
-    if x.shape[1] <= FEW:
+    if x.shape[1] <= FEW_CLASSES:
         return _draw_of_few(x, temperature, bits)
-    rows = RowPeaks(jnp.max(x, 1), temperature)
+    rows = RowParameters(jnp.max(x, 1), temperature)
     block = _block_size(x.shape[1])
     spare = -x.shape[1] % block
     if spare:
@@ -96,8 +96,8 @@ def draw_over_devices(
     The totals of the devices tell which device a draw falls on. That device finds the class.
     """
     size = slices.length(x)
-    block = size if size <= FEW else _block_size(size)
-    rows = RowPeaks(jnp.squeeze(slices.max(x), 1), temperature)
+    block = size if size <= FEW_CLASSES else _block_size(size)
+    rows = RowParameters(jnp.squeeze(slices.max(x), 1), temperature)
     scale = _scale(size + -size % block, block)
     first = slices.first_place(x.shape[1], jnp.int32)
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % block)), constant_values=-jnp.inf)
@@ -116,9 +116,7 @@ def draw_over_devices(
     start = which * block
     inside = bisect(lambda place: _read(flat, start + place), block, rest)
     index = slices.sum_over_devices(jnp.where(device == here, first + start + inside, 0))
-    return jnp.where(
-        _uint64.equals_zero(total) | jnp.any(has_nan > 0, 1, keepdims=True), -1, index
-    )
+    return jnp.where(_uint64.is_zero(total) | jnp.any(has_nan > 0, 1, keepdims=True), -1, index)
 
 
 def _block_size(size: int) -> int:
@@ -133,7 +131,7 @@ def _block_size(size: int) -> int:
 def _draw_of_few(x: Array, temperature: Array | None, bits: Wide) -> Array:
     """Compares each draw with the running sum at every class."""
     columns = [x[:, i] for i in range(x.shape[1])]
-    rows = RowPeaks(functools.reduce(jnp.maximum, columns), temperature)
+    rows = RowParameters(functools.reduce(jnp.maximum, columns), temperature)
     scale = _scale(len(columns), len(columns))
     parts = [scale.split(rows.weights(column)) for column in columns]
     sums = [scale.join(parts[0])]
@@ -147,12 +145,12 @@ def _draw_of_few(x: Array, temperature: Array | None, bits: Wide) -> Array:
     found = _or_none(
         index, columns_of_sums[-1], functools.reduce(jnp.add, [part.high for part in parts])
     )
-    # A reduction comes last, because XLA would draw anew for each number that reads the index:
-    # `select_action` of 64 x 6 took four times as long.
+    # End in a reduction, because XLA would otherwise recompute the draw for each entry that
+    # reads the index: `select_action` of 64 x 6 took four times as long.
     return jnp.sum(jnp.stack([found, jnp.zeros_like(found)]), 0, dtype=found.dtype)
 
 
-def _draw_from_sums(x: Array, rows: RowPeaks, scale: Scale, bits: Wide) -> Array:
+def _draw_from_sums(x: Array, rows: RowParameters, scale: Scale, bits: Wide) -> Array:
     """Sums the blocks, and weighs the entries of those blocks alone that a draw falls into."""
     block = x.shape[2]
     high, low = scale.split(rows.weights(x))
@@ -178,12 +176,12 @@ def _draw_from_sums(x: Array, rows: RowPeaks, scale: Scale, bits: Wide) -> Array
     read = lambda array, place: jnp.take_along_axis(array, place[..., None], 2)[..., 0]
     inside = bisect(lambda place: Wide(*(read(a, place) for a in prefix)), block, rest)
     inside = jnp.where(
-        _uint64.equals_zero(weight), jnp.argmax(entries, -1).astype(inside.dtype), inside
+        _uint64.is_zero(weight), jnp.argmax(entries, -1).astype(inside.dtype), inside
     )
     return _or_none(which * block + inside, total, jnp.sum(sums.high, 1))
 
 
-def _draw_from_prefixes(x: Array, rows: RowPeaks, scale: Scale, bits: Wide) -> Array:
+def _draw_from_prefixes(x: Array, rows: RowParameters, scale: Scale, bits: Wide) -> Array:
     """Sums the weights of all classes in advance, which pays off for many draws."""
     num_rows, _, block = x.shape
     parts = scale.split(rows.weights(x))
@@ -237,5 +235,5 @@ def bisect(read: Callable[[Array], Wide], size: int, target: Wide) -> Array:
 
 def _or_none(index: Array, total: Wide, check: Array) -> Array:
     """The index, or -1 where nothing is kept or a weight is NaN, which makes the check NaN."""
-    none = _uint64.equals_zero(total) | jnp.isnan(check)[:, None]
+    none = _uint64.is_zero(total) | jnp.isnan(check)[:, None]
     return jnp.where(none, -1, index)

@@ -134,5 +134,6 @@ def below_peak(peak: Array, logits: Array) -> Array:
 
 
 def _num_kept(slices: AlongAxes, kept: Array, dtype: jnp.dtype) -> Array:
+    """The number of kept entries, at least 1, because it is a divisor."""
     count = slices.sum_over_devices(jnp.sum(kept, slices.axes[0], dtype=dtype))
     return jnp.maximum(count, 1)

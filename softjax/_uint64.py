@@ -40,7 +40,7 @@ def smaller(a: Wide, b: Wide) -> Wide:
     return Wide(jnp.where(first, a.high, b.high), jnp.where(first, a.low, b.low))
 
 
-def equals_zero(a: Wide) -> Array:
+def is_zero(a: Wide) -> Array:
     return (a.high | a.low) == 0
 
 

@@ -20,7 +20,7 @@ from softjax._inputs import (
     Axis,
     broadcast,
     check_int,
-    is_zero,
+    is_static_zero,
     known_labels,
     labels_of,
     one_number,
@@ -624,7 +624,7 @@ def _scores(x: Array, axis: int, kind: str, penalty: ArrayLike, num_free: int) -
     if kind not in get_args(Kind):
         raise ValueError(f'`kind` must be "threshold", "aps" or "raps", got {kind!r}.')
     num_free = check_int(num_free, name="num_free", least=0)
-    if kind != "raps" and not (is_zero(penalty) and num_free == 0):
+    if kind != "raps" and not (is_static_zero(penalty) and num_free == 0):
         raise ValueError(f'`penalty` and `num_free` are for kind="raps", got {kind!r}.')
     log_probs = log_softmax(x, axis=axis)
     if kind == "threshold":

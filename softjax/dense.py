@@ -74,8 +74,8 @@ def softmax(
     Note:
         Within 4.2 units in the last place on CPUs, wherever the result is a normal number. O(n)
         time; the result is all that is kept for the derivative. Temporary memory of a large
-        array on CPUs: a quarter of it, with the gradient too; one array where slices run along
-        the first of its axes. Both modes, any order.
+        array on CPUs: a quarter of it, with the gradient too (with JAX 0.12 one array more);
+        one where slices run along an axis between others. Both modes, any order.
 
     Reference:
         Bridle (1990), Training stochastic model recognition algorithms as networks can lead

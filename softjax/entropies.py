@@ -93,6 +93,7 @@ def softmax_entropy(slices: AlongAxes, x: Array, temperature: Array | None) -> A
 
     found = normalizer(slices, x, temperature)
     mean = slices.sum_of(moment, (x,), found.peak, temperature, found.divisor)
+    # `found.log_total` is a unit or two more exact, and doubles the program.
     return jnp.log1p(found.rest) + mean
 
 
@@ -149,9 +150,10 @@ def kl_divergence(
     Note:
         O(n) time. The terms p log(p/q) + q - p are never negative, and log(p/q) comes from the
         logits themselves, so close distributions keep the digits of their small divergence,
-        and of its gradient, however far apart the logits are as a whole. Large arrays take a
-        quarter of one as temporary memory, for which both logits are kept with the gradient;
-        one array where slices are short. Both modes, any order.
+        and of its gradient, however far apart the logits are as a whole. Temporary memory of
+        large arrays: half of one for the value, a quarter for the gradient, which keeps both
+        logits; about one where slices are short, four where they run along an axis between
+        others. Both modes, any order.
     """
     p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits", axis_name=axis_name)
     q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits", axis_name=axis_name)
@@ -321,7 +323,7 @@ def _log_ratios_to_mixture(
     kept_p, kept_q = p.margins != -jnp.inf, q.margins != -jnp.inf
     both = kept_p & kept_q
     apart = jnp.where(both, p.margins, 0) - jnp.where(both, q.margins, 0)
-    ratio = with_gradient_of(apart, _ratio_from_logits(slices, x, y, p, q, apart))
+    ratio = with_gradient_of(apart, _corrected_log_ratio(slices, x, y, p, q, apart))
     ratio = jnp.where(both, ratio, jnp.where(kept_p, jnp.inf, -jnp.inf))
     log_p, log_q = mixture_log_ratios(ratio, weight)
     # The sums are 0 or 1. A maximum would not do, because XLA's may drop a NaN.
@@ -355,7 +357,7 @@ def _minus_log(x: Array) -> Array:
     return jnp.where(x == 0, jnp.inf, -jnp.log(jnp.where(x == 0, 1, x)))
 
 
-def _ratio_from_logits(
+def _corrected_log_ratio(
     slices: AlongAxes, x: Array, y: Array, p: Solution, q: Solution, apart: Array
 ) -> Array:
     """log(p / q) from the logits, because rounded logarithms have fewer of its digits."""

@@ -39,19 +39,19 @@ __all__ = [
     "typical_filter",
 ]
 
-TIES = ("keep", "first")
+FILTER_TIES = ("keep", "first")
 
 
-def _check_ties(given: dict[str, Any]) -> None:
-    if given.get("ties", "keep") not in TIES:
-        raise ValueError(f"`ties` must be one of {TIES}, got {given['ties']!r}.")
+def _check_filter_ties(given: dict[str, Any]) -> None:
+    if given.get("ties", "keep") not in FILTER_TIES:
+        raise ValueError(f"`ties` must be one of {FILTER_TIES}, got {given['ties']!r}.")
 
 
 def _check_least(given: dict[str, Any]) -> None:
     check_int(given.get("min_tokens_to_keep", 1), name="min_tokens_to_keep", least=1)
 
 
-@api("axis", "ties", "axis_name", spread=("logits",), k=NONNEGATIVE, refuse=_check_ties)
+@api("axis", "ties", "axis_name", spread=("logits",), k=NONNEGATIVE, refuse=_check_filter_ties)
 def top_k_filter(
     logits: ArrayLike,
     k: ArrayLike,
@@ -294,10 +294,10 @@ def min_p_filter(
     Reference:
         Nguyen et al. (2024), Turning up the heat: min-p sampling.
     """
-    return _filter(logits, axis, "min_p", min_p, min_tokens_to_keep, _near_peak, axis_name)
+    return _filter(logits, axis, "min_p", min_p, min_tokens_to_keep, _kept_by_min_p, axis_name)
 
 
-def _near_peak(slices: AlongAxes, x: Array, min_p: Array) -> tuple[Array, Array]:
+def _kept_by_min_p(slices: AlongAxes, x: Array, min_p: Array) -> tuple[Array, Array]:
     peak = slices.max(x)
     if slices.mesh_axes:  # A maximum over devices may drop a NaN.
         peak += slices.sum(jnp.where(jnp.isnan(x), x, 0))

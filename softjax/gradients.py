@@ -139,7 +139,7 @@ def score_function(
     level = lax.stop_gradient(level)
     # The baseline's term is 0, also where the baseline is infinite.
     surrogate = with_gradient_of(values * box - level * (box - 1), values * box)
-    return _mean_along(surrogate, axis)
+    return _mean_without_overflow(surrogate, axis)
 
 
 def _zero_with_gradient_of(x: Array) -> Array:
@@ -147,7 +147,7 @@ def _zero_with_gradient_of(x: Array) -> Array:
     return with_gradient_of(x, jnp.where(jnp.isnan(x), jnp.nan, jnp.zeros_like(x)))
 
 
-def _mean_along(x: Array, axis: int) -> Array:
+def _mean_without_overflow(x: Array, axis: int) -> Array:
     """The mean along an axis, whose sum does not overflow."""
     num, highest = x.shape[axis], float(jnp.finfo(x.dtype).max)
     largest = jnp.max(jnp.abs(lax.stop_gradient(x)), axis, keepdims=True, initial=0)

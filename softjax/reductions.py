@@ -112,10 +112,10 @@ def logsumexp(
         0.6931472 -1.0
 
     Note:
-        O(n) time; temporary memory of a large array: a quarter of it along the last axis,
-        else one array. The error is at most 2.5 units in the last place of the larger of the
-        peak and the logarithm of the sum. The derivative is `softmax`; it is 0 for a slice that
-        keeps nothing. Both modes, any order.
+        O(n) time; temporary memory of a large array: a quarter of it along the last or the
+        first axis, else one array. The error is at most 2.5 units in the last place of the
+        larger of the peak and the logarithm of the sum. The derivative is `softmax`; it is 0
+        for a slice that keeps nothing. Both modes, any order.
 
         Infinite logits give inf, with the sign of their weights, and NaN where these have both
         signs, as in SciPy.
@@ -134,9 +134,9 @@ def logsumexp(
         row, sign = _weighted(slices, problem.logits, weights)
     if not return_sign:
         row = jnp.where(sign < 0, jnp.nan, row)
-        return _shaped(row, problem.axes, keepdims, problem.dtype)
+        return _squeeze_and_cast(row, problem.axes, keepdims, problem.dtype)
     sign = jax.lax.stop_gradient(sign)
-    pair = (_shaped(x, problem.axes, keepdims, problem.dtype) for x in (row, sign))
+    pair = (_squeeze_and_cast(x, problem.axes, keepdims, problem.dtype) for x in (row, sign))
     return next(pair), next(pair)
 
 
@@ -241,7 +241,7 @@ def logmeanexp(
     kept = (problem.logits != -jnp.inf).astype(problem.logits.dtype)
     count = jnp.maximum(slices.sum(kept), 1)
     row = log_sum(slices, problem.logits) - jnp.log(count)
-    return _shaped(row, problem.axes, keepdims, problem.dtype)
+    return _squeeze_and_cast(row, problem.axes, keepdims, problem.dtype)
 
 
 @api("axis", "axis_name", spread=("values", "where"))
@@ -313,8 +313,10 @@ def mellowmax(
     row = jnp.where((top == jnp.inf) & (rate == 0) & ~unlimited, jnp.inf, row)
     row = jnp.where(top == -jnp.inf, -jnp.inf, row)
     row = jnp.where(jnp.isnan(mean), jnp.nan, row)  # A maximum may drop the NaN.
-    return _shaped(row, problem.axes, False, problem.dtype)
+    return _squeeze_and_cast(row, problem.axes, False, problem.dtype)
 
 
-def _shaped(row: Array, axes: tuple[int, ...], keepdims: bool, dtype: jnp.dtype) -> Array:
+def _squeeze_and_cast(
+    row: Array, axes: tuple[int, ...], keepdims: bool, dtype: jnp.dtype
+) -> Array:
     return (row if keepdims else jnp.squeeze(row, axes)).astype(dtype)

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, api
-from softjax._inputs import Problem, broadcast, is_one, prepare, to_array, to_integers
+from softjax._inputs import Problem, broadcast, is_static_one, prepare, to_array, to_integers
 from softjax._slices import BySegment
 from softjax._softmax import LOG_SOFTMAX, SOFTMAX
 from softjax._threshold import solve
@@ -61,7 +61,7 @@ def segment_softmax(
         O(n) time and memory. Both modes, any order.
     """
     problem, slices = _prepare(logits, segment_ids, num_segments, where)
-    if not is_one(temperature):
+    if not is_static_one(temperature):
         rows = (num_segments, *problem.logits.shape[1:])
         row = jnp.asarray(temperature).astype(problem.logits.dtype)
         row = broadcast(row, rows, name="temperature", target="one number per segment")

@@ -227,17 +227,17 @@ def test_terms_are_not_written_out(shape):
     z = jnp.zeros(shape, jnp.float32)
     total = jax.jit(lambda z: sj.logsumexp(z, axis=-1)).lower(z).compile()
     plan = total.memory_analysis()
-    # Sums of a quarter; short slices are stored as a whole.
-    assert plan.temp_size_in_bytes <= (1.3 if shape[1] < 32 else 0.3) * z.nbytes
+    # A sum stores a quarter, and a little more of short slices.
+    assert plan.temp_size_in_bytes <= (0.45 if shape[1] < 32 else 0.3) * z.nbytes
 
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.optimized
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 def test_a_gradient_stores_what_it_remembers(name):
-    """No array for softmax, whose result is remembered; of log_softmax two.
+    """A quarter of an array for softmax, which remembers its result alone; two of log_softmax.
 
-    With JAX 0.12, XLA stores one for softmax.
+    With JAX 0.12, XLA stores one more for softmax.
     """
     z = jnp.zeros((4096, 1024), jnp.float32)
     pull = lambda z, bar: jax.vjp(getattr(sj, name), z)[1](bar)
@@ -249,9 +249,10 @@ def test_a_gradient_stores_what_it_remembers(name):
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.optimized
 def test_passes_share_nothing_that_is_written_out():
-    """Each forms its terms anew: sums store a quarter each, a gradient one array."""
+    """Each forms its terms anew: two sums store a quarter each, and the gradient one."""
     z = jnp.zeros((4096, 1024), jnp.float32)
     loss = lambda p, q: jnp.sum(sj.kl_divergence(p, q))
-    for fn, arrays in ((sj.kl_divergence, 0.6), (jax.grad(loss, (0, 1)), 1.3)):
+    of_gradient = 0.27 if jax.__version_info__ < (0, 12) else 1.27  # XLA stores one more.
+    for fn, arrays in ((sj.kl_divergence, 0.52), (jax.grad(loss, (0, 1)), of_gradient)):
         plan = jax.jit(fn).lower(z, z).compile().memory_analysis()
         assert plan.temp_size_in_bytes <= arrays * z.nbytes

@@ -56,7 +56,7 @@ def test_wide_integers():
     assert number(_uint64.multiply_high(a, b)) == [x * y >> 64 for x, y in pairs]
     assert number(_uint64.smaller(a, b)) == [min(pair) for pair in pairs]
     assert _uint64.at_most(a, b).tolist() == [x <= y for x, y in pairs]
-    assert _uint64.equals_zero(a).tolist() == [x == 0 for x in first]
+    assert _uint64.is_zero(a).tolist() == [x == 0 for x in first]
     high, low = np.array([0, 1, 2**24, 5]), np.array([7, -1, 2**31 - 1, -(2**20)])
     for shift in (20, 27, 31):
         parts = (jnp.asarray(part, jnp.int32) for part in (high, low))
@@ -388,6 +388,25 @@ def test_memory_of_many_draws():
     if memory is None:
         pytest.skip("the platform does not tell")
     assert memory.temp_size_in_bytes <= 8 * logits.nbytes + 100 * 8000
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.optimized
+def test_a_draw_is_computed_once_for_all_that_read_it():
+    """Integers are multiplied in the draw alone."""
+    logits = jnp.zeros((64, 6), jnp.float32)
+
+    def drawn_and_read(key, logits):
+        actions = sj.sample(key, logits)
+        return actions, sj.log_prob(logits, actions)
+
+    def num_products(call):
+        lines = jax.jit(call).lower(KEY, logits).compile().as_text().splitlines()
+        return sum("= u32[64" in line and " multiply(" in line for line in lines)
+
+    assert num_products(sj.sample) > 0
+    for call in (sj.select_action, drawn_and_read):
+        assert num_products(call) == num_products(sj.sample)
 
 
 # Noise.

@@ -100,14 +100,14 @@ def kernel_attention(
     """Averages of values; `attention` is the public function, for the tangent."""
     flat = lambda x: x.reshape(-1, *x.shape[-3:])
     scale = None if scale is None else float(scale)
-    out, _ = _jitted(
+    out, _ = _compiled_average(
         *(flat(queries), flat(keys), flat(values)), mask is not None, scale, attention
     )
     return out.reshape(queries.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4, 5))
-def _average(
+def _kernel_average(
     queries: Array,
     keys: Array,
     values: Array,
@@ -122,11 +122,11 @@ def _average(
     return jnp.where(cleaned.seen[..., None], jnp.nan, out), jax.tree.leaves(pullback)
 
 
-@functools.partial(_average.defjvp, symbolic_zeros=True)
-def _average_with_kernel_jvp(
+@functools.partial(_kernel_average.defjvp, symbolic_zeros=True)
+def _kernel_average_jvp(
     is_causal: bool, scale: float | None, attention: Attend, primals: Any, tangents: Any
 ) -> Any:
-    out, saved = _average(*primals, is_causal, scale, attention)
+    out, saved = _kernel_average(*primals, is_causal, scale, attention)
     moves = [not isinstance(dot, SymbolicZero) for dot in tangents]
     moving = lambda xs: [x for x, is_moving in zip(xs, moves, strict=True) if is_moving]
 
@@ -154,7 +154,7 @@ def _average_with_kernel_jvp(
     return (out, saved), (out_dot, still)
 
 
-_jitted = jax.jit(_average, static_argnums=(3, 4, 5))
+_compiled_average = jax.jit(_kernel_average, static_argnums=(3, 4, 5))
 
 
 def _pull(

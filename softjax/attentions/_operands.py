@@ -130,7 +130,7 @@ def huge(dtype: Any) -> float:
 
 
 def in_computing_dtype(operands: DiffOperands) -> DiffOperands:
-    """The operands in the computing dtype, where they are cut, or added up over blocks."""
+    """Those operands in the computing dtype whose cotangents are added up over blocks."""
     wide = lambda x: x if x is None else x.astype(computing_dtype(x.dtype))
     names = ("queries", "keys", "values", "bias")
     return operands._replace(**{name: wide(getattr(operands, name)) for name in names})

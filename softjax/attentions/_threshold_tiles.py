@@ -71,7 +71,7 @@ class _NewtonState(NamedTuple):
 
 def sparse_average(operands: DiffOperands, constants: Constants, reach: Array) -> Array:
     """Averages of values `[i, batch, N, query, W]`."""
-    # In half precision, cotangents would be rounded in each block.
+    # Widen half precision, because cotangents would be rounded in each block.
     operands = in_computing_dtype(operands)
     found = _threshold(operands, constants, reach)
     grid = constants.grid

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, PROBABILITY, api
 from softjax._autodiff import constant_where_infinite
-from softjax._inputs import broadcast, check_flag, is_zero, mask, nan_outside, to_float
+from softjax._inputs import broadcast, check_flag, is_static_zero, mask, nan_outside, to_float
 from softjax._mesh import AxisName
 from softjax._softmax_stats import row_statistics
 from softjax.losses._labels import (
@@ -150,9 +150,10 @@ def cross_entropy(
         [6.9314718e-01 1.9287499e-22]
 
     Note:
-        O(n) time. Temporary memory of large logits with classes along the last axis: a quarter
-        of them for the value, less for the gradient; along another axis, two and one arrays;
-        for the gradient with smoothing, three. No one-hot array is made. Computed as
+        O(n) time. Temporary memory of large logits: a quarter of them for the value, less for
+        the gradient; if the classes lie along an axis between others, two arrays for the value
+        and one for the gradient; with smoothing, up to three. No one-hot array is made.
+        Computed as
         (max - z_y) + log1p(sum over the others), of relative error about 2e-7 in float32 at
         every size of the loss; the label's derivative is minus the sum of the other
         probabilities, not p - 1. Both modes, any order. An unknown label's loss is a constant
@@ -167,11 +168,11 @@ def cross_entropy(
     soft_hint = ": weights of all classes are for `soft_cross_entropy`"
     rows = label_rows(logits, labels, axis, where, ignore_index, axis_name, soft_hint)
     smoothing = weights = z_factor = None
-    if not is_zero(label_smoothing):
+    if not is_static_zero(label_smoothing):
         smoothing = nan_outside(per_label(label_smoothing, rows, "label_smoothing"), 0, 1)
         if class_weights is not None:
             weights = spread_weights(class_weights, rows)
-    if not is_zero(z_loss):
+    if not is_static_zero(z_loss):
         z_factor = nan_outside(per_label(z_loss, rows, "z_loss"), 0)
     label_weight = label_weights(class_weights, rows)
 

@@ -15,8 +15,8 @@ from softjax._inputs import (
     Classes,
     broadcast,
     computing_dtype,
-    is_one,
-    is_zero,
+    is_static_one,
+    is_static_zero,
     known_labels,
     labels_of,
     nan_outside,
@@ -65,7 +65,7 @@ class Layer(NamedTuple):
         self, option: ArrayLike, name: str, highest: float | None = None
     ) -> Array | None:
         """The same, and None for the default 0; NaN outside of [0, highest]."""
-        if is_zero(option):
+        if is_static_zero(option):
             return None
         return nan_outside(self.per_token(option, name), 0, highest)
 
@@ -102,7 +102,7 @@ def prepare_layer(
     if soft_cap is not None:
         soft_cap = one_number(soft_cap, name=f"{prefix}soft_cap")
         soft_cap = nan_unless_positive(layer.per_token(soft_cap, "soft_cap"))
-    if not is_one(temperature):
+    if not is_static_one(temperature):
         temperature = nan_unless_positive(layer.per_token(temperature, "temperature"))
         tokens = tokens._replace(temperature=temperature)
     return layer._replace(tokens=tokens._replace(soft_cap=soft_cap), head=Head(weights, bias))

@@ -207,7 +207,7 @@ class Divergences(NamedTuple):
     close: Array  # 1, or 0
 
 
-class _SeenBoth(NamedTuple):
+class _PairState(NamedTuple):
     """Both online states, the teacher's with averages of how far the two are apart."""
 
     teacher: online.OnlineState  # of x = t - s - anchor, and of e^-x - 1 + x where |x| < 1
@@ -222,17 +222,17 @@ def compare(block: int, tokens: TwoTokens, heads: TwoHeads) -> Divergences:
     anchor = anchor_of(tokens, heads)
     shape, dtype = anchor.shape, anchor.dtype
     zero = jnp.zeros(shape, dtype)
-    seen = _SeenBoth(online.init(shape, 2, dtype), online.init(shape, 0, dtype), zero, zero)
+    seen = _PairState(online.init(shape, 2, dtype), online.init(shape, 0, dtype), zero, zero)
 
-    def visit(seen: _SeenBoth, start: Array, heads: TwoHeads) -> _SeenBoth:
+    def visit(seen: _PairState, start: Array, heads: TwoHeads) -> _PairState:
         t, s = pair_scores(tokens, heads)
-        taught, learned, both = _who_keeps(t, s)
+        taught, learned, both = _kept_masks(t, s)
         apart = jnp.where(both, t, 0) - jnp.where(both, s, 0)
         apart = jnp.where(both, apart - anchor[:, None], 0)
         size = jnp.where(taught == learned, jnp.abs(lax.stop_gradient(apart)), jnp.inf)
         close = jnp.where(size < 1, apart, 0)
         curve = close * close * expm1_over_twice(-close)
-        return _SeenBoth(
+        return _PairState(
             online.update(seen.teacher, t, jnp.stack([apart, curve], -1)),
             online.update(seen.student, s, jnp.zeros((*s.shape, 0), dtype)),
             jnp.maximum(seen.widest, jnp.max(size, 1)),
@@ -265,7 +265,7 @@ def pair_scores(
     return t.astype(dtype), s.astype(dtype)
 
 
-def _who_keeps(t: Array, s: Array) -> tuple[Array, Array, Array]:
+def _kept_masks(t: Array, s: Array) -> tuple[Array, Array, Array]:
     """What the teacher keeps, what the student keeps, and what both keep."""
     taught, learned = t != -jnp.inf, s != -jnp.inf
     return taught, learned, taught & learned
@@ -301,7 +301,7 @@ def _compare_jvp(block: int, primals: Any, tangents: Any) -> tuple[Divergences, 
         (t, t_dot), (s, s_dot) = (
             (x.astype(anchor.dtype), dot.astype(anchor.dtype)) for x, dot in pushed
         )
-        taught, learned, both = _who_keeps(t, s)
+        taught, learned, both = _kept_masks(t, s)
         p, q, ratio = probs_and_ratio(t, s, known, anchor)
         t_dot, s_dot = jnp.where(taught, t_dot, 0), jnp.where(learned, s_dot, 0)
         close = both & (known.close == 1)
@@ -320,7 +320,7 @@ def probs_and_ratio(
     t: Array, s: Array, known: Divergences, anchor: Array
 ) -> tuple[Array, Array, Array]:
     """Both probabilities of some classes, and log(p / q), which is 0 if either is dropped."""
-    taught, learned, both = _who_keeps(t, s)
+    taught, learned, both = _kept_masks(t, s)
     t_log = jnp.where(taught, t, 0) - known.teacher
     s_log = jnp.where(learned, s, 0) - known.student
     p = jnp.where(taught, jnp.exp(jnp.where(taught, t_log, 0)), 0)

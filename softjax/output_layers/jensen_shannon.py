@@ -121,12 +121,13 @@ def linear_jensen_shannon_divergence(
         )
     else:
         nats = by_tokens(
-            lambda some: _stream_both(plan.block, some[0], some[1], heads), (tokens, weight)
+            lambda some: _stream_divergence(plan.block, some[0], some[1], heads),
+            (tokens, weight),
         )
     return reduce(nats.reshape(student.shape), shares, shares, reduction)
 
 
-def _stream_both(block: int, tokens: TwoTokens, weight: Array, heads: TwoHeads) -> Array:
+def _stream_divergence(block: int, tokens: TwoTokens, weight: Array, heads: TwoHeads) -> Array:
     found, anchor = compare(block, tokens, heads), anchor_of(tokens, heads)
     # The cotangents of the features, one per block, are added up in float32 or wider.
     narrow = [some.features.dtype for some in tokens]

@@ -25,7 +25,7 @@ from softjax._inputs import (
     Axis,
     Problem,
     equal,
-    is_zero,
+    is_static_zero,
     mask,
     per_slice,
     prepare,
@@ -36,11 +36,10 @@ from softjax._slices import AlongAxes
 from softjax._softmax import LOG_SOFTMAX
 from softjax._threshold import solve
 from softjax.entropies import softmax_entropy
-from softjax.sampling import sample
+from softjax.sampling import TIES, sample
 
 __all__ = ["policy_entropy", "policy_log_prob", "policy_probs", "select_action"]
 
-TIES = ("random", "first")
 Ties = Literal["random", "first"]
 
 
@@ -113,11 +112,12 @@ def select_action(
     problem = policy_problem(values, axis, where, temperature)
     axis = resolve_one_axis(axis, problem.logits.ndim)
     log_probs = mixture(problem, epsilon, ties).log_probs
-    if is_zero(epsilon):
-        # Not from the log-probabilities, which XLA would form anew in each pass of `sample`.
+    if is_static_zero(epsilon):
+        # Sample from the logits, because XLA would recompute the log-probabilities in each pass
+        # of `sample`.
         x, given = lax.stop_gradient((problem.logits, problem.temperature))
-        temperature = 1.0 if given is None else given
-        actions = sample(key, x, axis=axis, temperature=temperature, ties=ties)
+        divisor = 1.0 if given is None else given
+        actions = sample(key, x, axis=axis, temperature=divisor, ties=ties)
     else:
         actions = sample(key, lax.stop_gradient(log_probs), axis=axis)
     return actions, chosen(log_probs, actions, axis)
@@ -287,7 +287,7 @@ def mixture(problem: Problem, epsilon: ArrayLike, ties: Ties = "random") -> Mixt
         cold = jnp.abs(problem.temperature) < jnp.finfo(x.dtype).tiny
         x = jnp.where(cold & ~_is_first_peak(x, problem.axes), -jnp.inf, x)
     solution = solve(LOG_SOFTMAX, slices, x, problem.temperature)
-    if is_zero(epsilon):
+    if is_static_zero(epsilon):
         entropy = functools.partial(softmax_entropy, slices, x, problem.temperature)
         return Mixture(solution.probs, solution.margins, entropy)
     legal = problem.logits != -jnp.inf
@@ -300,8 +300,8 @@ def mixture(problem: Problem, epsilon: ArrayLike, ties: Ties = "random") -> Mixt
     probs = jnp.where(legal, (1 - epsilon) * solution.probs + epsilon / count, 0)
     logs = _log_mixture(solution.probs, solution.margins, epsilon, count)
     log_probs = jnp.where(legal, logs, -jnp.inf)
-    nats = lambda: slices.sum(probs * -jnp.where(log_probs == -jnp.inf, 0, log_probs))
-    return Mixture(probs, log_probs, nats)
+    finite = lambda: jnp.where(log_probs == -jnp.inf, 0, log_probs)
+    return Mixture(probs, log_probs, lambda: slices.sum(probs * -finite()))
 
 
 def _is_first_peak(x: Array, axes: tuple[int, ...]) -> Array:

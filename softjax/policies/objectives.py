@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from softjax._api import NONNEGATIVE, api
-from softjax._inputs import Problem, is_zero, mask, nan_outside, to_float
+from softjax._inputs import Problem, is_static_zero, mask, nan_outside, to_float
 from softjax.policies.actions import (
     Mixture,
     check_actions,
@@ -208,7 +208,7 @@ class _Steps(NamedTuple):
 
     def bonus(self, policy: Mixture, entropy_cost: ArrayLike) -> Array | float:
         """The entropy times its cost."""
-        if is_zero(entropy_cost):
+        if is_static_zero(entropy_cost):
             return 0.0
         entropy = policy.entropy()
         return self.option(entropy_cost, "entropy_cost") * jnp.squeeze(entropy, -1)

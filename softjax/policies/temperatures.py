@@ -193,11 +193,11 @@ def target_entropy_temperature(
     cold, hot, unknown = target <= coldest, target >= hottest, ~(target >= 0)
     target = jnp.where(cold | hot, (coldest + hottest) / 2, target)
     temperature = scale * jnp.exp(
-        _root_of_excess(_missing_entropy, problem.axes, below, target)
+        _solve_log_temperature(_missing_entropy, problem.axes, below, target)
     )
     temperature = jnp.where(cold, 0, jnp.where(hot, jnp.inf, temperature))
     temperature = jnp.where(unknown, jnp.nan, temperature)
-    return _at_limits(temperature, problem, slices)
+    return _with_edge_cases(temperature, problem, slices)
 
 
 def _missing_entropy(
@@ -268,10 +268,12 @@ def mellowmax_temperature(
     value = jnp.expand_dims(mellowmax(below, omega=rate, axis=problem.axes), problem.axes)
     value = jnp.where(jnp.isneginf(value), 0, value)
 
-    temperature = scale * jnp.exp(_root_of_excess(_spare_value, problem.axes, below, value))
+    temperature = scale * jnp.exp(
+        _solve_log_temperature(_spare_value, problem.axes, below, value)
+    )
     temperature = jnp.where(hot, jnp.inf, jnp.where(cold, 0, temperature))
     temperature = jnp.where(jnp.isnan(omega), jnp.nan, temperature)
-    return _at_limits(temperature, problem, slices)
+    return _with_edge_cases(temperature, problem, slices)
 
 
 def _spare_value(
@@ -314,7 +316,9 @@ Excess = Callable[[tuple[int, ...], Array, Array, Array], Array]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _root_of_excess(excess: Excess, axes: tuple[int, ...], below: Array, goal: Array) -> Array:
+def _solve_log_temperature(
+    excess: Excess, axes: tuple[int, ...], below: Array, goal: Array
+) -> Array:
     """The log T at which excess(axes, below, goal, log T), which decreases in it, is 0."""
 
     def step(log_temperature: Array) -> tuple[Array, Array]:
@@ -327,12 +331,12 @@ def _root_of_excess(excess: Excess, axes: tuple[int, ...], below: Array, goal: A
     return bracketed_newton(step, zeros - reach, zeros + reach, zeros)
 
 
-@_root_of_excess.defjvp
-def _root_of_excess_jvp(
+@_solve_log_temperature.defjvp
+def _solve_log_temperature_jvp(
     excess: Excess, axes: tuple[int, ...], primals: Any, tangents: Any
 ) -> tuple[Array, Array]:
     # Do not differentiate the search: the implicit function gives the derivative of the root.
-    root = _root_of_excess(excess, axes, *primals)
+    root = _solve_log_temperature(excess, axes, *primals)
     level = functools.partial(excess, axes, *primals)
     _, slope = jax.jvp(level, (root,), (jnp.ones_like(root),))
     below_dot = jnp.where(primals[0] == -jnp.inf, 0, tangents[0])
@@ -342,7 +346,7 @@ def _root_of_excess_jvp(
     return root, jnp.where(falling, -excess_dot / jnp.where(falling, slope, 1), 0)
 
 
-def _at_limits(temperature: Array, problem: Problem, slices: AlongAxes) -> Array:
+def _with_edge_cases(temperature: Array, problem: Problem, slices: AlongAxes) -> Array:
     """0 where nothing is legal or a value is infinite, NaN where one is NaN."""
     peak = slices.max(problem.logits)
     temperature = jnp.where(jnp.isinf(peak), 0, temperature)
