@@ -86,8 +86,8 @@ def sum_of_terms(
     x = _add_equal_parts([once(*part, *per_slice) for part in parts], longest)
     # The first select stops XLA from cutting that loop, the second from storing one sum per
     # entry.
-    total = sum_by_halves(jnp.where(x == 0, 0, x), axes, size)
-    return jnp.where(total == 0, 0, total)
+    total = sum_by_halves(jnp.where(jnp.isnan(x), jnp.nan, x), axes, size)
+    return jnp.where(jnp.isnan(total), jnp.nan, total)
 
 
 def _cut(x: Array, axis: int) -> list[Array]:

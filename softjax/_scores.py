@@ -30,7 +30,7 @@ class Scores(NamedTuple):
     @property
     def is_far(self) -> Array:
         """Whether the entry is dropped, or so far below the peak that it has no weight."""
-        return self.near <= -FAR
+        return self.near <= -0.99 * FAR  # Rounding may leave `near` a little above -`FAR`.
 
     def minus(self, threshold: Array) -> Array:
         """The margins: -inf where dropped, whatever the threshold."""

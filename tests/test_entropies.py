@@ -161,6 +161,20 @@ def test_kl_divergence_at_the_edges():
     assert jnp.isnan(sj.kl_divergence(jnp.zeros(2), jnp.array([NAN, 0.0])))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_kl_divergence_where_q_has_no_weight(dtype):
+    """The distance to an entry that p keeps counts in full, however far q is below its peak."""
+    rng = np.random.default_rng(0)
+    peaks = (50 * rng.standard_normal(200)).astype(dtype)
+    for gap in (980, 999, 1000, 1001, 5000):
+        q = jnp.asarray(np.stack([peaks, peaks - np.asarray(gap, dtype)], -1))
+        apart = wide(q[:, 0]) - wide(q[:, 1])
+        exact = apart / 2 - np.log(2)
+        nats, slope = jax.vmap(jax.value_and_grad(sj.kl_divergence))(jnp.zeros_like(q), q)
+        assert_close(nats, exact, rtol=4 * eps(dtype))
+        assert_close(slope[:, 1], apart / 4, rtol=8 * eps(dtype))
+
+
 def test_an_infinite_divergence_is_constant_to_every_derivative():
     p, q = jnp.array([0.3, 0.2, 0.0]), jnp.array([1.0, -INF, 0.0])
     fn = lambda p: sj.kl_divergence(p, q)
