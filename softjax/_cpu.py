@@ -23,7 +23,7 @@ from softjax._mesh import may_be_sharded
 LARGE = 2**17  # entries from which on terms are not stored
 PARTS = 4  # into which an axis of a large array is cut
 FEW = 8  # terms that lose little in a running sum
-LONG = 2**15  # terms of a large array's last axis that XLA adds up in a tree
+LONG = 2**14  # terms of a large array's last axis that XLA adds up in a tree
 BLOCK = 2**18  # entries of the slices of one block: 1 MB in float32
 ROWS = 2048  # slices of one block at most, because all wait for the slowest
 UNCUT = 16384  # entries of an array that is searched as a whole

@@ -1,8 +1,7 @@
 """Every test runs in 64-bit, with strict promotion of dtypes and ranks, on eight CPU devices.
 
-Compilation takes most of the time of the tests, so XLA leaves out most optimizations, and
-compiled programs are kept in pytest's cache: a second run takes a third of the time, and
-`pytest --cache-clear` forgets them. A test that is marked `optimized` compiles what users have.
+Compilation takes most of the time of the tests, so XLA leaves out most optimizations. A test
+that is marked `optimized` compiles what users have.
 """
 
 import jax
@@ -14,12 +13,6 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)  # For meshes; all else runs on the first.
 
 FEW = "jax_disable_most_optimizations"
-
-
-def pytest_configure(config):
-    if cache := getattr(config, "cache", None):  # None with `-p no:cacheprovider`.
-        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture

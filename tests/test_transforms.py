@@ -47,7 +47,7 @@ every_dtype = pytest.mark.parametrize(
 # with and without differentiation may differ by a rounding.
 FUSED = ("entropy", "cross_entropy-options", "class_balanced_weights", "policy_entropy")
 FUSED += ("qk_norm", "scalable_queries", "expected_value", "actor_critic_value")
-FUSED += ("clipped_surrogate_loss",)
+FUSED += ("clipped_surrogate_loss", "kl_divergence")
 
 # Compiled apart, the same function may be fused, and so rounded, in another way.
 ROUNDINGS = {"rtol": 32 * eps("float64"), "atol": 32 * eps("float64")}
