@@ -68,7 +68,7 @@ def test_many_parts_of_a_confident_row():
     z = np.full((1, 200000), -90.0)
     z[:, -1] = 0
     wanted = np.log1p((z.size - 1) * np.exp(np.longdouble(-90)))
-    assert_close(sj.logsumexp(z, axis=-1), [wanted], rtol=1.5 * eps("float64"))
+    assert_close(sj.logsumexp(z, axis=-1), [wanted], rtol=2 * eps("float64"))
 
 
 @pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
