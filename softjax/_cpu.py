@@ -86,8 +86,15 @@ def sum_of_terms(
     x = _add_equal_parts([once(*part, *per_slice) for part in parts], longest)
     # The first select stops XLA from cutting that loop, the second from storing one sum per
     # entry.
-    total = sum_by_halves(jnp.where(jnp.isnan(x), jnp.nan, x), axes, size)
-    return jnp.where(jnp.isnan(total), jnp.nan, total)
+    total = sum_by_halves(_selected(x), axes, size)
+    return _selected(total)
+
+
+def _selected(x: Array) -> Array:
+    """The same numbers and derivatives, from a select that XLA cannot leave out."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return jnp.where(x == 0, 0, x)
+    return jnp.where(jnp.isnan(x), jnp.nan, x)
 
 
 def _cut(x: Array, axis: int) -> list[Array]:

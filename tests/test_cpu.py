@@ -179,6 +179,9 @@ def test_every_entry_of_every_length_counts_once(axis):
         total, at_zero = jax.jit(lambda x: (sum_of(x), slope(0 * x)))(x)
         assert (total == 2 * (2.0**length - 1)).all()
         assert (at_zero == 2).all()
+        count = _cpu.sum_of_terms(jnp.positive, (jnp.ones_like(x, jnp.int32),), (), (axis,))
+        assert jnp.issubdtype(count.dtype, jnp.integer)
+        assert (count == length).all()
 
 
 @pytest.mark.parametrize("shape", SMALL)
