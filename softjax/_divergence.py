@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
 from softjax import _accelerators
-from softjax._autodiff import with_gradient_of
+from softjax._autodiff import nonzero, with_gradient_of
 from softjax._elementary import expm1_over_twice_near
 from softjax._scores import centre
 from softjax._slices import AlongAxes
@@ -55,7 +54,7 @@ def nats_between(
 def _nats_between_jvp(slices: AlongAxes, primals: Any, tangents: Any) -> Any:
     # D' = <p', log(p/q)> + <q - p, y'>; a shift of either log(p/q) or y' changes nothing.
     row, shift = nats_between(slices, *primals)
-    dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents)
+    dots = nonzero(tangents)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tangent(primals: Any, dots: Any, row: Array, shift: Array) -> Array:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
+from softjax._autodiff import nonzero
 from softjax._slices import AlongAxes
 from softjax._softmax import weights
 
@@ -74,7 +74,7 @@ def _row_statistics_jvp(
     # A rule for three reasons: the derivative at the label keeps its digits, a dropped entry
     # has none, and nothing is remembered but the logits and a few numbers per slice.
     logits, labels, class_weights = primals
-    dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents)
+    dots = nonzero(tangents)
     (axis,) = slices.axes
     found = row_statistics(slices, *primals)
     expand = functools.partial(jnp.expand_dims, axis=axis)

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero
 
 from softjax import _accelerators
+from softjax._autodiff import nonzero
 from softjax._inputs import Problem
 from softjax._mesh import vary
 from softjax._slices import AlongAxes, Slices
@@ -53,6 +53,7 @@ def probs_of(
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)  # A derivative reuses the trace of the value.
 def solve(
     family: Family,
     slices: Slices,
@@ -63,13 +64,7 @@ def solve(
     sink: Array | None = None,
 ) -> Solution:
     """Finds the threshold. Each argument after `logits` is one number per slice, or None."""
-    return _traced_once(family, slices, logits, temperature, alpha, k, sink)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _traced_once(family: Family, *args: Any) -> Solution:
-    # A derivative traces the value again; this trace is remembered.
-    return family.solve(*args)
+    return family.solve(slices, logits, temperature, alpha, k, sink)
 
 
 def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, Solution]:
@@ -78,7 +73,7 @@ def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, S
     # probabilities and of the margins each recompute what they need from that one array.
     slices, _, temperature, alpha, _, _ = primals
     solution = solve(family, *primals)
-    dots = tuple(None if isinstance(dot, SymbolicZero) else dot for dot in tangents[1:])
+    dots = nonzero(tangents[1:])
     per_slice = (temperature, alpha, solution.sink_prob)
     remember = functools.partial(jax.checkpoint, prevent_cse=False)
 

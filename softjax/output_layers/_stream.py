@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.custom_derivatives import SymbolicZero, zero_from_primal
+from jax.custom_derivatives import zero_from_primal
 from jax.sharding import PartitionSpec
 
 from softjax import _online as online
+from softjax._autodiff import nonzero
 from softjax._elementary import log1p
 from softjax._float import where_finite
 from softjax._inputs import check_int, computing_dtype
@@ -354,12 +355,6 @@ def _stream_jvp(plan: Plan, primals: Any, tangents: Any) -> tuple[Found, Found]:
     dots: Found = by_classes(plan.block, visit, vary(start, tokens), (head, head_dot))
     dots = jax.tree.map(plan.slices.sum_over_devices, dots)
     return found, dots._replace(argmax=zero_from_primal(found.argmax, symbolic_zeros=True))
-
-
-def nonzero(tangents: Any) -> Any:
-    """The tangents, with None for those that are zero."""
-    is_zero = lambda dot: isinstance(dot, SymbolicZero)
-    return jax.tree.map(lambda dot: None if is_zero(dot) else dot, tangents, is_leaf=is_zero)
 
 
 def wide_tangents(tokens_dot: Tokens) -> Tokens:

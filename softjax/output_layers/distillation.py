@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from softjax import _online as online
 from softjax._api import POSITIVE, api
+from softjax._autodiff import nonzero
 from softjax._elementary import expm1_over_twice, log1p
 from softjax._float import where_finite
 from softjax._inputs import Problem, mask
@@ -32,7 +33,6 @@ from softjax.output_layers._layer import (
 from softjax.output_layers._stream import (
     by_classes,
     by_tokens,
-    nonzero,
     plan_for,
     push,
     wide_tangents,
