@@ -16,6 +16,7 @@ of `language_model`.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,10 +165,11 @@ class Config(SpreadOptions):
                 f" {self.num_symbols}."
             )
         num_devices = self.sizes["context"]
-        if 3 * self.num_pairs % num_devices:
+        multiple = num_devices // math.gcd(3, num_devices)
+        if self.num_pairs % multiple:
             raise ValueError(
-                f"num_pairs must be such that {num_devices} devices share three times as many"
-                f" tokens evenly, got {self.num_pairs}."
+                f"num_pairs must be a multiple of {multiple}, because {num_devices} devices"
+                f" share three times as many tokens, got {self.num_pairs}."
             )
         sparse = [name for name in self.maps if MAPS[name].sparse]
         if sparse and num_devices > 1 and self.context == "ring":

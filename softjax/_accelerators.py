@@ -32,10 +32,10 @@ def is_fused(x: Array, axes: tuple[int, ...]) -> bool:
 def by_platform(
     fused_on_gpu: bool, *args: Any, fused: Callable[..., Tree], separate: Callable[..., Tree]
 ) -> Tree:
-    """Calls `fused`, or `separate` where each reduction of `fused` would read a large array.
+    """Calls `fused` on a CPU, for a small array, and with `fused_on_gpu` on a GPU.
 
-    That is so on a TPU, on a GPU unless `fused_on_gpu`, and never on a CPU. Of `args` the first
-    is the array.
+    Elsewhere it calls `separate`, because each reduction of `fused` would read the whole array
+    again. The array is the first of `args`.
     """
     size = args[0].size
     if isinstance(size, int) and size < LARGE:

@@ -138,11 +138,9 @@ def blocked_over_slices(search: Callable[..., Tree]) -> Callable[..., Tree]:
     @functools.wraps(search)
     def blocked(slices: Any, entries: Any, *per_slice: Array | None) -> Tree:
         shape = jax.tree.leaves(entries)[0].shape
-        axes = getattr(slices, "axes", None)  # Segments have none.
-        size = None if axes is None else math.prod(shape[i] for i in axes)
+        size = math.prod(shape[i] for i in slices.axes)
         is_open = not isinstance(math.prod(shape), int)  # In an export for any size.
-        spread = getattr(slices, "mesh_axes", ())
-        if not size or is_open or spread or may_be_sharded(entries):
+        if size == 0 or is_open or slices.mesh_axes or may_be_sharded(entries):
             return search(slices, entries, *per_slice)
         block = max(1, min(ROWS, BLOCK // size))
         if math.prod(shape) <= max(UNCUT, block * size):

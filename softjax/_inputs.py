@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from softjax._mesh import AxisName, names_of
+from softjax._slices import AlongAxes
 
 Axis = int | tuple[int, ...] | None
 Leaf = TypeVar("Leaf")
@@ -45,6 +46,10 @@ class Problem(NamedTuple):
     dtype: jnp.dtype  # of the result
     mesh_axes: tuple[str, ...] = ()  # over which slices are spread
 
+    @property
+    def slices(self) -> AlongAxes:
+        return AlongAxes(self.axes, self.mesh_axes)
+
 
 def prepare(
     logits: ArrayLike,
@@ -67,6 +72,15 @@ def prepare(
     return Problem(logits, axes, temperature, out_dtype, names_of(axis_name))
 
 
+def check_same_shape(problem: Problem, like: Problem, *, name: str, other: str) -> None:
+    """Raises an error unless both have logits of one shape; `other` names those of `like`."""
+    if problem.logits.shape != like.logits.shape:
+        raise ValueError(
+            f"`{name}` of shape {problem.logits.shape} must have the shape"
+            f" {like.logits.shape} of `{other}`."
+        )
+
+
 def nan_unless_positive(option: Array) -> Array:
     """The option, or NaN where it is not positive: values in an array cannot be refused."""
     return jnp.where(option > 0, option, jnp.nan)
@@ -81,12 +95,12 @@ def nan_outside(option: Array, low: float, high: float | None = None) -> Array:
 
 
 def is_static_one(temperature: ArrayLike | None) -> bool:
-    """Whether it is the default 1.0, which `jit` leaves as a Python number."""
+    """Whether it is the default 1.0, which `api` keeps from `jit` as a Python number."""
     return temperature is None or (isinstance(temperature, float) and temperature == 1)
 
 
 def is_static_zero(option: ArrayLike | None) -> bool:
-    """Whether it is the default 0.0, which `jit` leaves as a Python number."""
+    """Whether it is the default 0.0, which `api` keeps from `jit` as a Python number."""
     return isinstance(option, float) and option == 0
 
 

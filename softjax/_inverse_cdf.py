@@ -83,7 +83,7 @@ def draw(x: Array, temperature: Array | None, bits: Wide) -> Array:
         x = jnp.pad(x, ((0, 0), (0, spare)), constant_values=-jnp.inf)
     x = x.reshape(len(x), -1, block)
     scale = _scale(x.shape[1] * block, block)
-    if bits.low.shape[1] * block < x.shape[1] * block:
+    if bits.low.shape[1] < x.shape[1]:
         return _draw_from_sums(x, rows, scale, bits)
     return _draw_from_prefixes(x, rows, scale, bits)
 
@@ -112,10 +112,8 @@ def draw_over_devices(
     high, low, has_nan = slices.sum_over_devices(jnp.where(is_here, table, 0))
     device, rest, total = _find_block(Wide(high, low), bits)
     which, rest = _locate(ends, vary(rest, x))
-    flat = Wide(*(a.reshape(len(x), -1) for a in prefixes))
-    start = which * block
-    inside = bisect(lambda place: _read(flat, start + place), block, rest)
-    index = slices.sum_over_devices(jnp.where(device == here, first + start + inside, 0))
+    place = _class_at(prefixes, which, rest)
+    index = slices.sum_over_devices(jnp.where(device == here, first + place, 0))
     return jnp.where(_uint64.is_zero(total) | jnp.any(has_nan > 0, 1, keepdims=True), -1, index)
 
 
@@ -183,14 +181,17 @@ def _draw_from_sums(x: Array, rows: RowParameters, scale: Scale, bits: Wide) -> 
 
 def _draw_from_prefixes(x: Array, rows: RowParameters, scale: Scale, bits: Wide) -> Array:
     """Sums the weights of all classes in advance, which pays off for many draws."""
-    num_rows, _, block = x.shape
     parts = scale.split(rows.weights(x))
     prefixes = _prefix(scale, parts)
     which, rest, total = _find_block(Wide(*(a[..., -1] for a in prefixes)), bits)
-    flat = Wide(*(a.reshape(num_rows, -1) for a in prefixes))
-    start = which * block
-    inside = bisect(lambda place: _read(flat, start + place), block, rest)
-    return _or_none(start + inside, total, jnp.sum(parts.high, (1, 2)))
+    return _or_none(_class_at(prefixes, which, rest), total, jnp.sum(parts.high, (1, 2)))
+
+
+def _class_at(prefixes: Wide, which: Array, rest: Wide) -> Array:
+    """The class of each draw, from its block and its place in the block."""
+    num_rows, _, block = prefixes.low.shape
+    flat, start = Wide(*(a.reshape(num_rows, -1) for a in prefixes)), which * block
+    return start + bisect(lambda place: _read(flat, start + place), block, rest)
 
 
 def _find_block(sums: Wide, bits: Wide) -> tuple[Array, Wide, Wide]:

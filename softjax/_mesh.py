@@ -2,8 +2,8 @@
 
 Inside of `shard_map`, the state of a loop, and the results of the branches of a condition, must
 vary over the same axes before and after. JAX makes the operands of each operation vary alike,
-and sums over the devices in its transpose. The library makes its arguments vary alike once, at
-the door.
+and sums over the devices in its transpose. The library makes its arguments vary alike once,
+before the function runs.
 
 The mesh axes that `axis_name` names are different. Each device along them holds a part of every
 slice, so entries vary over these axes and numbers per slice do not. A sum over a slice is then
@@ -98,9 +98,9 @@ def check_axes(
                 )
 
 
-def num_devices(mesh_axes: tuple[str, ...]) -> int:
-    """How many devices there are along the axes."""
-    return math.prod(map(lax.axis_size, mesh_axes))
+def num_devices(mesh_axes: tuple[str, ...], mesh: Any = None) -> int:
+    """How many devices there are along axes of a mesh, by default that of a `shard_map`."""
+    return math.prod(lax.axis_size(n) if mesh is None else mesh.shape[n] for n in mesh_axes)
 
 
 def vary(tree: Tree, *others: Any, but: tuple[str, ...] = ()) -> Tree:
@@ -225,9 +225,9 @@ def as_function_of_arrays(
 def _result_specs(shapes: Callable[[list[set[int]]], Any], arrays: list[Any]) -> Any:
     """How a result is spread: each axis as the axes of the arguments with which it grows.
 
-    An argument that is the same on all devices may have to grow with the others, as labels do
-    with the rows of logits: along axes at the same place and of the same size. What does not
-    grow is the same on all devices.
+    Labels that are the same on all devices must still grow with the rows of logits that are
+    spread. So a second try lets the other arguments grow too, along axes of the same place and
+    size. An axis that does not grow is the same on all devices.
     """
     results, structure = jax.tree.flatten(shapes([set() for _ in arrays]))
     specs: list[list[tuple[str, ...]]] = [[()] * x.ndim for x in results]

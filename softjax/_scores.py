@@ -21,7 +21,7 @@ class Scores(NamedTuple):
 
     @property
     def is_peak(self) -> Array:
-        """Whether the score is 0, or so close that rounding may be all that is between.
+        """Whether the score is 0, or so close to it that it may differ by rounding alone.
 
         If XLA forms the logits anew for the maximum, it may round them otherwise.
         """
@@ -46,8 +46,8 @@ class Scores(NamedTuple):
 def centre(x: Array, peak: Array, temperature: Array | None) -> Scores:
     """Scores of x; `peak` and `temperature` broadcast against it.
 
-    Infinite entries, if there are any, are the peak alone; so are the largest entries at
-    temperature 0. At an infinite temperature all scores that are not dropped are 0.
+    Beside an infinite entry, all finite ones are dropped; at temperature 0, all but the
+    largest. At an infinite temperature all scores that are not dropped are 0.
     """
     limits = jnp.finfo(x.dtype)
     highest = float(limits.max)

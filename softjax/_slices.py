@@ -2,7 +2,7 @@
 
 A slice runs along axes of an array, or gathers the entries of one segment. Both kinds reduce
 entries to one number per slice (`sum`, `sum_of`, `max`) and broadcast such numbers to the
-entries again. The mathematics is written in these words, but for the online sum of
+entries again. All maps are written in these operations, except for the online sum of
 `_accelerators.py`.
 
 Inside of `shard_map`, a slice along axes may be spread over the devices of a mesh. Every
@@ -176,7 +176,6 @@ class BySegment:
 
     ids: Array  # [n], int
     num: int = dataclasses.field(metadata={"static": True})
-    num_devices = 1
     mesh_axes = ()
 
     @property

@@ -80,7 +80,8 @@ def _peak_first(
     rest = here.sum_of(_beside_peak, (x,), num_peaks, peak, temperature)
     if sink is None and not slices.mesh_axes:
         return Normalizer(peak, rest)
-    # Each device subtracted 1 if it holds a peak, and so does the sink; 1 is right in all.
+    # Each device that holds a peak subtracted 1, and a sink at the peak does so too. One 1 in
+    # all is right, so the others are added again.
     num_subtracted = slices.sum_over_devices(jnp.minimum(num_peaks, 1))
     rest = slices.sum_over_devices(rest)
     if sink is not None:
@@ -119,8 +120,8 @@ def _solve(
     found = normalizer(slices, logits, temperature, sink, map_follows=True)
     wide = None if temperature is None else slices.broadcast(temperature)
     scores = centre(logits, slices.broadcast(found.peak), wide)
-    # A NaN shows in the sums, because XLA's CPU backend may lose it in the maximum. So an entry
-    # that has no weight beside an infinite peak must meet the sums too.
+    # A NaN shows in the sums, because XLA's CPU backend may lose it in the maximum. So entries
+    # that have no weight beside an infinite peak are divided by the sums too.
     dropped = logits == -jnp.inf
     solution = Solution(
         probs=jnp.where(dropped, 0, scores.exp() / slices.broadcast(found.divisor)),

@@ -95,7 +95,8 @@ def _row_statistics_jvp(
             kept_logits = jnp.where(kept, logits, -jnp.inf)
             entries = weights(kept_logits, expand(found.peak), None)
             is_label = slices.places(logits, labels.dtype) == expand(labels)
-            # The label counts also where its weight underflows: its slope is the others' share.
+            # The label counts even if its weight underflows, because its slope is the weight
+            # of the others.
             logits_dot = jnp.where(kept & ((entries != 0) | is_label), logits_dot, 0)
             # An infinite loss is constant.
             certain = jnp.where(found.nll == jnp.inf, 0, inverse)

@@ -47,7 +47,7 @@ def probs_of(
     family: Family, problem: Problem, alpha: Array | None = None, k: Array | None = None
 ) -> Array:
     """The probabilities of a problem along axes, in the dtype of its result."""
-    slices, temperature = AlongAxes(problem.axes, problem.mesh_axes), problem.temperature
+    slices, temperature = problem.slices, problem.temperature
     solution = solve(family, slices, problem.logits, temperature, alpha, k)
     return solution.probs.astype(problem.dtype)
 
@@ -75,15 +75,15 @@ def _solve_jvp(family: Family, primals: Any, tangents: Any) -> tuple[Solution, S
     solution = solve(family, *primals)
     dots = nonzero(tangents[1:])
     per_slice = (temperature, alpha, solution.sink_prob)
-    remember = functools.partial(jax.checkpoint, prevent_cse=False)
+    recompute = functools.partial(jax.checkpoint, prevent_cse=False)
 
-    @remember
+    @recompute
     def from_probs(
         slices: Slices, probs: Array, margins: Any, per_slice: Any, dots: Any
     ) -> Solution:
         return _tangents(family, slices, probs, probs != 0, margins, per_slice, dots)
 
-    @remember
+    @recompute
     def from_margins(
         slices: Slices, probs: Any, margins: Array, per_slice: Any, dots: Any
     ) -> Solution:

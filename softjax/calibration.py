@@ -23,6 +23,7 @@ from softjax._inputs import (
     is_static_zero,
     known_labels,
     labels_of,
+    nan_outside,
     one_number,
     prepare,
     resolve_one_axis,
@@ -54,6 +55,8 @@ __all__ = [
 Bins = Literal["width", "mass"]
 Kind = Literal["threshold", "aps", "raps"]
 Space = Literal["probability", "logit"]
+
+_SLACK = 1e-3  # by which a probability may leave [0, 1], because of rounding
 
 
 @api("axis", "ignore_index", "num_groups")
@@ -228,7 +231,8 @@ def reliability(
     Returns:
         A named tuple of `confidence`, `accuracy` and `count`, `[num_bins]` each, float32 or
         wider; 0 in empty bins. Of several likeliest classes the first counts. All are NaN
-        where a row that counts holds a NaN or has an unknown label.
+        where a row that counts has an unknown label, or holds a NaN or a number more than 0.001
+        outside of [0, 1], as logits do.
 
     Raises:
         TypeError: `probs` is not real, `labels` not integer, or `axis` not one int.
@@ -320,6 +324,7 @@ def _binned(
     if classes.ignored is not None:
         counts = ~classes.ignored
         p = jnp.where(jnp.expand_dims(classes.ignored, axis), 0, p)
+    p = nan_outside(p, -_SLACK, 1 + _SLACK)
     confidence = jnp.max(p, axis, initial=0)
     right = jnp.argmax(p, axis) == classes.labels if p.shape[axis] else counts
     broken = counts & (~classes.known | jnp.any(jnp.isnan(p), axis))
@@ -365,7 +370,7 @@ def brier_score(
     .. math:: \sum_j (p_j - [j = y])^2
 
     Args:
-        probs: probabilities p, `[*shape]`; differentiable.
+        probs: probabilities p, `[*shape]`, in [0, 1]; differentiable.
         labels: classes y, int, of the shape of `probs` without `axis`.
         axis: the one axis of the classes.
         ignore_index: a label whose rows have score and gradient 0, whatever they hold.
@@ -374,7 +379,7 @@ def brier_score(
 
     Returns:
         One number in [0, 2] per label, or one in all with `reduction`, float32 or wider; NaN
-        for an unknown label.
+        for an unknown label, or beside a probability more than 0.001 outside of [0, 1].
 
     Raises:
         TypeError: `probs` is not real, `labels` not integer, or `axis` not one int.
@@ -400,6 +405,7 @@ def brier_score(
     classes = known_labels(labels, slices.length(p), ignore_index)
     if classes.ignored is not None:
         p = jnp.where(jnp.expand_dims(classes.ignored, axis), 0, p)
+    p = nan_outside(p, -_SLACK, 1 + _SLACK)
     places = slices.places(p, classes.labels.dtype)
     targets = (places == jnp.expand_dims(classes.labels, axis)).astype(p.dtype)
     distances = slices.sum_over_devices(jnp.sum((p - targets) ** 2, axis))
@@ -633,8 +639,7 @@ def _scores(x: Array, axis: int, kind: str, penalty: ArrayLike, num_free: int) -
     descending = jnp.exp(jnp.take_along_axis(log_probs, order, axis))
     sums = jnp.minimum(jnp.cumsum(descending, axis), 1)
     if kind == "raps":
-        factor = one_number(penalty, name="penalty").astype(x.dtype)
-        factor = jnp.where(factor >= 0, factor, jnp.nan)
+        factor = nan_outside(one_number(penalty, name="penalty"), 0).astype(x.dtype)
         beyond = lax.broadcasted_iota(x.dtype, x.shape, axis) + 1 - float(num_free)
         sums += jnp.where(beyond > 0, factor * beyond, 0)
     places = jnp.argsort(order, axis)

@@ -14,7 +14,6 @@ from jax.typing import ArrayLike
 from softjax._api import NONNEGATIVE, api
 from softjax._inputs import Axis, per_slice, prepare
 from softjax._mesh import AxisName
-from softjax._slices import AlongAxes
 from softjax._softmax import LOG_SOFTMAX, SOFTMAX
 from softjax._threshold import Family, Solution, solve
 
@@ -150,6 +149,6 @@ def _solution(
     )
     if sink is not None:
         sink = per_slice(sink, problem.logits, problem.axes, name="sink")
-    slices = AlongAxes(problem.axes, problem.mesh_axes)
+    slices = problem.slices
     solution = solve(family, slices, problem.logits, problem.temperature, sink=sink)
     return solution, problem.dtype

@@ -22,6 +22,7 @@ from softjax._float import two_difference, where_finite
 from softjax._inputs import (
     Axis,
     Problem,
+    check_same_shape,
     known_labels,
     labels_of,
     per_slice,
@@ -74,7 +75,7 @@ def entropy(
         entropy. Both modes, any order.
     """
     problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
-    slices = AlongAxes(problem.axes, problem.mesh_axes)
+    slices = problem.slices
     row = softmax_entropy(slices, problem.logits, None)
     return jnp.squeeze(row, problem.axes).astype(problem.dtype)
 
@@ -157,21 +158,17 @@ def kl_divergence(
     """
     p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits", axis_name=axis_name)
     q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits", axis_name=axis_name)
-    row = divergence(p_problem, q_problem, name="q_logits", target="p_logits")
+    check_same_shape(q_problem, p_problem, name="q_logits", other="p_logits")
+    row = divergence(p_problem, q_problem)
     dtype = jnp.promote_types(p_problem.dtype, q_problem.dtype)
     return jnp.squeeze(row, p_problem.axes).astype(dtype)
 
 
-def divergence(p_problem: Problem, q_problem: Problem, *, name: str, target: str) -> Array:
+def divergence(p_problem: Problem, q_problem: Problem) -> Array:
     """T^2 D(p || q), one number per slice, with the axes kept. The temperature is that of p."""
-    if p_problem.logits.shape != q_problem.logits.shape:
-        raise ValueError(
-            f"`{name}` of shape {q_problem.logits.shape} must have the shape"
-            f" {p_problem.logits.shape} of `{target}`."
-        )
     dtype = jnp.promote_types(p_problem.logits.dtype, q_problem.logits.dtype)
     logits = [problem.logits.astype(dtype) for problem in (p_problem, q_problem)]
-    slices, temperature = AlongAxes(p_problem.axes, p_problem.mesh_axes), p_problem.temperature
+    slices, temperature = p_problem.slices, p_problem.temperature
     temperature = None if temperature is None else temperature.astype(dtype)
     return nats_between(slices, *logits, temperature)[0]
 
@@ -277,15 +274,11 @@ def jensen_shannon_divergence(
     """
     p_problem = prepare(p_logits, axis=axis, where=where, name="p_logits", axis_name=axis_name)
     q_problem = prepare(q_logits, axis=axis, where=where, name="q_logits", axis_name=axis_name)
-    if p_problem.logits.shape != q_problem.logits.shape:
-        raise ValueError(
-            f"`q_logits` of shape {q_problem.logits.shape} must have the shape"
-            f" {p_problem.logits.shape} of `p_logits`."
-        )
+    check_same_shape(q_problem, p_problem, name="q_logits", other="p_logits")
     dtype = jnp.promote_types(p_problem.logits.dtype, q_problem.logits.dtype)
     x, y = p_problem.logits.astype(dtype), q_problem.logits.astype(dtype)
     weight = per_slice(weight, x, p_problem.axes, name="weight")
-    slices = AlongAxes(p_problem.axes, p_problem.mesh_axes)
+    slices = p_problem.slices
     row = _jensen_shannon(slices, x, y, weight)
     out_dtype = jnp.promote_types(p_problem.dtype, q_problem.dtype)
     return jnp.squeeze(row, p_problem.axes).astype(out_dtype)

@@ -95,7 +95,7 @@ def top_k_filter(
         To find the first of ties takes log2(n) more. Counts are integers, exact at every size.
     """
     problem = prepare(logits, axis=axis, axis_name=axis_name)
-    x, slices = problem.logits, AlongAxes(problem.axes, problem.mesh_axes)
+    x, slices = problem.logits, problem.slices
     size_of_slice(slices, x)
     if ties == "first" and slices.mesh_axes and len(slices.axes) > 1:
         raise ValueError(
@@ -529,7 +529,7 @@ def _filter(
     A slice whose option is not in [0, highest] becomes NaN.
     """
     problem = prepare(logits, axis=axis, axis_name=axis_name)
-    slices = AlongAxes(problem.axes, problem.mesh_axes)
+    slices = problem.slices
     x = jax.lax.stop_gradient(problem.logits)
     row = jax.lax.stop_gradient(per_slice(option, x, problem.axes, name=name))
 
@@ -548,7 +548,7 @@ def _filter(
 
 @jax.custom_jvp
 def _drop(logits: Array, kept: Array, known: Array) -> Array:
-    """The kept logits, and -inf elsewhere. NaN where it is not known which are kept."""
+    """The kept logits, and -inf elsewhere. NaN where an option out of range tells not which."""
     kept = jnp.where(known, kept, logits != -jnp.inf)
     return jnp.where(kept, jnp.where(known, logits, jnp.nan), -jnp.inf)
 

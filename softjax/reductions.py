@@ -126,7 +126,7 @@ def logsumexp(
     """
     return_sign = check_flag(return_sign, name="return_sign")
     problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
-    slices = AlongAxes(problem.axes, problem.mesh_axes)
+    slices = problem.slices
     if weights is None:
         row = log_sum(slices, problem.logits)
         sign = jnp.where(row == -jnp.inf, 0, jnp.where(jnp.isnan(row), row, 1))
@@ -155,9 +155,8 @@ def _log_sum_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def tangent(logits: Array, dot: Array) -> Array:
         probs = solve(SOFTMAX, slices, logits).probs
-        # The second test implies the first. Without the first, XLA stores the mask on a GPU.
-        counts = probs != 0
-        return slices.sum_of_tangents(probs * jnp.where(counts, dot, 0))
+        # The tangent of an entry without weight may be NaN.
+        return slices.sum_of_tangents(probs * jnp.where(probs != 0, dot, 0))
 
     return log_sum(slices, logits), tangent(logits, tangents[1])
 
@@ -237,7 +236,7 @@ def logmeanexp(
         Cost and derivatives as `logsumexp`.
     """
     problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
-    slices = AlongAxes(problem.axes, problem.mesh_axes)
+    slices = problem.slices
     kept = (problem.logits != -jnp.inf).astype(problem.logits.dtype)
     count = jnp.maximum(slices.sum(kept), 1)
     row = log_sum(slices, problem.logits) - jnp.log(count)
@@ -287,7 +286,7 @@ def mellowmax(
         Asadi and Littman (2017), An alternative softmax operator for reinforcement learning.
     """
     problem = prepare(values, axis=axis, where=where, name="values", axis_name=axis_name)
-    x, slices = problem.logits, AlongAxes(problem.axes, problem.mesh_axes)
+    x, slices = problem.logits, problem.slices
     omega = per_slice(omega, x, problem.axes, name="omega")
     kept = x != -jnp.inf
     fixed = jax.lax.stop_gradient(x)

@@ -16,7 +16,6 @@ from softjax._api import NONNEGATIVE, api
 from softjax._elementary import capped, log1p
 from softjax._inputs import Axis, per_class, per_slice, prepare, resolve_one_axis, to_float
 from softjax._mesh import AxisName
-from softjax._slices import AlongAxes
 
 __all__ = [
     "adjusted_scores",
@@ -95,7 +94,7 @@ def scalable_scores(
         Nakanishi (2025), Scalable-softmax is superior for attention.
     """
     problem = prepare(logits, axis=axis, where=where, axis_name=axis_name)
-    x, slices = problem.logits, AlongAxes(problem.axes, problem.mesh_axes)
+    x, slices = problem.logits, problem.slices
     scale = per_slice(scale, x, problem.axes, name="scale")
     kept = x != -jnp.inf
     count = slices.sum(kept.astype(x.dtype))

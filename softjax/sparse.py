@@ -20,11 +20,11 @@ from softjax._api import NONNEGATIVE, api
 from softjax._cpu import blocked_over_slices
 from softjax._elementary import expm1_over, expm1_over_twice, log1p_over
 from softjax._float import high_half, two_difference
-from softjax._inputs import Axis, per_slice, prepare
+from softjax._inputs import Axis, nan_outside, per_slice, prepare
 from softjax._mesh import AxisName
 from softjax._rootfinding import bracketed_newton, newton_from_left
 from softjax._scores import centre
-from softjax._slices import Slices
+from softjax._slices import AlongAxes
 from softjax._threshold import Family, Solution, probs_of, reciprocal
 
 MAX_ALPHA = 1e4
@@ -83,7 +83,7 @@ def sparsemax(
 
 @blocked_over_slices
 def _solve_sparsemax(
-    slices: Slices, logits: Array, temperature: Array | None, *_: None
+    slices: AlongAxes, logits: Array, temperature: Array | None, *_: None
 ) -> Solution:
     peak = slices.max(logits)
     scores = centre(logits, peak, temperature)
@@ -96,7 +96,7 @@ def _solve_sparsemax(
     poison = slices.sum(scores.near * 0)  # NaN if the slice keeps a NaN.
     # The largest weight is at least 1 / n, which bounds tau where n - 1 rounds to n.
     tau = newton_from_left(step, jnp.full_like(peak, -1))
-    tau = jnp.minimum(tau, -1 / _length(slices, logits, peak)) + poison
+    tau = jnp.minimum(tau, -1 / _length(slices, logits)) + poison
     scores = centre(logits, peak + poison, temperature)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
@@ -168,7 +168,7 @@ def entmax15(
 
 @blocked_over_slices
 def _solve_entmax15(
-    slices: Slices, logits: Array, temperature: Array | None, *_: None
+    slices: AlongAxes, logits: Array, temperature: Array | None, *_: None
 ) -> Solution:
     peak = slices.max(logits)
     scores = centre(logits, peak, temperature)
@@ -181,7 +181,7 @@ def _solve_entmax15(
         return square - jnp.sqrt(square), slices.sum_of(above, (halves,), tau)
 
     poison = slices.sum(scores.near * 0)  # NaN if the slice keeps a NaN.
-    tau = newton_from_left(step, jnp.full_like(peak, -1), _close(slices, halves, peak)) + poison
+    tau = newton_from_left(step, jnp.full_like(peak, -1), _close(slices, halves)) + poison
     scores = centre(logits, peak + poison, temperature)
 
     def split(*args: Any) -> tuple[list[Array], Array]:
@@ -218,7 +218,7 @@ def _roots(
 
 
 def _excess(
-    slices: Slices,
+    slices: AlongAxes,
     split: Callable[..., tuple[list[Array], Array]],
     bounds: list[float],
     logits: Array,
@@ -249,17 +249,15 @@ def _excess(
     return excess + total(lambda *args: cut(*args)[1])
 
 
-def _close(slices: Slices, entries: Array, rows: Array) -> float:
+def _close(slices: AlongAxes, entries: Array) -> float:
     """The length d of a last step, which leaves an error of at most n d^2 = eps."""
-    return math.sqrt(float(jnp.finfo(entries.dtype).eps) / _length(slices, entries, rows))
+    return math.sqrt(float(jnp.finfo(entries.dtype).eps) / _length(slices, entries))
 
 
-def _length(slices: Slices, entries: Array, rows: Array) -> float:
+def _length(slices: AlongAxes, entries: Array) -> float:
     """The number of entries per slice; infinite if the size is open, as in an export."""
-    is_open = not isinstance(entries.size, int)
-    if is_open:
-        return math.inf
-    return max(1, entries.size * slices.num_devices // max(1, rows.size))
+    length = slices.length(entries)
+    return max(1, length) if isinstance(length, int) else math.inf
 
 
 def _margins(near: Array, errors: Array, tau: Array) -> tuple[Array, Array]:
@@ -346,7 +344,7 @@ def entmax(
 
 @blocked_over_slices
 def _solve_entmax(
-    slices: Slices, logits: Array, temperature: Array | None, alpha: Array, *_: None
+    slices: AlongAxes, logits: Array, temperature: Array | None, alpha: Array, *_: None
 ) -> Solution:
     # With b = alpha - 1 and c = exp(b rise), the weights relative to the peak's are
     # r_i = (1 + b c s_i)_+^(1/b), exp(s_i) at b = 0, and they are consistent where
@@ -354,7 +352,7 @@ def _solve_entmax(
     # p = r / sum(r) is accurate for every alpha.
     peak = slices.max(logits)
     scores = centre(logits, peak, temperature)
-    bend = jnp.where((alpha >= 1) & (alpha <= MAX_ALPHA), alpha - 1, jnp.nan)
+    bend = nan_outside(alpha, 1, MAX_ALPHA) - 1
     highest = jnp.log(jnp.finfo(logits.dtype).max) - 1
 
     def stretch(rise: Array) -> Array:

@@ -525,6 +525,10 @@ def test_large_scores(way):
     shared = jnp.repeat((values[:, 3] + values[:, 8]) / 2, N // K, 1)[:, None]
     assert_close(out, jnp.broadcast_to(shared, out.shape), rtol=0, atol=4 * eps("float64"))
     assert (lse == INF).all()
+    slope = jax.grad(lambda v: sj.attention(queries, keys, v, bias=bias, **way).sum())(values)
+    halves = jnp.zeros(S).at[jnp.array([3, 8])].set(T * N / K / 2)
+    wanted = jnp.broadcast_to(halves[:, None, None], slope.shape)
+    assert_close(slope, wanted, rtol=0, atol=T * N * eps("float64"))
 
 
 @pytest.mark.slow

@@ -282,7 +282,9 @@ CASES = {
         out=ONE,
     ),
     "brier_score": Case(
-        lambda z, y, **on: sj.brier_score(z / 8, y, ignore_index=-1, **on), (Z,), (SOME_Y,)
+        lambda z, y, **on: sj.brier_score(jax.nn.sigmoid(z), y, ignore_index=-1, **on),
+        (Z,),
+        (SOME_Y,),
     ),
     "sparsemax": Case(sj.sparsemax, (Z,), out=ENTRIES, reduces=(3, 4, 4), in_loops=1),
     "sparsemax options": Case(

@@ -192,6 +192,21 @@ def test_brier_score_and_its_reductions():
     np.testing.assert_allclose(mean, wanted[1:].mean(), rtol=1e-13)
 
 
+@pytest.mark.parametrize("name", ["brier_score", "expected_calibration_error"])
+def test_what_is_no_probability_gives_nan(name):
+    score = getattr(sj, name)
+    labels = jnp.array([0, 1])
+    for rows in (
+        [[9.0, 1.0], [3.0, 7.0]],
+        [[-0.1, -2.3], [-0.7, -0.7]],
+        [[1.1, 0.0], [0.5, 0.5]],
+    ):
+        assert np.isnan(score(jnp.array(rows), labels)).any()
+        ignored = jnp.full(2, -1)
+        assert (score(jnp.array(rows), ignored, ignore_index=-1) == 0).all()
+    assert np.isfinite(score(jnp.array([[1.0001, -1e-4], [0.5, 0.5]]), labels)).all()
+
+
 def test_brier_score_of_what_does_not_count():
     probs, labels = jnp.array([[0.5, 0.5], [NAN, 1.0]]), jnp.array([0, -1])
     score = lambda p: sj.brier_score(p, labels, ignore_index=-1, reduction="sum")

@@ -824,6 +824,7 @@ def test_visits_leave_each_action_its_share():
     assert_same(jnp.max(jnp.where(probs > 0.99, values, -INF), -1), best)
     ties = jnp.array([2.0, 2.0])
     assert sj.visit_count_temperature(ties, 5) == 0
+    assert sj.visit_count_temperature(jnp.array([INF, INF, -INF]), 5) == 0
     assert sj.visit_count_temperature(ties, 1) == INF
     with jax.debug_nans(True):
         grads = jax.grad(lambda v, n: sj.visit_count_temperature(v, n)[0], (0, 1))

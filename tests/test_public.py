@@ -22,16 +22,9 @@ PACKAGE = ROOT / "softjax"
 
 # A module imports only from those before it.
 ORDER = [
-    *("_mesh", "_inputs", "_api", "_autodiff", "_float", "_elementary", "_scores", "_scan"),
-    *(
-        "_own_transpose",
-        "_accelerators",
-        "_cpu",
-        "_slices",
-        "_rootfinding",
-        "_threshold",
-        "_softmax",
-    ),
+    *("_mesh", "_cpu", "_slices", "_inputs", "_api", "_autodiff", "_float", "_elementary"),
+    *("_scores", "_scan", "_own_transpose", "_accelerators"),
+    *("_rootfinding", "_threshold", "_softmax"),
     *("_softmax_stats", "_divergence", "_online", "_uint64", "_random", "_inverse_cdf"),
     *("_closures", "_tiles"),
     *("reductions", "dense", "sparse", "top_k", "segments", "scores", "filters", "decoding"),

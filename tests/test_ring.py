@@ -157,6 +157,23 @@ def rings(defaults):
     )
 
 
+def test_infinite_scores():
+    """They share the average equally, on whatever devices they are."""
+    bias = np.zeros((1, TOKENS, TOKENS))
+    bias[:, 3:, 2] = bias[:, 3:, 20] = INF
+    spread = jax.shard_map(
+        lambda q, k, v, bias: sj.attention(q, k, v, bias=bias, axis_name="ring", block_size=5),
+        mesh=mesh(ring=3),
+        in_specs=(SEQUENCE, SEQUENCE, SEQUENCE, ROWS),
+        out_specs=SEQUENCE,
+    )
+    loss = lambda v: spread(Q[0], K[0], v, bias)[:, 3:].sum()
+    slope = jax.jit(jax.grad(loss))(jnp.asarray(V[0]))
+    wanted = np.zeros(V[0].shape)
+    wanted[:, [2, 20]] = (TOKENS - 3) * HEADS / KEY_HEADS / 2
+    assert_close(slope, wanted, rtol=0, atol=100 * eps("float64"))
+
+
 @rings({("every option", 3)})
 def test_values_and_derivatives(name, size):
     kinds = assert_reports_agree(name, first_order, size)

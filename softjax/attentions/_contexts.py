@@ -7,7 +7,6 @@ are spread over explicit axes, the library opens the `shard_map` of the ring its
 
 import functools
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -64,8 +63,7 @@ def layout_of_tokens(arguments: dict[str, Any]) -> Layout | None:
     if not all(isinstance(x, Array) and x.ndim >= 3 for x in arrays):
         return None
     queries, keys, values = map(spec_of, arrays)
-    sizes = jax.typeof(arrays[0]).sharding.mesh.shape
-    if math.prod(sizes[name] for name in queries[-3]) == 1:
+    if num_devices(queries[-3], jax.typeof(arrays[0]).sharding.mesh) == 1:
         return None
     serves = (
         queries[:-2] == keys[:-2] == values[:-2]

@@ -51,6 +51,7 @@ def why_no_kernel(
     shapes = [jnp.shape(x) for x in (queries, keys, values)]
     dtype, width = jnp.result_type(queries), shapes[0][-1]
     tile_options = (
+        "block_size",
         "bias",
         "score",
         "soft_cap",
@@ -59,7 +60,7 @@ def why_no_kernel(
         "dropout_key",
         "axis_name",
     )
-    given = [name for name in (*tile_options, "block_size") if others[name] is not None]
+    given = [name for name in tile_options if others[name] is not None]
     if jax.default_backend() != "gpu":
         return "the default device is no GPU"
     if dtype not in (jnp.bfloat16, jnp.float16):

@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from softjax._closures import check_takes, hoist_floats
 from softjax._inputs import (
     computing_dtype,
+    nan_outside,
     nan_unless_positive,
     one_number,
     to_float,
@@ -108,8 +109,7 @@ def cut_into_tiles(
     static = Static(cap_bias=cap_bias and soft_cap is not None, remember=remember)
     dropout = None
     if dropout_key is not None:
-        rate = one_number(dropout_rate, name="dropout_rate")
-        rate = jnp.where((rate >= 0) & (rate <= 1), rate, jnp.nan)
+        rate = nan_outside(one_number(dropout_rate, name="dropout_rate"), 0, 1)
         dropout = words_of(dropout_key), rate.astype(wide)
     constants = Constants(static, grid, bound, dropout=dropout)
     if score is not None:

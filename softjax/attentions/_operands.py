@@ -120,7 +120,7 @@ def push_scores(
 
 
 def moves(scores: Array) -> Array:
-    """Where a score is NaN or not constant. Elsewhere its cotangent, NaN perhaps, must end."""
+    """Where a score is neither dropped nor +inf. A cotangent, NaN perhaps, ends elsewhere."""
     return (scores != -jnp.inf) & (scores != huge(scores.dtype))
 
 

@@ -26,20 +26,18 @@ from softjax._online import OnlineState
 from softjax.attentions._operands import (
     Constants,
     DiffOperands,
-    TileIndex,
     in_computing_dtype,
-    moves,
     moving,
-    push_scores,
-    scores_of,
     tile_kinds,
 )
 from softjax.attentions._softmax_tiles import (
+    Result,
     Tangents,
-    observe_tile,
+    level_and_share,
+    merge_tile,
+    push_tile,
     results,
-    tile_tangents,
-    weights_at,
+    tangents_of,
 )
 from softjax.attentions._sources import Travelling, arrived, arrived_constants, travelling
 from softjax.attentions._tile_loops import map_query_blocks, scan_key_blocks, sum_over_keys
@@ -48,16 +46,14 @@ MeshAxes = tuple[str, ...]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def ring_average(
-    mesh_axes: MeshAxes, operands: DiffOperands, constants: Constants
-) -> tuple[Array, Array]:
+def ring_average(mesh_axes: MeshAxes, operands: DiffOperands, constants: Constants) -> Result:
     """`_softmax_tiles.average` over the keys of all devices along the axes."""
     grid, dtype = constants.grid, computing_dtype(operands.queries.dtype)
     rows = (grid.queries.num_blocks, grid.rows, grid.heads, grid.queries.block)
     state = vary(_online.init(rows, operands.values.shape[-1], dtype), operands, constants)
     held = travelling(operands, constants)
 
-    def meet(state: OnlineState, held: Travelling, by: Any) -> OnlineState:
+    def observe(state: OnlineState, held: Travelling, by: Any) -> OnlineState:
         source = _source(mesh_axes, by)
         return _observe_arrived(
             state, arrived(operands, held, source), arrived_constants(constants, held, source)
@@ -66,11 +62,11 @@ def ring_average(
     def hop(carry: tuple[OnlineState, Travelling], by: Array) -> tuple[Any, None]:
         state, held = carry
         # Neither needs the other, so that the keys can travel meanwhile.
-        return (meet(state, held, by), _shift(mesh_axes, 1, held)), None
+        return (observe(state, held, by), _shift(mesh_axes, 1, held)), None
 
     last = num_devices(mesh_axes) - 1
     (state, held), _ = lax.scan(hop, (state, held), jnp.arange(last, dtype=jnp.int32))
-    return results(meet(state, held, last))
+    return results(observe(state, held, last))
 
 
 def _ring_average_jvp(mesh_axes: MeshAxes, primals: Any, tangents: Any) -> tuple[Any, Any]:
@@ -78,8 +74,8 @@ def _ring_average_jvp(mesh_axes: MeshAxes, primals: Any, tangents: Any) -> tuple
     # Tangents of half precision are widened before they travel, because the cotangents that
     # the devices send back are added up.
     dots = in_computing_dtype(moving(tangents[0]))
-    out, lse = ring_average(mesh_axes, operands, constants)
-    level = jnp.where(lse == -jnp.inf, 0, lse)
+    result = ring_average(mesh_axes, operands, constants)
+    level, share = level_and_share(result)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def term(by: Array, operands: DiffOperands, dots: DiffOperands, level: Array) -> Tangents:
@@ -96,10 +92,10 @@ def _ring_average_jvp(mesh_axes: MeshAxes, primals: Any, tangents: Any) -> tuple
     def hop(total: Tangents, by: Array) -> tuple[Tangents, None]:
         return jax.tree.map(jnp.add, total, term(by, operands, dots, level)), None
 
-    start = vary(Tangents(jnp.zeros_like(lse), jnp.zeros_like(out)), primals)
+    start = vary(Tangents(jnp.zeros_like(result.lse), jnp.zeros_like(result.out)), primals)
     hops = jnp.arange(num_devices(mesh_axes), dtype=jnp.int32)
     (mean, sums), _ = lax.scan(hop, start, hops)
-    return (out, lse), (sums - mean[..., None] * out, mean)
+    return result, tangents_of(result, mean, share[..., None] * sums)
 
 
 ring_average.defjvp(_ring_average_jvp, symbolic_zeros=True)
@@ -138,9 +134,7 @@ def _observe_arrived(
     """The states of all queries after those keys that have arrived."""
     grid = constants.grid
 
-    def visit(at: TileIndex, state: OnlineState, part: DiffOperands) -> OnlineState:
-        scores = scores_of(part, constants, at)
-        return _online.merge(state, observe_tile(scores, part, constants, at)[0])
+    visit = functools.partial(merge_tile, constants)
 
     def block(i: Any, parts: Any, kinds: Array, state: OnlineState) -> OnlineState:
         return OnlineState(*scan_key_blocks(grid, i, visit, state, kinds, *parts))
@@ -155,11 +149,7 @@ def _push(
     """The terms of those keys that have arrived."""
     grid = constants.grid
 
-    def term(at: TileIndex, part: DiffOperands, dot: DiffOperands, level: Array) -> Tangents:
-        scores, scores_dot = push_scores(part, dot, constants, at)
-        weights = weights_at(scores, level)
-        scores_dot = jnp.where(moves(scores), scores_dot, 0)
-        return tile_tangents(weights, scores_dot, part, dot, constants, at)
+    term = functools.partial(push_tile, constants)
 
     def block(i: Any, parts: Any, kinds: Array, level: Array) -> Tangents:
         zero = jnp.zeros_like(level)

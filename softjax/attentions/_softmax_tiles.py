@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from softjax import _online
 from softjax._inputs import computing_dtype
@@ -50,12 +50,17 @@ class Tangents(NamedTuple):
     sums: Array  # of P s' v + P v'
 
 
-@jax.custom_jvp
-def average(operands: DiffOperands, constants: Constants) -> tuple[Array, Array]:
-    """Averages of values `[i, batch, N, query, W]`, and log-sum-exp `[i, batch, N, query]`.
+class Result(NamedTuple):
+    """The result per query, `[i, batch, N, query, ...]`: 0 and -inf if it sees nothing."""
 
-    A query that sees nothing has average 0 and log-sum-exp -inf.
-    """
+    out: Array  # the average of the values, `[..., W]`
+    lse: Array  # log(sum(exp(s))); inf if the query sees an infinite score
+    total: Array  # sum(exp(s - max(s))), a constant for derivatives
+
+
+@jax.custom_jvp
+def average(operands: DiffOperands, constants: Constants) -> Result:
+    """Averages of values, over all keys."""
     if constants.static.remember:
         (part,) = only_tile((operands,))
         state, _ = observe_tile(scores_of(part, constants, WHOLE), part, constants, WHOLE)
@@ -64,14 +69,12 @@ def average(operands: DiffOperands, constants: Constants) -> tuple[Array, Array]
     rows = (grid.rows, grid.heads, grid.queries.block)
     start = vary(_online.init(rows, operands.values.shape[-1], dtype), operands, constants)
 
-    def visit(at: TileIndex, state: OnlineState, part: DiffOperands) -> OnlineState:
-        scores = scores_of(part, constants, at)
-        return _online.merge(state, observe_tile(scores, part, constants, at)[0])
+    visit = functools.partial(merge_tile, constants)
 
-    def block(i: Any, parts: tuple[DiffOperands], kinds: Array) -> tuple[Array, Array]:
+    def block(i: Any, parts: tuple[DiffOperands], kinds: Array) -> Result:
         return results(scan_key_blocks(grid, i, visit, start, kinds, *parts))
 
-    return map_query_blocks(grid, block, (operands,), tile_kinds(constants))
+    return Result(*map_query_blocks(grid, block, (operands,), tile_kinds(constants)))
 
 
 def observe_tile(
@@ -83,11 +86,32 @@ def observe_tile(
     return OnlineState(peak, jnp.sum(weights, -1), sums), weights
 
 
-def results(state: OnlineState, *, stack: bool = False) -> tuple[Array, Array]:
-    """Averages and log-sum-exp; with `stack`, those of the only block of queries."""
+def merge_tile(
+    constants: Constants, at: TileIndex, state: OnlineState, part: DiffOperands
+) -> OnlineState:
+    """The state after one more tile."""
+    scores = scores_of(part, constants, at)
+    return _online.merge(state, observe_tile(scores, part, constants, at)[0])
+
+
+def results(state: OnlineState, *, stack: bool = False) -> Result:
+    """The result of a state; with `stack`, that of the only block of queries."""
     out, lse = _online.finish(state)
     lse = jnp.where(state.peak >= huge(lse.dtype), jnp.inf, lse)
-    return (out[None], lse[None]) if stack else (out, lse)
+    result = Result(out, lse, lax.stop_gradient(state.total))
+    return jax.tree.map(lambda x: x[None], result) if stack else result
+
+
+def level_and_share(result: Result) -> tuple[Array, Array]:
+    """What is subtracted from scores, and by what the sums of exponentials are multiplied.
+
+    The level is the log-sum-exp. The finite number that stands for an infinite score swallows
+    the logarithm of how many there are, so their sums are divided by that number.
+    """
+    infinite = result.lse == jnp.inf
+    level = jnp.where(infinite, huge(result.lse.dtype), result.lse)
+    share = jnp.where(infinite, 1 / jnp.where(infinite, result.total, 1), 1)
+    return jnp.where(result.lse == -jnp.inf, 0, level), share
 
 
 @functools.partial(average.defjvp, symbolic_zeros=True)
@@ -106,37 +130,43 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
         moved = (weights != 0) & ~(state.peak >= huge(weights.dtype))[..., None]
         scores_dot = jnp.where(moved, scores_dot, 0)
         mean, sums = tile_tangents(weights, scores_dot, part, dot, constants, WHOLE)
-        out, lse = results(state, stack=True)
-        return (out, lse), (sums[None] - mean[None, ..., None] * out, mean[None])
+        result = results(state, stack=True)
+        return result, tangents_of(result, mean[None], sums[None])
 
-    out, lse = average(operands, constants)
+    result = average(operands, constants)
     grid = constants.grid
-    zeros = Tangents(jnp.zeros_like(lse[0]), jnp.zeros_like(out[0]))
+    zeros = Tangents(jnp.zeros_like(result.lse[0]), jnp.zeros_like(result.out[0]))
     start = vary(zeros, primals)
 
-    def term(at: TileIndex, part: DiffOperands, dot: DiffOperands, level: Array) -> Tangents:
-        scores, scores_dot = push_scores(part, dot, constants, at)
-        weights = weights_at(scores, level)
-        scores_dot = jnp.where(moves(scores), scores_dot, 0)
-        return tile_tangents(weights, scores_dot, part, dot, constants, at)
+    term = functools.partial(push_tile, constants)
 
-    def block(i: Any, parts: Any, kinds: Array, out: Array, lse: Array) -> tuple[Array, Array]:
-        level = jnp.where(lse == -jnp.inf, 0, lse)
+    def block(i: Any, parts: Any, kinds: Array, *result: Array) -> Result:
+        level, share = level_and_share(Result(*result))
         mean, sums = sum_over_keys(grid, i, term, start, kinds, parts, level)
-        return sums - mean[..., None] * out, mean
+        return tangents_of(Result(*result), mean, share[..., None] * sums)
 
     # Widen tangents of half precision, because cotangents would be rounded in each block.
-    rows = tile_kinds(constants), out, lse
+    rows = tile_kinds(constants), *result
     parts = operands, in_computing_dtype(dots)
-    return (out, lse), map_query_blocks(grid, block, parts, *rows, remember=False)
+    return result, Result(*map_query_blocks(grid, block, parts, *rows, remember=False))
 
 
-def weights_at(scores: Array, level: Array) -> Array:
-    """exp(scores - level), and 0 for keys that are not seen; the level is the log-sum-exp.
+def tangents_of(result: Result, mean: Array, sums: Array) -> Result:
+    """The tangent of a result from sums over its keys."""
+    return Result(sums - mean[..., None] * result.out, mean, jnp.zeros_like(result.total))
+
+
+def push_tile(
+    constants: Constants, at: TileIndex, part: DiffOperands, dot: DiffOperands, level: Array
+) -> Tangents:
+    """The terms of one tile; the level is what `level_and_share` finds for each query.
 
     It is NaN for a query that sees a NaN, which must not reach the keys that it does not see.
     """
-    return jnp.where(scores == -jnp.inf, 0, jnp.exp(scores - level[..., None]))
+    scores, scores_dot = push_scores(part, dot, constants, at)
+    weights = jnp.where(scores == -jnp.inf, 0, jnp.exp(scores - level[..., None]))
+    scores_dot = jnp.where(moves(scores), scores_dot, 0)
+    return tile_tangents(weights, scores_dot, part, dot, constants, at)
 
 
 def tile_tangents(

@@ -134,7 +134,7 @@ def _threshold(operands: DiffOperands, constants: Constants, reach: Array) -> _T
             start = vary((zero, zero, jnp.zeros_like(kinds)), tau)
             return scan_key_blocks(grid, i, visit, start, kinds, *parts)
 
-        def newton_from_left(state: _NewtonState) -> _NewtonState:
+        def newton_step(state: _NewtonState) -> _NewtonState:
             total, slope, live = sums(state.tau, state.kinds)
             above = (total > 1) & (slope > 0)
             step = jnp.where(above, (total - 1) / jnp.where(above, slope, 1), 0)
@@ -144,7 +144,7 @@ def _threshold(operands: DiffOperands, constants: Constants, reach: Array) -> _T
 
         start = _NewtonState(jnp.full(rows, -reach), kinds, jnp.array(True), jnp.array(0))
         start = vary(start, operands, constants)
-        found = lax.while_loop(lambda s: s.moving & (s.steps < STEPS), newton_from_left, start)
+        found = lax.while_loop(lambda s: s.moving & (s.steps < STEPS), newton_step, start)
         return _Thresholds(found.tau, peak, found.kinds)
 
     return map_query_blocks(grid, block, (operands,), tile_kinds(constants))

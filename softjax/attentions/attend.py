@@ -355,9 +355,9 @@ def attention(
         found = sparse_average(tiled.operands, tiled.constants, jnp.asarray(reach, wide))
         return shaped(found).reshape(tiled.shape).astype(tiled.dtype)
     if mesh_axes:
-        out, lse = ring_average(mesh_axes, on_each_device(tiled.operands), tiled.constants)
+        out, lse, _ = ring_average(mesh_axes, on_each_device(tiled.operands), tiled.constants)
     else:
-        out, lse = average(tiled.operands, tiled.constants)
+        out, lse, _ = average(tiled.operands, tiled.constants)
     if level is not None:
         out, lse = with_sink(out, lse, jnp.squeeze(level, 3)[None])
     out = shaped(out).reshape(tiled.shape).astype(tiled.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -96,8 +95,7 @@ def explain_attention(
     num_keys, mesh_axes, num_hops = jnp.shape(keys)[-3], names_of(axis_name), 0
     layout = None if mesh_axes else layout_of_tokens(given)
     if layout is not None and layout.tokens:
-        sizes = jax.typeof(queries).sharding.mesh.shape
-        num_hops = math.prod(sizes[name] for name in layout.tokens)
+        num_hops = num_devices(layout.tokens, jax.typeof(queries).sharding.mesh)
         num_queries, num_keys = num_queries // num_hops, num_keys // num_hops
     elif mesh_axes and context == "ring":
         num_hops = num_devices(mesh_axes)

@@ -169,12 +169,12 @@ def paged_attention(
     table = jnp.pad(table, padded, constant_values=outside)
     table = jnp.moveaxis(table.reshape(*batch, num_splits, num_steps, at_once), -2, 0)
     last = jnp.arange(num_queries, 0, -1, dtype=jnp.int32)
-    asked = lengths[..., None] - last.reshape(*(1,) * len(batch), -1)
+    query_positions = lengths[..., None] - last.reshape(*(1,) * len(batch), -1)
     seen = masks.Causal() & masks.Lengths(key_lengths=lengths)
     seen = seen if mask is None else seen & mask
 
     def attend(keys: Array, values: Array, places: Array) -> _online.OnlineState:
-        positions = asked, places
+        positions = query_positions, places
         out, lse = attention(
             queries,
             keys,

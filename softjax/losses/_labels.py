@@ -1,7 +1,6 @@
 """Logits with one label per slice, and options with one number per label or per class."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -42,12 +41,6 @@ class Rows(NamedTuple):
     def kept_shape(self) -> tuple[int, ...]:
         return tuple(1 if i == self.axis else n for i, n in enumerate(self.logits.shape))
 
-    def losses(
-        self, function: Callable[..., tuple[Array, ...]], *arrays: Any
-    ) -> tuple[Array, ...]:
-        """function(*arrays): NaN for unknown labels, and 0 for ignored ones."""
-        return tuple(map(self.classes.finish, function(*arrays)))
-
 
 def label_rows(
     logits: ArrayLike,
@@ -79,11 +72,11 @@ def per_label(option: ArrayLike, rows: Rows, name: str) -> Array:
     return value if ignored is None else jnp.where(ignored, 0, value)
 
 
-def spread_weights(class_weights: ArrayLike, rows: Rows) -> Array:
-    """One class weight per logit."""
-    weights = per_class(class_weights, rows.logits.shape[rows.axis], rows.logits.dtype)
-    others = tuple(i for i in range(rows.logits.ndim) if i != rows.axis)
-    return jnp.broadcast_to(jnp.expand_dims(weights, others), rows.logits.shape)
+def weights_per_logit(class_weights: ArrayLike, logits: Array, axis: int) -> Array:
+    """The class weights along `axis`, broadcast to the logits."""
+    weights = per_class(class_weights, logits.shape[axis], logits.dtype)
+    others = tuple(i for i in range(logits.ndim) if i != axis)
+    return jnp.broadcast_to(jnp.expand_dims(weights, others), logits.shape)
 
 
 def label_weights(class_weights: ArrayLike | None, rows: Rows) -> Array | None:

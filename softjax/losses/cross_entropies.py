@@ -20,7 +20,7 @@ from softjax.losses._labels import (
     label_weights,
     per_label,
     reduce_rows,
-    spread_weights,
+    weights_per_logit,
 )
 from softjax.losses._reduction import check_reduction, reduce_kept
 from softjax.losses._terms import cross_entropy_terms, times_nll
@@ -171,32 +171,21 @@ def cross_entropy(
     if not is_static_zero(label_smoothing):
         smoothing = nan_outside(per_label(label_smoothing, rows, "label_smoothing"), 0, 1)
         if class_weights is not None:
-            weights = spread_weights(class_weights, rows)
+            weights = weights_per_logit(class_weights, rows.logits, rows.axis)
     if not is_static_zero(z_loss):
         z_factor = nan_outside(per_label(z_loss, rows, "z_loss"), 0)
-    label_weight = label_weights(class_weights, rows)
-
-    def terms(
-        logits: Array,
-        weights: Array | None,
-        label_weight: Array | None,
-        smoothing: Array | None,
-        z_loss: Array | None,
-    ) -> tuple[Array, ...]:
-        if smoothing is not None and weights is None:
-            weights = jnp.ones((1,) * logits.ndim, logits.dtype)
-        found = row_statistics(rows.slices, logits, rows.labels, weights)
-        return cross_entropy_terms(
-            found.nll,
-            found.logsumexp,
-            found.uniform_nll,
-            label_weight=label_weight,
-            smoothing=smoothing,
-            z_loss=z_loss,
-        )
-
-    arrays = rows.logits, weights, label_weight, smoothing, z_factor
-    loss, *z_terms = rows.losses(terms, *arrays)
+    if smoothing is not None and weights is None:
+        weights = jnp.ones((1,) * rows.logits.ndim, rows.logits.dtype)
+    found = row_statistics(rows.slices, rows.logits, rows.labels, weights)
+    terms = cross_entropy_terms(
+        found.nll,
+        found.logsumexp,
+        found.uniform_nll,
+        label_weight=label_weights(class_weights, rows),
+        smoothing=smoothing,
+        z_loss=z_factor,
+    )
+    loss, *z_terms = map(rows.classes.finish, terms)
     z_term = z_terms[0] if z_terms else jnp.zeros_like(loss)
     reduced = functools.partial(
         reduce_rows,
@@ -273,21 +262,21 @@ def focal_loss(
     rows = label_rows(logits, labels, axis, where, ignore_index, axis_name)
     gamma = jnp.minimum(nan_outside(per_label(gamma, rows, "gamma"), 0), _MAX_GAMMA)
 
-    def loss(logits: Array, gamma: Array, label_weight: Array | None) -> tuple[Array]:
-        nll = row_statistics(rows.slices, logits, rows.labels).nll
-        dropped = nll == jnp.inf
-        finite = jnp.where(dropped, 1, nll)
-        missing = -jnp.expm1(-finite)
-        some = missing > 0
-        discount = jnp.where(
-            some, jnp.where(some, missing, 1) ** gamma, jnp.where(gamma == 0, 1, 0)
-        )
-        loss = jnp.where(dropped, nll, discount * finite)
-        # A power of 1, or one that is not taken, does not show that gamma is NaN.
-        loss = jnp.where(jnp.isnan(gamma), jnp.nan, loss)
-        return (loss if label_weight is None else times_nll(label_weight, loss),)
-
-    (losses,) = rows.losses(loss, rows.logits, gamma, label_weights(class_weights, rows))
+    nll = row_statistics(rows.slices, rows.logits, rows.labels).nll
+    dropped = nll == jnp.inf
+    finite = jnp.where(dropped, 1, nll)
+    missing = -jnp.expm1(-finite)
+    some = missing > 0
+    discount = jnp.where(
+        some, jnp.where(some, missing, 1) ** gamma, jnp.where(gamma == 0, 1, 0)
+    )
+    losses = jnp.where(dropped, nll, discount * finite)
+    # A power of 1, or one that is not taken, does not show that gamma is NaN.
+    losses = jnp.where(jnp.isnan(gamma), jnp.nan, losses)
+    label_weight = label_weights(class_weights, rows)
+    if label_weight is not None:
+        losses = times_nll(label_weight, losses)
+    losses = rows.classes.finish(losses)
     return reduce_rows(
         losses,
         labels,
@@ -355,28 +344,22 @@ def sigmoid_focal_loss(
         value = broadcast(to_float(option, name=name)[0].astype(z.dtype), z.shape, name=name)
         return value if keep is None else jnp.where(keep, value, 0)
 
-    def loss(z: Array, t: Array, gamma: Array, alpha: Array | None) -> tuple[Array]:
-        # At z = inf or -inf one logarithm is infinite; `times_nll` counts it if its target is
-        # not 0.
-        no, yes = jax.nn.sigmoid(-z), jax.nn.sigmoid(z)
-        nll = times_nll(t, jax.nn.softplus(-z)) + times_nll(1 - t, jax.nn.softplus(z))
-        missing = t * no + (1 - t) * yes
-        some = missing > 0
-        power = jnp.where(some, missing, 1) ** jnp.minimum(gamma, _MAX_GAMMA)
-        discount = jnp.where(some, power, jnp.where(gamma == 0, 1, 0))
-        loss = constant_where_infinite(times_nll(discount, nll))
-        loss = jnp.where(jnp.isnan(z + t + gamma), jnp.nan, loss)
-        if alpha is None:
-            return (loss,)
-        return (times_nll(t * alpha + (1 - t) * (1 - alpha), loss),)
-
-    arrays = (
-        z if keep is None else jnp.where(keep, z, 0),
-        entries(targets, "targets"),
-        nan_outside(entries(gamma, "gamma"), 0),
-        None if alpha is None else nan_outside(entries(alpha, "alpha"), 0, 1),
-    )
-    (losses,) = loss(*arrays)
+    z = z if keep is None else jnp.where(keep, z, 0)
+    t = entries(targets, "targets")
+    gamma = nan_outside(entries(gamma, "gamma"), 0)
+    # At z = inf or -inf one logarithm is infinite; `times_nll` counts it if its target is
+    # not 0.
+    no, yes = jax.nn.sigmoid(-z), jax.nn.sigmoid(z)
+    nll = times_nll(t, jax.nn.softplus(-z)) + times_nll(1 - t, jax.nn.softplus(z))
+    missing = t * no + (1 - t) * yes
+    some = missing > 0
+    power = jnp.where(some, missing, 1) ** jnp.minimum(gamma, _MAX_GAMMA)
+    discount = jnp.where(some, power, jnp.where(gamma == 0, 1, 0))
+    losses = constant_where_infinite(times_nll(discount, nll))
+    losses = jnp.where(jnp.isnan(z + t + gamma), jnp.nan, losses)
+    if alpha is not None:
+        alpha = nan_outside(entries(alpha, "alpha"), 0, 1)
+        losses = times_nll(t * alpha + (1 - t) * (1 - alpha), losses)
     if keep is not None:
         losses = jnp.where(keep, losses, 0)
     return reduce_kept(losses, keep, reduction)

@@ -176,19 +176,16 @@ def _losses(
     kind: FenchelYoung, rows: Rows, alpha: Array | None, class_weights: ArrayLike | None
 ) -> Array:
     """One loss per label; alpha None stands for 2."""
-
-    def loss(logits: Array, alpha: Array | None, label_weight: Array | None) -> tuple[Array]:
-        if alpha is None:
-            alpha = jnp.full((1,) * logits.ndim, 2.0, logits.dtype)
-        loss = fenchel_young(kind, rows.slices, logits, rows.labels, alpha)
-        return (loss if label_weight is None else times_nll(label_weight, loss),)
-
-    (losses,) = rows.losses(loss, rows.logits, alpha, label_weights(class_weights, rows))
-    return losses
+    if alpha is None:
+        alpha = jnp.full((1,) * rows.logits.ndim, 2.0, rows.logits.dtype)
+    losses = fenchel_young(kind, rows.slices, rows.logits, rows.labels, alpha)
+    label_weight = label_weights(class_weights, rows)
+    if label_weight is not None:
+        losses = times_nll(label_weight, losses)
+    return rows.classes.finish(losses)
 
 
 def _sparse_loss(
-    level: float,
     has_alpha: bool,
     solution: Solution,
     logits: Array,
@@ -199,9 +196,9 @@ def _sparse_loss(
     # With b = alpha - 1 and l = -log p_y the loss is
     #     sum_{j != y} p_j^alpha / alpha + int_{p_y}^1 t^(b - 1) (1 - t) dt,
     # and the integral is l^2 (alpha psi(-alpha l) - b psi(-b l)), psi(v) = (e^v - 1 - v) / v^2.
-    # Outside of the support it is level - 1 / alpha - margin, where `level` is the margin of
-    # an entry of weight 1. Where the label has most of the weight, `one_minus_p` keeps the
-    # digits.
+    # Outside of the support it is `level` - 1 / alpha - margin, where `level` is the margin of
+    # an entry of weight 1: 1 for sparsemax, else 0. Where the label has most of the weight,
+    # `one_minus_p` keeps the digits.
     probs = solution.probs
     other_probs = jnp.where(is_label(slices, probs, labels), 0, probs)
     some = other_probs > 0
@@ -234,6 +231,7 @@ def _sparse_loss(
     )
     difference = alpha * expm1_over_twice(-alpha * nll) - bend * expm1_over_twice(-bend * nll)
     integral = nll * nll * difference
+    level = 0.0 if has_alpha else 1.0
     outside = level - 1 / alpha - jnp.where(inside, 0, margin)
     loss = powers_sum / alpha + jnp.where(inside, integral, outside)
     # A comparison with NaN is False, so NaN must be put back.
@@ -243,5 +241,5 @@ def _sparse_loss(
 
 _LEAST_BEND = 2.0**-10  # of alpha - 1; below, the loss is nearly a cross-entropy
 
-_SPARSEMAX = FenchelYoung(SPARSEMAX, functools.partial(_sparse_loss, 1.0, False))
-_ENTMAX = FenchelYoung(ENTMAX, functools.partial(_sparse_loss, 0.0, True))
+_SPARSEMAX = FenchelYoung(SPARSEMAX, functools.partial(_sparse_loss, False))
+_ENTMAX = FenchelYoung(ENTMAX, functools.partial(_sparse_loss, True))

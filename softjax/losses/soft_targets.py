@@ -17,7 +17,7 @@ from softjax._inputs import (
     Axis,
     Problem,
     broadcast,
-    per_class,
+    check_same_shape,
     prepare,
     resolve_one_axis,
     to_array,
@@ -28,6 +28,7 @@ from softjax._slices import AlongAxes
 from softjax._softmax import LOG_SOFTMAX
 from softjax._threshold import solve
 from softjax.entropies import divergence
+from softjax.losses._labels import weights_per_logit
 from softjax.losses._reduction import check_reduction, reduce_kept
 
 __all__ = ["distillation_loss", "soft_cross_entropy"]
@@ -99,19 +100,17 @@ def soft_cross_entropy(
     weights = None
     if class_weights is not None:
         one = resolve_one_axis(axis, problem.logits.ndim)
-        vector = per_class(class_weights, problem.logits.shape[one], problem.logits.dtype)
-        others = tuple(i for i in range(problem.logits.ndim) if i != one)
-        weights = jnp.broadcast_to(jnp.expand_dims(vector, others), problem.logits.shape)
-    slices = AlongAxes(problem.axes, problem.mesh_axes)
+        weights = weights_per_logit(class_weights, problem.logits, one)
+    slices = problem.slices
 
-    def loss(logits: Array, targets: Array, weights: Array | None) -> tuple[Array]:
+    def loss(logits: Array, targets: Array, weights: Array | None) -> Array:
         if weights is not None:
             targets = targets * weights
         margins = solve(LOG_SOFTMAX, slices, logits).margins
         dropped = margins == -jnp.inf
         terms = jnp.where(dropped, 0, targets) * -jnp.where(dropped, 0, margins)
         terms = jnp.where(dropped & (targets > 0), jnp.inf, terms)
-        return (constant_where_infinite(jnp.squeeze(slices.sum(terms), problem.axes)),)
+        return constant_where_infinite(jnp.squeeze(slices.sum(terms), problem.axes))
 
     arrays = problem.logits, targets, weights
     return _losses_of_slices(loss, arrays, problem, example_where, reduction)
@@ -185,24 +184,18 @@ def distillation_loss(
     }
     student = prepare(student_logits, **options, name="student_logits")
     teacher = prepare(teacher_logits, **options, name="teacher_logits")
-    if student.logits.shape != teacher.logits.shape:
-        raise ValueError(
-            f"`student_logits` of shape {student.logits.shape} must have the shape"
-            f" {teacher.logits.shape} of `teacher_logits`."
-        )
+    check_same_shape(student, teacher, name="student_logits", other="teacher_logits")
     shared = None
     if student.temperature is not None and teacher.temperature is not None:
         dtype = jnp.promote_types(student.temperature.dtype, teacher.temperature.dtype)
         shared = jnp.broadcast_to(student.temperature.astype(dtype), _kept_shape(student))
 
-    def loss(
-        student_logits: Array, teacher_logits: Array, temperature: Array | None
-    ) -> tuple[Array]:
+    def loss(student_logits: Array, teacher_logits: Array, temperature: Array | None) -> Array:
         pair = (
             teacher._replace(logits=teacher_logits),
             student._replace(logits=student_logits),
         )
-        return (jnp.squeeze(_softened_divergence(*pair, temperature), student.axes),)
+        return jnp.squeeze(_softened_divergence(*pair, temperature), student.axes)
 
     arrays = student.logits, teacher.logits, shared
     return _losses_of_slices(loss, arrays, student, example_where, reduction)
@@ -214,7 +207,7 @@ def _kept_shape(problem: Problem) -> tuple[int, ...]:
 
 
 def _losses_of_slices(
-    function: Callable[..., tuple[Array]],
+    function: Callable[..., Array],
     arrays: tuple[Array | None, ...],
     problem: Problem,
     example_where: ArrayLike | None,
@@ -233,7 +226,7 @@ def _losses_of_slices(
         keep = broadcast(keep, result_shape, name="example_where", target="the losses")
         kept = jnp.expand_dims(keep, problem.axes)
         arrays = jax.tree.map(lambda x: jnp.where(kept, x, 1), arrays)
-    (losses,) = function(*arrays)
+    losses = function(*arrays)
     if keep is not None:
         losses = jnp.where(keep, losses, 0)
     return reduce_kept(losses, keep, reduction)
@@ -243,21 +236,17 @@ def _softened_divergence(
     teacher: Problem, student: Problem, temperature: Array | None
 ) -> Array:
     """T^2 times the divergence, one number per slice, and its limits in the temperature."""
-    names = {"name": "student_logits", "target": "teacher_logits"}
     if temperature is None:
-        return divergence(teacher, student, **names)
+        return divergence(teacher, student)
     cold = jnp.abs(temperature) < float(jnp.finfo(temperature.dtype).tiny) ** 0.5
     hot = temperature > _HOT
     usual = jnp.where(cold | hot, 1, temperature)
-    row = divergence(
-        teacher._replace(temperature=usual), student._replace(temperature=usual), **names
-    )
+    row = divergence(teacher._replace(temperature=usual), student._replace(temperature=usual))
     # The limit at inf is behind a condition, because few calls need it and it costs more than
     # the rest.
-    logits = teacher.logits, student.logits
+    logits = [jnp.where(hot, problem.logits, 0) for problem in (teacher, student)]
     nothing = lambda *logits: jnp.zeros_like(row)
-    slices = AlongAxes(student.axes, student.mesh_axes)
-    variance = functools.partial(_half_variance, slices)
+    variance = functools.partial(_half_variance, student.slices)
     limit = lax.cond(jnp.any(hot), variance, nothing, *logits)
     limit = jnp.where(cold, jnp.where(row == jnp.inf, jnp.inf, 0), limit)
     return jnp.where(cold | hot, limit, row)
@@ -266,6 +255,7 @@ def _softened_divergence(
 def _half_variance(slices: AlongAxes, teacher: Array, student: Array) -> Array:
     """Half the variance of the logits' difference, the loss at an infinite temperature."""
     dtype = jnp.promote_types(teacher.dtype, student.dtype)
+    teacher, student = (_limits_at_infinity(slices, logits) for logits in (teacher, student))
     kept = [logits != -jnp.inf for logits in (teacher, student)]
     both = kept[0] & kept[1]
     apart = [jnp.where(both, logits, 0).astype(dtype) for logits in (teacher, student)]
@@ -274,4 +264,13 @@ def _half_variance(slices: AlongAxes, teacher: Array, student: Array) -> Array:
     rest = jnp.where(both, apart[0] - apart[1] - mean, 0)
     differ = slices.max((kept[0] != kept[1]).astype(dtype)) > 0
     some = slices.max(kept[0].astype(dtype)) > 0
-    return jnp.where(some & differ, jnp.inf, slices.sum(rest * rest) / (2 * count))
+    # A NaN that one of them drops must show too.
+    kept_values = [jnp.where(x == -jnp.inf, 0, x) for x in (teacher, student)]
+    poison = slices.sum(kept_values[0] * 0 + kept_values[1] * 0)
+    return jnp.where(some & differ, jnp.inf, slices.sum(rest * rest) / (2 * count)) + poison
+
+
+def _limits_at_infinity(slices: AlongAxes, logits: Array) -> Array:
+    """0 for infinite logits, which drop the finite ones of their slice."""
+    below = (slices.max(logits) == jnp.inf) & (logits < jnp.inf)
+    return jnp.where(logits == jnp.inf, 0, jnp.where(below, -jnp.inf, logits))

@@ -153,8 +153,9 @@ def match_dtypes(features: Array, weights: Array) -> tuple[Array, Array]:
 def products(features: Array, weights: Array, narrow: DTypeLike | None = None) -> Array:
     """Products features weights^T, summed in float32 or wider.
 
-    They are formed in the dtype of the features, or in `narrow`, but have the derivative of
-    products of what is given, so that no sum of gradients is rounded term by term.
+    The products are formed in the dtype of the features, or in `narrow`. Their derivative is
+    that of products in the dtypes that are given, so that sums of gradients are not rounded
+    term by term.
     """
 
     def product(features: Array, weights: Array) -> Array:

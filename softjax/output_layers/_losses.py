@@ -76,8 +76,8 @@ def _over_tokens(
 ) -> tuple[Array, tuple[Tokens, Head]]:
     """The total, some tokens at a time, and its derivatives in the leaves that move.
 
-    A number stands for the derivative in each other leaf, because under `jax.checkpoint` the
-    tree may not depend on what moves.
+    In place of the derivatives in the other leaves stands a number, because under
+    `jax.checkpoint` the tree must not depend on what moves.
     """
     tokens, head = arrays
     num_classes, width = head.weights.shape

@@ -1,12 +1,11 @@
 """The vocabulary in one pass: block by block, each reduced at once to a few numbers per token.
 
 One score per token stands apart from the sum of the others: the label's in a loss, the largest
-in the statistics. So a small loss or entropy, which is about that sum, keeps its digits. The
+in the statistics. So a small loss or entropy, which is nearly that sum, keeps its digits. The
 others are an online softmax state, which two disjoint sets of classes merge into one.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from softjax._autodiff import nonzero
 from softjax._elementary import log1p
 from softjax._float import where_finite
 from softjax._inputs import check_int, computing_dtype
-from softjax._mesh import AxisName, Layout, names_of, vary
+from softjax._mesh import AxisName, Layout, names_of, num_devices, vary
 from softjax._scan import scan_blocks
 from softjax._slices import AlongAxes
 from softjax._softmax_stats import row_statistics
@@ -70,9 +69,9 @@ def plan_for(
     plan = Plan(num_classes, dense=False, mesh_axes=names_of(axis_name))
     if isinstance(axis_name, Layout):
         plan = plan._replace(layout=axis_name)
-        sizes = jax.sharding.get_abstract_mesh().shape
-        num_tokens //= math.prod(sizes[name] for name in axis_name.tokens)
-        num_classes //= math.prod(sizes[name] for name in axis_name.classes)
+        mesh = jax.sharding.get_abstract_mesh()
+        num_tokens //= num_devices(axis_name.tokens, mesh)
+        num_classes //= num_devices(axis_name.classes, mesh)
     if block_size is not None:
         size = check_int(block_size, name="block_size", least=1)
         return plan._replace(block=min(size, num_classes))

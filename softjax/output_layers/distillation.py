@@ -126,7 +126,7 @@ def linear_distillation_loss(
         # For few logits the derivative keeps them, and forms none again.
         scores = pair_scores(tokens, heads)
         problems = [Problem(x, (1,), None, dtype) for x in scores]
-        nats = divergence(*problems, name="features", target="teacher_features")[:, 0]
+        nats = divergence(*problems)[:, 0]
     else:
         nats = by_tokens(lambda some: compare(plan.block, some, heads).nats, tokens)
     if tokens[1].temperature is not None:

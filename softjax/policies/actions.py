@@ -27,6 +27,7 @@ from softjax._inputs import (
     equal,
     is_static_zero,
     mask,
+    nan_outside,
     per_slice,
     prepare,
     resolve_one_axis,
@@ -282,7 +283,7 @@ class Mixture(NamedTuple):
 
 def mixture(problem: Problem, epsilon: ArrayLike, ties: Ties = "random") -> Mixture:
     """The policy of prepared values: their softmax, mixed with the uniform one."""
-    slices, x = AlongAxes(problem.axes), problem.logits
+    slices, x = problem.slices, problem.logits
     if ties == "first" and problem.temperature is not None:
         cold = jnp.abs(problem.temperature) < jnp.finfo(x.dtype).tiny
         x = jnp.where(cold & ~_is_first_peak(x, problem.axes), -jnp.inf, x)
@@ -294,7 +295,7 @@ def mixture(problem: Problem, epsilon: ArrayLike, ties: Ties = "random") -> Mixt
     # Count in integers, because float32 has no odd number above 2^24.
     count = jnp.sum(legal, problem.axes, dtype=jnp.int32, keepdims=True).astype(x.dtype)
     epsilon = per_slice(epsilon, problem.logits, problem.axes, name="epsilon")
-    epsilon = jnp.where((epsilon >= 0) & (epsilon <= 1), epsilon, jnp.nan)
+    epsilon = nan_outside(epsilon, 0, 1)
     epsilon = jnp.where(count > 1, epsilon, 0)  # With one action there is nothing to mix.
     count = jnp.maximum(count, 1)
     probs = jnp.where(legal, (1 - epsilon) * solution.probs + epsilon / count, 0)

@@ -150,7 +150,7 @@ def expected_value(
         van Seijen et al. (2009), A theoretical and empirical analysis of expected Sarsa.
     """
     problem = policy_problem(values, axis, where, temperature)
-    x, slices = problem.logits, AlongAxes(problem.axes)
+    x, slices = problem.logits, problem.slices
     value = _mean_value(slices, mixture(problem, epsilon).probs, x, x != -jnp.inf)
     return jnp.squeeze(value, problem.axes).astype(problem.dtype)
 
@@ -227,7 +227,7 @@ def actor_critic_value(
         )
     out_dtype = jnp.promote_types(problem.dtype, values_dtype)
     wide = jnp.promote_types(problem.logits.dtype, x.dtype)
-    x, scores, slices = x.astype(wide), problem.logits.astype(wide), AlongAxes(problem.axes)
+    x, scores, slices = x.astype(wide), problem.logits.astype(wide), problem.slices
     if problem.temperature is not None:
         problem = problem._replace(temperature=problem.temperature.astype(wide))
     problem = problem._replace(logits=scores)

@@ -127,13 +127,13 @@ def visit_count_temperature(
         on-policy reinforcement-learning algorithms.
     """
     problem = prepare(values, axis=axis, where=where, name="values")
-    x, slices = problem.logits, AlongAxes(problem.axes)
+    x, slices = problem.logits, problem.slices
     counts, _ = to_float(counts, name="counts")
     counts = nan_outside(per_slice(counts, x, problem.axes, name="counts"), 0)
     lowest = -slices.max(jnp.where(x == -jnp.inf, -jnp.inf, -x))
     highest = slices.max(x)
     empty = highest == -jnp.inf
-    spread = jnp.where(empty, 0, highest - jnp.where(empty, 0, lowest))
+    spread = jnp.where(empty | (highest == lowest), 0, highest - lowest)
     visited = ~(counts <= 1)
     logs = jnp.log(jnp.where(visited & ~empty, counts, 2))
     temperature = jnp.where(visited, spread / logs, jnp.inf)
@@ -185,7 +185,7 @@ def target_entropy_temperature(
         Haarnoja et al. (2018), Soft actor-critic algorithms and applications, for the target.
     """
     problem = prepare(values, axis=axis, where=where, name="values")
-    slices = AlongAxes(problem.axes)
+    slices = problem.slices
     below, scale = _below(problem, slices)
     target = per_slice(target, problem.logits, problem.axes, name="target")
     num_legal = jnp.maximum(slices.sum((below != -jnp.inf).astype(below.dtype)), 1)
@@ -259,7 +259,7 @@ def mellowmax_temperature(
         Asadi and Littman (2017), An alternative softmax operator for reinforcement learning.
     """
     problem = prepare(values, axis=axis, where=where, name="values")
-    slices = AlongAxes(problem.axes)
+    slices = problem.slices
     below, scale = _below(problem, slices)
     omega = per_slice(omega, problem.logits, problem.axes, name="omega")
     level = slices.max(jnp.where(below == -jnp.inf, -jnp.inf, -below)) <= 0
