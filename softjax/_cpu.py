@@ -166,7 +166,7 @@ def _by_block(
     axes = slices.axes
     batch = tuple(n for i, n in enumerate(shape) if i not in axes)
     inner = tuple(shape[i] for i in axes)
-    kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
+    kept = slices.kept_shape(shape)
     last = tuple(range(len(shape) - len(axes), len(shape)))
 
     def flatten(x: Array) -> Array:

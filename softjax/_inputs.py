@@ -253,7 +253,7 @@ def per_slice(value: ArrayLike, logits: Array, axes: tuple[int, ...], *, name: s
     """An option of one number per slice, in the dtype of `logits`, with axes of size 1."""
     value, _ = to_float(value, name=name)
     value = value.astype(logits.dtype)
-    wanted = tuple(1 if i in axes else n for i, n in enumerate(logits.shape))
+    wanted = AlongAxes(axes).kept_shape(logits.shape)
     full = (1,) * (logits.ndim - value.ndim) + value.shape
     for i in axes:
         if value.ndim <= logits.ndim and full[i] != 1:

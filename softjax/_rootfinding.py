@@ -131,7 +131,7 @@ def _last_within(
     The sum of `term(*entries, v, *rows)` must not fall as v grows. If it is larger than `spare`
     at all v, the answer is `low`.
     """
-    shape = tuple(1 if i in slices.axes else n for i, n in enumerate(entries[0].shape))
+    shape = slices.kept_shape(entries[0].shape)
 
     def halve(state: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = state

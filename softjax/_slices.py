@@ -79,6 +79,10 @@ class AlongAxes:
         """How many entries each slice of x has, on all devices together."""
         return math.prod(x.shape[i] for i in self.axes) * self.num_devices
 
+    def kept_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of one number per slice of an array of this shape."""
+        return tuple(1 if i in self.axes else n for i, n in enumerate(shape))
+
     @property
     def on_this_device(self) -> "AlongAxes":
         """The part of each slice that this device holds."""

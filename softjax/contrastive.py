@@ -29,7 +29,7 @@ from softjax._slices import AlongAxes
 from softjax.output_layers import linear_cross_entropy
 from softjax.output_layers._layer import (
     common_dtype,
-    is_master,
+    is_mixed_precision,
     products,
     real_array,
     refuse_bool,
@@ -230,7 +230,7 @@ def _pairs(
     if where is not None:
         kept = mask(where, queries.shape[:1], name="pairs")
         queries, keys = (jnp.where(kept[:, None], x, 0) for x in (queries, keys))
-    if is_master(queries, keys):
+    if is_mixed_precision(queries, keys):
         # Products of numbers that bfloat16 holds are the same in float32.
         keys = with_gradient_of(keys, lax.reduce_precision(keys, 8, 7))
     dtype = common_dtype(queries, keys)

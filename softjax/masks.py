@@ -347,7 +347,7 @@ class Function(Mask):
 
     keep: Callable[..., Array] = dataclasses.field(metadata={"static": True})
 
-    def bind(self, grid: Grid) -> _Bound:
+    def bind(self, grid: Grid) -> _BoundFunction:
         check_takes(self.keep, "index", name="the function of `masks.Function`")
         index = grid.index(0, 0)
         keep, captured = hoist(lambda index: self.keep(index), index)
@@ -362,11 +362,11 @@ class Function(Mask):
                 "the function of `masks.Function` must give an array that broadcasts to the"
                 f" tile {shape} that it is asked about, got the shape {kept.shape}."
             )
-        return _Bound(captured, keep)
+        return _BoundFunction(captured, keep)
 
 
 @_node
-class _Bound(Mask):
+class _BoundFunction(Mask):
     """A function, and what it has captured."""
 
     captured: Any
@@ -460,12 +460,12 @@ class Inside(Mask):
         return _everywhere(True), ~short[None, None]
 
 
-def asks(mask: Mask | None) -> bool:
+def reads_function(mask: Mask | None) -> bool:
     """Whether a user's function is among the parts of a mask."""
     if mask is None:
         return False
     parts = (part for part in mask._parts().values() if isinstance(part, Mask))
-    return isinstance(mask, Function) or any(map(asks, parts))
+    return isinstance(mask, Function) or any(map(reads_function, parts))
 
 
 def _comparable(part: Any) -> Any:

@@ -79,13 +79,13 @@ def sample_without_replacement(
     Reference:
         Kool, van Hoof and Welling (2019), Stochastic beams and where to find them.
     """
-    scores, axis = _last(key, logits, k, axis, where)
+    scores, axis = _prepare_ranking(key, logits, k, axis, where)
     indices, _ = _largest(key, scores, k)
     log_probs = _log_probs(scores, indices)
     return jnp.moveaxis(indices, -1, axis), jnp.moveaxis(log_probs, -1, axis)
 
 
-def _last(
+def _prepare_ranking(
     key: Array, logits: ArrayLike, k: int, axis: Axis, where: ArrayLike | None
 ) -> tuple[Array, int]:
     """The logits with the axis of classes last, and the place that this axis had."""
@@ -249,7 +249,7 @@ def weighted_subset(
         by sampling without replacement; Duffield, Lund and Thorup (2007), Priority sampling
         for estimation of arbitrary subset sums.
     """
-    scores, axis = _last(key, logits, k, axis, where)
+    scores, axis = _prepare_ranking(key, logits, k, axis, where)
     indices, noisy = _largest(key, scores, min(k + 1, scores.shape[-1]))
     indices = indices[..., :k]
     if scores.shape[-1] == 0:

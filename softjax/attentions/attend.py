@@ -70,7 +70,7 @@ def _prepare_call(given: dict[str, Any]) -> bool:
     if given.get("implementation") == "cudnn":
         return True
     asked = given.get("score") is not None or not isinstance(normalizer, str)
-    return asked or masks.asks(given["mask"])
+    return asked or masks.reads_function(given["mask"])
 
 
 def _check_pair(normalizer: Any) -> None:

@@ -76,7 +76,7 @@ def merge_attention(outs: ArrayLike, lses: ArrayLike) -> tuple[Array, Array]:
 def _prepare_paged_call(given: dict[str, Any]) -> bool:
     check_int(given.get("num_splits", 1), name="num_splits", least=1)
     given["mask"] = masks.as_mask(given.get("mask"))
-    return given.get("score") is not None or masks.asks(given["mask"])
+    return given.get("score") is not None or masks.reads_function(given["mask"])
 
 
 @api("num_splits", jit=False)

@@ -37,10 +37,6 @@ class Rows(NamedTuple):
     def labels(self) -> Array:
         return self.classes.labels
 
-    @property
-    def kept_shape(self) -> tuple[int, ...]:
-        return tuple(1 if i == self.axis else n for i, n in enumerate(self.logits.shape))
-
 
 def label_rows(
     logits: ArrayLike,

@@ -158,7 +158,7 @@ def entmax_loss(
     check_reduction(reduction)
     rows = label_rows(logits, labels, axis, where, ignore_index, axis_name)
     alpha = per_slice(alpha, rows.logits, (rows.axis,), name="alpha")
-    alpha = jnp.broadcast_to(alpha, rows.kept_shape)
+    alpha = jnp.broadcast_to(alpha, rows.slices.kept_shape(rows.logits.shape))
     if rows.classes.ignored is not None:
         alpha = jnp.where(jnp.expand_dims(rows.classes.ignored, rows.axis), 2, alpha)
     losses = _losses(_ENTMAX, rows, alpha, class_weights)

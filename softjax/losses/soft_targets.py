@@ -188,7 +188,8 @@ def distillation_loss(
     shared = None
     if student.temperature is not None and teacher.temperature is not None:
         dtype = jnp.promote_types(student.temperature.dtype, teacher.temperature.dtype)
-        shared = jnp.broadcast_to(student.temperature.astype(dtype), _kept_shape(student))
+        shape = student.slices.kept_shape(student.logits.shape)
+        shared = jnp.broadcast_to(student.temperature.astype(dtype), shape)
 
     def loss(student_logits: Array, teacher_logits: Array, temperature: Array | None) -> Array:
         pair = (
@@ -201,11 +202,6 @@ def distillation_loss(
     return _losses_of_slices(loss, arrays, student, example_where, reduction)
 
 
-def _kept_shape(problem: Problem) -> tuple[int, ...]:
-    """The shape of the logits, with size 1 along the axes of a slice."""
-    return tuple(1 if i in problem.axes else n for i, n in enumerate(problem.logits.shape))
-
-
 def _losses_of_slices(
     function: Callable[..., Array],
     arrays: tuple[Array | None, ...],
@@ -214,7 +210,7 @@ def _losses_of_slices(
     reduction: str | None,
 ) -> Array:
     """function(*arrays), without the slices that are left out, and reduced."""
-    shape = _kept_shape(problem)
+    shape = problem.logits.shape
     result_shape = tuple(n for i, n in enumerate(shape) if i not in problem.axes)
     keep = None
     if example_where is not None:

@@ -131,7 +131,7 @@ def refuse_bool(bias: ArrayLike, *, name: str) -> None:
         raise TypeError(f"`{name}` must hold numbers to add (-inf drops a class), got bool.")
 
 
-def is_master(features: Array, weights: Array) -> bool:
+def is_mixed_precision(features: Array, weights: Array) -> bool:
     """Whether bfloat16 features meet float32 weights, the usual set-up of mixed precision."""
     return features.dtype == jnp.bfloat16 and weights.dtype == jnp.float32
 
@@ -144,7 +144,7 @@ def common_dtype(*arrays: Array | DTypeLike) -> jnp.dtype:
 
 def match_dtypes(features: Array, weights: Array) -> tuple[Array, Array]:
     """Both in the dtype that JAX promotes them to, unless `products` takes them as they are."""
-    if is_master(features, weights):
+    if is_mixed_precision(features, weights):
         return features, weights
     dtype = common_dtype(features, weights)
     return features.astype(dtype), weights.astype(dtype)
@@ -176,7 +176,7 @@ def layer_scores(
     tokens: Tokens, head: Head, narrow: DTypeLike | None = None
 ) -> tuple[Array, Array]:
     """The logits [N, B] of some classes, capped and over the temperature; and before both."""
-    raw = products(tokens.features, shown(head.weights, head.bias), narrow)
+    raw = products(tokens.features, without_dropped(head.weights, head.bias), narrow)
     if head.bias is not None:
         raw += head.bias[None]
     scores = raw
@@ -191,7 +191,7 @@ def layer_scores(
     return scores, raw
 
 
-def shown(weights: Array, bias: Array | None) -> Array:
+def without_dropped(weights: Array, bias: Array | None) -> Array:
     """The weights, with 0 for a class that its bias drops, because it may hold anything."""
     return weights if bias is None else jnp.where(bias[:, None] == -jnp.inf, 0, weights)
 
@@ -224,8 +224,8 @@ def idle_tokens(shares: Array, *tokens: Tokens, known: Array | bool = True) -> A
     return (shares == 0) & ~jnp.asarray(known)
 
 
-def without(tokens: Tokens, idle: Array | None) -> Tokens:
-    """The tokens, of which those that do not count hold nothing that reaches a gradient."""
+def without_idle(tokens: Tokens, idle: Array | None) -> Tokens:
+    """The tokens, with 0 and options of 1 in idle ones, so that nothing reaches a gradient."""
     if idle is None:
         return tokens
 

@@ -23,7 +23,7 @@ from softjax.output_layers._layer import (
     prepare_layer,
     products,
     real_array,
-    without,
+    without_idle,
 )
 from softjax.output_layers._stream import plan_for, statistics
 
@@ -110,7 +110,7 @@ def adaptive_log_softmax(
     ends = list(itertools.accumulate(sizes))
     labels = labels_of(labels, (*layer.shape, 1), len(layer.shape)).reshape(-1)
     rows = known_labels(labels, ends[-1], ignore_index)
-    tokens = without(layer.tokens, rows.ignored)
+    tokens = without_idle(layer.tokens, rows.ignored)
     starts = jnp.array(ends[:-1], labels.dtype)
     index = jnp.sum(rows.labels[:, None] >= starts[None], 1, dtype=labels.dtype)
     in_head = jnp.where(index == 0, rows.labels, num_frequent + index - 1)

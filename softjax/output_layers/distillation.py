@@ -28,7 +28,7 @@ from softjax.output_layers._layer import (
     idle_tokens,
     layer_scores,
     prepare_layer,
-    without,
+    without_idle,
 )
 from softjax.output_layers._stream import (
     by_classes,
@@ -177,7 +177,7 @@ def match_pair(
         if where is not None:
             idle |= ~mask(where, student.shape, name="tokens").reshape(-1)
         shares = jnp.where(idle.reshape(shares.shape), 0, shares)
-        tokens = without(tokens[0], idle), without(tokens[1], idle)
+        tokens = without_idle(tokens[0], idle), without_idle(tokens[1], idle)
     return tokens, (teacher.head, student.head), shares
 
 

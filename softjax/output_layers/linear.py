@@ -18,7 +18,7 @@ from softjax.output_layers._layer import (
     layout_of,
     prepare_layer,
     token_labels,
-    without,
+    without_idle,
 )
 from softjax.output_layers._losses import (
     token_losses,
@@ -248,7 +248,7 @@ def linear_cross_entropy(
     if ignore_index is not None or example_weights is not None:
         idle = idle_tokens(shares.reshape(-1), tokens, known=rows.known)
         idle = idle if rows.ignored is None else idle | rows.ignored
-        tokens = without(tokens, idle)
+        tokens = without_idle(tokens, idle)
         shares, masses = (jnp.where(idle.reshape(x.shape), 0, x) for x in (shares, masses))
         rows = rows._replace(known=rows.known | idle, ignored=idle)
     plan = plan_for(tokens, head, block_size, axis_name)

@@ -26,9 +26,9 @@ from softjax.output_layers._layer import (
     Tokens,
     layer_scores,
     prepare_layer,
-    shown,
     token_labels,
-    without,
+    without_dropped,
+    without_idle,
 )
 from softjax.output_layers._stream import ENTRIES
 
@@ -110,7 +110,7 @@ def sampled_cross_entropy(
     num_samples = check_int(num_samples, name="num_samples", least=1)
     layer = prepare_layer(features, weights, bias, temperature, None)
     rows = token_labels(layer, labels, ignore_index)
-    tokens, head = without(layer.tokens, rows.ignored), layer.head
+    tokens, head = without_idle(layer.tokens, rows.ignored), layer.head
     num_classes = head.weights.shape[0]
     drawn = log_uniform(key, num_samples, num_classes)
     place = drawn.astype(layer.dtype)
@@ -149,7 +149,7 @@ def sampled_cross_entropy(
 def _classes(head: Head, chosen: Array) -> Head:
     """Some classes of a layer."""
     bias = None if head.bias is None else head.bias[chosen]
-    return Head(shown(head.weights[chosen], bias), bias)
+    return Head(without_dropped(head.weights[chosen], bias), bias)
 
 
 def log_uniform(key: Array, num_samples: int, num_classes: int) -> Array:
