@@ -251,22 +251,22 @@ def _softened_divergence(
 def _half_variance(slices: AlongAxes, teacher: Array, student: Array) -> Array:
     """Half the variance of the logits' difference, the loss at an infinite temperature."""
     dtype = jnp.promote_types(teacher.dtype, student.dtype)
-    teacher, student = (_limits_at_infinity(slices, logits) for logits in (teacher, student))
-    kept = [logits != -jnp.inf for logits in (teacher, student)]
+    has_nan = jnp.isnan(teacher) | jnp.isnan(student)  # of which the other may be dropped
+    peaks = [slices.max(logits) for logits in (teacher, student)]
+    t, s = map(_limits_at_infinity, (teacher, student), peaks)
+    kept = [logits != -jnp.inf for logits in (t, s)]
     both = kept[0] & kept[1]
-    apart = [jnp.where(both, logits, 0).astype(dtype) for logits in (teacher, student)]
+    apart = jnp.where(both, t, 0).astype(dtype) - jnp.where(both, s, 0).astype(dtype)
     count = jnp.maximum(slices.sum(both.astype(dtype)), 1)
-    mean = slices.sum(apart[0] - apart[1]) / count
-    rest = jnp.where(both, apart[0] - apart[1] - mean, 0)
+    rest = jnp.where(both, apart - slices.sum(apart) / count, 0)
+    rest = jnp.where(has_nan, jnp.nan, rest)
+    variance = slices.sum(rest * rest) / (2 * count)
     differ = slices.max((kept[0] != kept[1]).astype(dtype)) > 0
-    some = slices.max(kept[0].astype(dtype)) > 0
-    # A NaN that one of them drops must show too.
-    kept_values = [jnp.where(x == -jnp.inf, 0, x) for x in (teacher, student)]
-    poison = slices.sum(kept_values[0] * 0 + kept_values[1] * 0)
-    return jnp.where(some & differ, jnp.inf, slices.sum(rest * rest) / (2 * count)) + poison
+    infinite = differ & (peaks[0] > -jnp.inf) & ~jnp.isnan(variance)
+    return jnp.where(infinite, jnp.inf, variance)
 
 
-def _limits_at_infinity(slices: AlongAxes, logits: Array) -> Array:
+def _limits_at_infinity(logits: Array, peak: Array) -> Array:
     """0 for infinite logits, which drop the finite ones of their slice."""
-    below = (slices.max(logits) == jnp.inf) & (logits < jnp.inf)
+    below = (peak == jnp.inf) & (logits < jnp.inf)
     return jnp.where(logits == jnp.inf, 0, jnp.where(below, -jnp.inf, logits))
