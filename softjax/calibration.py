@@ -18,6 +18,7 @@ from softjax._api import NONNEGATIVE, POSITIVE, api
 from softjax._elementary import log1p
 from softjax._inputs import (
     Axis,
+    Classes,
     broadcast,
     check_int,
     is_static_zero,
@@ -316,15 +317,10 @@ def _binned(
     num_bins = check_int(num_bins, name="num_bins", least=1)
     if bins not in get_args(Bins):
         raise ValueError(f'`bins` must be "width" or "mass", got {bins!r}.')
-    p, _ = to_float(probs, name="probs")
-    axis = resolve_one_axis(axis, p.ndim)
-    labels = labels_of(labels, p.shape, axis)
-    classes = known_labels(labels, p.shape[axis], ignore_index)
-    counts = jnp.ones(labels.shape, jnp.bool_)
-    if classes.ignored is not None:
-        counts = ~classes.ignored
-        p = jnp.where(jnp.expand_dims(classes.ignored, axis), 0, p)
-    p = nan_outside(p, -_SLACK, 1 + _SLACK)
+    p, classes, slices = _labelled(probs, labels, axis, ignore_index)
+    (axis,) = slices.axes
+    ignored = classes.ignored
+    counts = jnp.ones(classes.labels.shape, jnp.bool_) if ignored is None else ~ignored
     confidence = jnp.max(p, axis, initial=0)
     right = jnp.argmax(p, axis) == classes.labels if p.shape[axis] else counts
     broken = counts & (~classes.known | jnp.any(jnp.isnan(p), axis))
@@ -334,11 +330,11 @@ def _binned(
         bin_of = jnp.clip(jnp.nan_to_num(bin_of), 0, num_bins - 1).astype(jnp.int32)
     else:
         bin_of = _ranked_bins(jnp.where(counts, confidence, jnp.inf), counts, num_bins)
-    slices = BySegment(jnp.where(counts, bin_of, num_bins), num_bins + 1)
+    by_bin = BySegment(jnp.where(counts, bin_of, num_bins), num_bins + 1)
     # A NaN anywhere makes all bins and the gradient NaN, because it belongs to no bin.
     spoilt = jnp.where(jnp.any(broken), jnp.nan, 1).astype(confidence.dtype)
     sums = (
-        slices.sum(x.astype(confidence.dtype))[:num_bins] * spoilt
+        by_bin.sum(x.astype(confidence.dtype))[:num_bins] * spoilt
         for x in (confidence, right, counts)
     )
     return Reliability(*sums)
@@ -353,6 +349,23 @@ def _ranked_bins(confidence: Array, counts: Array, num_bins: int) -> Array:
     first = (size + 1) * larger
     late = larger + (rank - first) // jnp.maximum(size, 1)
     return jnp.where(rank < first, rank // (size + 1), late).astype(jnp.int32)
+
+
+def _labelled(
+    probs: ArrayLike,
+    labels: ArrayLike,
+    axis: int,
+    ignore_index: int | None,
+    axis_name: AxisName = None,
+) -> tuple[Array, Classes, AlongAxes]:
+    """Probabilities, 0 in ignored rows and NaN where they are none; their labels and slices."""
+    p, _ = to_float(probs, name="probs")
+    axis = resolve_one_axis(axis, p.ndim)
+    slices = AlongAxes((axis,), names_of(axis_name))
+    classes = known_labels(labels_of(labels, p.shape, axis), slices.length(p), ignore_index)
+    if classes.ignored is not None:
+        p = jnp.where(jnp.expand_dims(classes.ignored, axis), 0, p)
+    return nan_outside(p, -_SLACK, 1 + _SLACK), classes, slices
 
 
 @api("axis", "ignore_index", "reduction", "axis_name", spread=("probs",))
@@ -398,14 +411,8 @@ def brier_score(
         Brier (1950), Verification of forecasts expressed in terms of probability.
     """
     check_reduction(reduction)
-    p, _ = to_float(probs, name="probs")
-    axis = resolve_one_axis(axis, p.ndim)
-    labels = labels_of(labels, p.shape, axis)
-    slices = AlongAxes((axis,), names_of(axis_name))
-    classes = known_labels(labels, slices.length(p), ignore_index)
-    if classes.ignored is not None:
-        p = jnp.where(jnp.expand_dims(classes.ignored, axis), 0, p)
-    p = nan_outside(p, -_SLACK, 1 + _SLACK)
+    p, classes, slices = _labelled(probs, labels, axis, ignore_index, axis_name)
+    (axis,) = slices.axes
     places = slices.places(p, classes.labels.dtype)
     targets = (places == jnp.expand_dims(classes.labels, axis)).astype(p.dtype)
     distances = slices.sum_over_devices(jnp.sum((p - targets) ** 2, axis))

@@ -133,7 +133,6 @@ def _observe_arrived(
 ) -> OnlineState:
     """The states of all queries after those keys that have arrived."""
     grid = constants.grid
-
     visit = functools.partial(merge_tile, constants)
 
     def block(i: Any, parts: Any, kinds: Array, state: OnlineState) -> OnlineState:
@@ -148,7 +147,6 @@ def _push(
 ) -> Tangents:
     """The terms of those keys that have arrived."""
     grid = constants.grid
-
     term = functools.partial(push_tile, constants)
 
     def block(i: Any, parts: Any, kinds: Array, level: Array) -> Tangents:

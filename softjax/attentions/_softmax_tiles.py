@@ -68,7 +68,6 @@ def average(operands: DiffOperands, constants: Constants) -> Result:
     grid, dtype = constants.grid, computing_dtype(operands.queries.dtype)
     rows = (grid.rows, grid.heads, grid.queries.block)
     start = vary(_online.init(rows, operands.values.shape[-1], dtype), operands, constants)
-
     visit = functools.partial(merge_tile, constants)
 
     def block(i: Any, parts: tuple[DiffOperands], kinds: Array) -> Result:
@@ -137,7 +136,6 @@ def _average_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
     grid = constants.grid
     zeros = Tangents(jnp.zeros_like(result.lse[0]), jnp.zeros_like(result.out[0]))
     start = vary(zeros, primals)
-
     term = functools.partial(push_tile, constants)
 
     def block(i: Any, parts: Any, kinds: Array, *result: Array) -> Result:

@@ -170,12 +170,11 @@ def cross_entropy(
     smoothing = weights = z_factor = None
     if not is_static_zero(label_smoothing):
         smoothing = nan_outside(per_label(label_smoothing, rows, "label_smoothing"), 0, 1)
+        weights = jnp.ones((1,) * rows.logits.ndim, rows.logits.dtype)
         if class_weights is not None:
             weights = weights_per_logit(class_weights, rows.logits, rows.axis)
     if not is_static_zero(z_loss):
         z_factor = nan_outside(per_label(z_loss, rows, "z_loss"), 0)
-    if smoothing is not None and weights is None:
-        weights = jnp.ones((1,) * rows.logits.ndim, rows.logits.dtype)
     found = row_statistics(rows.slices, rows.logits, rows.labels, weights)
     terms = cross_entropy_terms(
         found.nll,
@@ -260,16 +259,12 @@ def focal_loss(
     """
     check_reduction(reduction)
     rows = label_rows(logits, labels, axis, where, ignore_index, axis_name)
-    gamma = jnp.minimum(nan_outside(per_label(gamma, rows, "gamma"), 0), _MAX_GAMMA)
+    gamma = nan_outside(per_label(gamma, rows, "gamma"), 0)
 
     nll = row_statistics(rows.slices, rows.logits, rows.labels).nll
     dropped = nll == jnp.inf
     finite = jnp.where(dropped, 1, nll)
-    missing = -jnp.expm1(-finite)
-    some = missing > 0
-    discount = jnp.where(
-        some, jnp.where(some, missing, 1) ** gamma, jnp.where(gamma == 0, 1, 0)
-    )
+    discount = _discount(-jnp.expm1(-finite), gamma)
     losses = jnp.where(dropped, nll, discount * finite)
     # A power of 1, or one that is not taken, does not show that gamma is NaN.
     losses = jnp.where(jnp.isnan(gamma), jnp.nan, losses)
@@ -351,10 +346,7 @@ def sigmoid_focal_loss(
     # not 0.
     no, yes = jax.nn.sigmoid(-z), jax.nn.sigmoid(z)
     nll = times_nll(t, jax.nn.softplus(-z)) + times_nll(1 - t, jax.nn.softplus(z))
-    missing = t * no + (1 - t) * yes
-    some = missing > 0
-    power = jnp.where(some, missing, 1) ** jnp.minimum(gamma, _MAX_GAMMA)
-    discount = jnp.where(some, power, jnp.where(gamma == 0, 1, 0))
+    discount = _discount(t * no + (1 - t) * yes, gamma)
     losses = constant_where_infinite(times_nll(discount, nll))
     losses = jnp.where(jnp.isnan(z + t + gamma), jnp.nan, losses)
     if alpha is not None:
@@ -363,3 +355,10 @@ def sigmoid_focal_loss(
     if keep is not None:
         losses = jnp.where(keep, losses, 0)
     return reduce_kept(losses, keep, reduction)
+
+
+def _discount(missing: Array, gamma: Array) -> Array:
+    """(1 - p)^gamma from the missing probability 1 - p, with a derivative where that is 0."""
+    some = missing > 0
+    power = jnp.where(some, missing, 1) ** jnp.minimum(gamma, _MAX_GAMMA)
+    return jnp.where(some, power, jnp.where(gamma == 0, 1, 0))

@@ -24,6 +24,7 @@ from softjax._inputs import (
     to_float,
 )
 from softjax._mesh import AxisName
+from softjax._scores import centre
 from softjax._slices import AlongAxes
 from softjax._softmax import LOG_SOFTMAX
 from softjax._threshold import solve
@@ -252,21 +253,15 @@ def _half_variance(slices: AlongAxes, teacher: Array, student: Array) -> Array:
     """Half the variance of the logits' difference, the loss at an infinite temperature."""
     dtype = jnp.promote_types(teacher.dtype, student.dtype)
     has_nan = jnp.isnan(teacher) | jnp.isnan(student)  # of which the other may be dropped
-    peaks = [slices.max(logits) for logits in (teacher, student)]
-    t, s = map(_limits_at_infinity, (teacher, student), peaks)
-    kept = [logits != -jnp.inf for logits in (t, s)]
+    # Infinite logits drop the finite ones of their slice, and are equal.
+    kept = [~centre(x, slices.max(x), None).dropped for x in (teacher, student)]
     both = kept[0] & kept[1]
-    apart = jnp.where(both, t, 0).astype(dtype) - jnp.where(both, s, 0).astype(dtype)
+    finite = [jnp.where(both & (x != jnp.inf), x, 0).astype(dtype) for x in (teacher, student)]
+    apart = finite[0] - finite[1]
     count = jnp.maximum(slices.sum(both.astype(dtype)), 1)
     rest = jnp.where(both, apart - slices.sum(apart) / count, 0)
     rest = jnp.where(has_nan, jnp.nan, rest)
     variance = slices.sum(rest * rest) / (2 * count)
     differ = slices.max((kept[0] != kept[1]).astype(dtype)) > 0
-    infinite = differ & (peaks[0] > -jnp.inf) & ~jnp.isnan(variance)
-    return jnp.where(infinite, jnp.inf, variance)
-
-
-def _limits_at_infinity(logits: Array, peak: Array) -> Array:
-    """0 for infinite logits, which drop the finite ones of their slice."""
-    below = (peak == jnp.inf) & (logits < jnp.inf)
-    return jnp.where(logits == jnp.inf, 0, jnp.where(below, -jnp.inf, logits))
+    some = slices.max(kept[0].astype(dtype)) > 0
+    return jnp.where(some & differ & ~jnp.isnan(variance), jnp.inf, variance)
